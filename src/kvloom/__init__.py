@@ -1,0 +1,27 @@
+"""kvloom: plan, measure and serve the KV cache of large language models."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvloom.engine.llm import LLM as LLM
+    from kvloom.engine.output import RequestOutput as RequestOutput
+    from kvloom.engine.params import SamplingParams as SamplingParams
+
+_LAZY = {
+    "LLM": "kvloom.engine.llm",
+    "RequestOutput": "kvloom.engine.output",
+    "SamplingParams": "kvloom.engine.params",
+}
+
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public classes on first use, so that `import kvloom` stays free of torch."""
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'kvloom' has no attribute {name!r}")

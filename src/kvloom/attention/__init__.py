@@ -1,0 +1,1 @@
+"""Prefill attends, decode streams: one AttentionBatch in, [T, H, D] out."""

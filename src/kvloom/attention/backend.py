@@ -1,0 +1,36 @@
+"""AttentionBackend: what attention over lanes must offer; backends are chosen by what they declare, never by guessing."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvloom.attention.batch import AttentionBatch
+from kvloom.cache.kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What a model asks of attention, for a backend to accept or refuse before anything runs."""
+
+    head_dims: frozenset[int]
+    dtype: torch.dtype
+    device: str
+    stores: frozenset[str]
+
+
+class AttentionBackend(Protocol):
+    """Appends new K and V to lanes and attends over them."""
+
+    name: str
+
+    def unsupported(self, request: AttentionRequest) -> list[str]:
+        """Return every reason why this backend cannot serve `request`; [] means that it can."""
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> None:
+        """Write k [T, G, Dk] and v [T, G, Dv] of the batch into the lanes of `layer`; mutates the arena."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache
+    ) -> torch.Tensor:
+        """Return attention [T, H, Dv] of q [T, H, Dk] over the lanes of `layer`, the batch's own tokens included."""

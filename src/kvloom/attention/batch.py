@@ -1,0 +1,35 @@
+"""AttentionBatch: which tokens of which sequences one step processes. State travels here, never through globals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """T packed tokens of B sequences; their slots exist already (`LaneTable.extend`), their K and V do not.
+
+    token_ids     [T] int64 tensor
+    positions     [T] int64 tensor: index of each token in its sequence, which is what rope sees
+    sequences     [B] int32 array: row sets of the lane table
+    cu_seqlens_q  [B + 1] int32 array: tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 belong to sequence b
+
+    `begin` and `held` of every lane are read from the lane table, the new tokens included.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sequences: NDArray[np.int32]
+    cu_seqlens_q: NDArray[np.int32]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.cu_seqlens_q[-1])
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Return (sequence, first token, last token + 1) of every sequence in the batch."""
+        bounds = self.cu_seqlens_q.tolist()
+        return list(zip(self.sequences.tolist(), bounds[:-1], bounds[1:], strict=True))

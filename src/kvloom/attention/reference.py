@@ -1,0 +1,44 @@
+"""ReferenceBackend: gathers each sequence's lanes and calls the definition of attention. Exact, and not fast."""
+
+import torch
+
+from kvloom.attention.backend import AttentionRequest
+from kvloom.attention.batch import AttentionBatch
+from kvloom.cache.kvcache import KVCache
+from kvloom.kernels import reference
+
+QUERY_TILE = 512
+"""Rows of queries at a time: bounds the scores to H x 512 x S."""
+
+
+class ReferenceBackend:
+    """Attention by gathering; one sequence at a time, so that no sequence's result depends on the batch."""
+
+    name = "reference"
+
+    def unsupported(self, request: AttentionRequest) -> list[str]:
+        """Everything that the cache can hold is supported (see `AttentionBackend`)."""
+        return []
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> None:
+        """Write the batch's K and V into the lanes of `layer` (see `AttentionBackend`)."""
+        for sequence, start, end in batch.spans():
+            cache.append(layer, sequence, k[start:end], v[start:end])
+
+    def attend(
+        self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache
+    ) -> torch.Tensor:
+        """Return attention [T, H, Dv] (see `AttentionBackend`)."""
+        window = cache.layers[layer].window
+        out = q.new_empty(q.shape[0], q.shape[1], cache.layers[layer].v_width)
+        for sequence, start, end in batch.spans():
+            k, v, held = cache.read_layer(layer, sequence)
+            lanes_held = torch.from_numpy(held).to(q.device)
+            for first in range(start, end, QUERY_TILE):
+                last = min(first + QUERY_TILE, end)
+                later = end - last  # newer tokens of this chunk, which these queries do not see
+                slots = k.shape[1] - later
+                out[first:last], _ = reference.attention(
+                    q[first:last], k[:, :slots], v[:, :slots], lanes_held - later, scale, window
+                )
+        return out

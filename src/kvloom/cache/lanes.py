@@ -1,0 +1,347 @@
+"""LaneTable: the lanes of all running sequences, their blocks, and how far each has come. Torch-free.
+
+    sequence (row set)   one token sequence of one request; it owns one lane per KV head per layer
+    slot                 place of a token in its lane: block column slot // P, offset slot % P
+    seen                 tokens of the sequence processed so far: positions, stop rules
+    begin, held          a lane's live slots are begin .. begin + held - 1
+
+    lane   | freed (-1) | begin ....... held tokens ....... end | room in the last block |
+
+A window moves `begin`; a policy that drops tokens in the middle packs the survivors to slots 0 .. held - 1 and their
+positions are kept explicitly from then on. All bookkeeping of a sequence is done on arrays over its lanes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvloom.cache.arena import Addresses, Move
+from kvloom.cache.pool import BlockPool
+from kvloom.cache.prefix import PrefixChain, PrefixMatch
+from kvloom.cache.segments import SegmentList
+from kvloom.spec.kv import KVSpec
+
+Ints = NDArray[np.int32]
+
+
+class LaneTable:
+    """Block table of `max_sequences` sequences; rows persist between steps.
+
+    table   [Q, R, C] int32   address of each block, -1 where there is none (Q sequences, R lanes, C columns)
+    begin   [Q, R]    int32   first live slot of each lane
+    held    [Q, R]    int32   live slots of each lane
+    seen    [Q]       int64   tokens processed
+    """
+
+    def __init__(self, spec: KVSpec, pool: BlockPool, max_sequences: int) -> None:
+        self.spec = spec
+        self.pool = pool
+        lanes = spec.num_lanes
+        self.table: Ints = np.full((max_sequences, lanes, 16), -1, np.int32)
+        self.begin: Ints = np.zeros((max_sequences, lanes), np.int32)
+        self.held: Ints = np.zeros((max_sequences, lanes), np.int32)
+        self.seen: NDArray[np.int64] = np.zeros(max_sequences, np.int64)
+        self.segments = SegmentList(max_sequences, lanes)
+        self.positions: dict[int, Ints] = {}  # [R, capacity] by slot, for sequences that lost tokens in the middle
+        self._room = [0] * max_sequences  # tokens that fit without any bookkeeping
+        self._free = list(range(max_sequences - 1, -1, -1))
+        self._group_lanes = [np.asarray(group.lanes, np.int64) for group in spec.groups]
+        self._block_bytes = np.zeros(lanes, np.int64)
+        for group, members in zip(spec.groups, self._group_lanes, strict=True):
+            self._block_bytes[members] = group.block_bytes
+        pool.holders.append(self)
+
+    # ---- sequences come and go ------------------------------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        """Sequences that can still be opened."""
+        return len(self._free)
+
+    def open(self) -> int:
+        """Return an empty sequence; the caller makes sure that `num_free` is not zero."""
+        sequence = self._free.pop()
+        self.table[sequence] = -1
+        self.begin[sequence] = 0
+        self.held[sequence] = 0
+        self.seen[sequence] = 0
+        self._room[sequence] = 0
+        self.segments.clear(sequence)
+        return sequence
+
+    def close(self, sequence: int) -> None:
+        """Release every block of `sequence` and give its row set back."""
+        row = self.table[sequence]
+        self.pool.arena.release(row[row >= 0])
+        row[:] = -1
+        self.begin[sequence] = 0
+        self.held[sequence] = 0
+        self.seen[sequence] = 0
+        self.segments.clear(sequence)
+        self.positions.pop(sequence, None)
+        self._free.append(sequence)
+
+    def fork(self, parent: int) -> int:
+        """Return a new sequence that shares every block of `parent`; each copies a shared block before it writes."""
+        child = self.open()
+        for array in (self.table, self.begin, self.held):
+            array[child] = array[parent]
+        self.seen[child] = self.seen[parent]
+        self.segments.copy(parent, child)
+        if parent in self.positions:
+            self.positions[child] = self.positions[parent].copy()
+        row = self.table[child]
+        self.pool.arena.share(row[row >= 0])
+        self._room[parent] = self._room[child] = 0
+        return child
+
+    def is_open(self, sequence: int) -> bool:
+        """Return whether `sequence` is in use."""
+        return sequence not in self._free
+
+    @property
+    def open_sequences(self) -> list[int]:
+        """Sequences in use, ascending."""
+        free = set(self._free)
+        return [s for s in range(len(self.seen)) if s not in free]
+
+    # ---- growth ---------------------------------------------------------------------------------------------------
+
+    def extend(self, sequence: int, num_tokens: int) -> bool:
+        """Give every lane slots for `num_tokens` more tokens and count them as seen and held.
+
+        Windowed lanes first free the blocks that no coming query can see; shared last blocks are copied. Returns
+        False when the blocks cannot be had now; then nothing but window blocks has changed.
+        """
+        if self._room[sequence] < num_tokens and not self._grow(sequence, num_tokens):
+            return False
+        self._room[sequence] -= num_tokens
+        if sequence in self.positions:
+            self._append_positions(sequence, num_tokens)
+        self.held[sequence] += num_tokens
+        self.seen[sequence] += num_tokens
+        return True
+
+    def blocks_needed(self, sequence: int, num_tokens: int) -> dict[int, int]:
+        """Return the fresh blocks (block bytes -> number) that `extend` would take, copies of shared ones included."""
+        first, count, _ = self._growth(sequence, num_tokens)
+        return self._by_size(count)
+
+    def _growth(self, sequence: int, num_tokens: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Return (first new column, new columns, last block is shared and must be copied) for each lane."""
+        size = self.spec.block_size
+        end = self.begin[sequence] + self.held[sequence]
+        have = -(-end // size)
+        count = -(-(end + num_tokens) // size) - have
+        shared = np.zeros(len(end), np.bool_)
+        partial = np.flatnonzero((end % size != 0) & (self.held[sequence] > 0))
+        if len(partial):
+            tails = self.table[sequence, partial, end[partial] // size]
+            shared[partial] = self.pool.arena.references(tails) > 1
+        return have - shared, count + shared, shared
+
+    def _by_size(self, count: Ints) -> dict[int, int]:
+        needs: dict[int, int] = {}
+        for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
+            total = int(count[members].sum())
+            if total:
+                needs[group.block_bytes] = needs.get(group.block_bytes, 0) + total
+        return needs
+
+    def _grow(self, sequence: int, num_tokens: int) -> bool:
+        self._leave_window(sequence)
+        first, count, shared = self._growth(sequence, num_tokens)
+        needs = self._by_size(count)
+        if not self.pool.ensure(needs):
+            return False
+        self._widen(int((first + count).max()))
+        for size, total in needs.items():
+            fresh = self.pool.arena.allocate(total, size)
+            assert fresh is not None, "the pool promised these blocks"
+            lanes = np.flatnonzero((self._block_bytes == size) & (count > 0))
+            number = count[lanes]
+            rows = np.repeat(lanes, number)
+            columns = np.repeat(first[lanes], number) + ragged_arange(number)
+            copied = np.flatnonzero(shared[lanes])
+            starts = np.cumsum(number) - number
+            if len(copied):
+                old = self.table[sequence, lanes[copied], first[lanes[copied]]].copy()
+                self.pool.copy(Move(size, old, fresh[starts[copied]]))
+                self.pool.arena.release(old)
+            self.table[sequence, rows, columns] = fresh
+        end = self.begin[sequence] + self.held[sequence]
+        capacity = (first + count) * self.spec.block_size
+        self._room[sequence] = int((capacity - end).min())
+        return True
+
+    def _leave_window(self, sequence: int) -> None:
+        """Free the blocks of windowed lanes that lie wholly before what the next query sees."""
+        size = self.spec.block_size
+        for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
+            if group.window is None:
+                continue
+            first = int(self.seen[sequence]) - (group.window - 1)
+            old = int(self.begin[sequence, members[0]])
+            if first <= old:
+                continue
+            gone = self.table[sequence, members, old // size : first // size]
+            if gone.size:
+                self.pool.arena.release(gone[gone >= 0])
+                self.table[sequence, members, old // size : first // size] = -1
+            self.begin[sequence, members] = first
+            self.held[sequence, members] -= first - old
+
+    def _widen(self, columns: int) -> None:
+        """Make the table at least `columns` wide; copies it, by doubling."""
+        have = self.table.shape[2]
+        if columns > have:
+            wider = np.full((*self.table.shape[:2], max(columns, 2 * have)), -1, np.int32)
+            wider[:, :, :have] = self.table
+            self.table = wider
+
+    # ---- prefixes -------------------------------------------------------------------------------------------------
+
+    def adopt(self, sequence: int, match: PrefixMatch) -> None:
+        """Start an empty `sequence` with the blocks of a matched prefix, shared with the prefix index."""
+        size = self.spec.block_size
+        index = self.pool.index
+        tokens = match.num_blocks * size
+        self._widen(match.num_blocks)
+        for number, (group, members) in enumerate(zip(self.spec.groups, self._group_lanes, strict=True)):
+            first = 0 if group.window is None else max(0, tokens - (group.window - 1))
+            for block in range(first // size, match.num_blocks):
+                addresses = index.blocks(match.digests[block], number)
+                assert addresses is not None, "a match names only blocks that are there"
+                self.pool.arena.share(addresses)
+                self.table[sequence, members, block] = addresses
+            self.begin[sequence, members] = first
+            self.held[sequence, members] = tokens - first
+        self.seen[sequence] = tokens
+        index.touch(match.digests)
+
+    def publish(self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int) -> None:
+        """Enter the full blocks `first .. last - 1` of an uncompressed sequence into the prefix index."""
+        size = self.spec.block_size
+        if sequence in self.positions:
+            return  # a lane that lost a token is no prefix of anything
+        chain.extend(tokens, size, last)
+        for block in range(first, last):
+            blocks: list[Addresses | None] = []
+            for members in self._group_lanes:
+                addresses = self.table[sequence, members, block]
+                whole = bool((addresses >= 0).all()) and self.segments.native_from(sequence) <= block
+                blocks.append(addresses if whole else None)
+            self.pool.index.publish(chain, block, tokens[block * size : (block + 1) * size], blocks)
+
+    # ---- compaction -----------------------------------------------------------------------------------------------
+
+    def repack(
+        self, sequence: int, lanes: NDArray[np.int64], kept: Ints, unchanged: Ints
+    ) -> tuple[Addresses, Addresses] | None:
+        """Lay out `kept[i]` tokens in lane `lanes[i]`, of which the first `unchanged[i]` blocks stay as they are.
+
+        Later blocks are kept where they are private and replaced where they are shared. Returns the rows [n, C] of
+        the table as they were, and the addresses that are left over: these are still referenced, so that their bytes
+        can be read, and the caller releases them. None, and no change, when the blocks cannot be had now. `begin`
+        becomes 0 and `held` becomes `kept`.
+        """
+        size = self.spec.block_size
+        after = -(-kept // size)
+        arena = self.pool.arena
+        span = np.maximum(after - unchanged, 0)
+        rows = np.repeat(lanes, span)
+        columns = np.repeat(unchanged, span) + ragged_arange(span)
+        shared = arena.references(self.table[sequence, rows, columns]) > 1
+        needs: dict[int, int] = {}
+        for block_bytes in np.unique(self._block_bytes[rows[shared]]).tolist():
+            needs[block_bytes] = int((self._block_bytes[rows[shared]] == block_bytes).sum())
+        if not self.pool.ensure(needs):
+            return None
+        before = self.table[sequence, lanes]
+        old: list[Addresses] = []
+        for block_bytes, count in needs.items():
+            fresh = arena.allocate(count, block_bytes)
+            assert fresh is not None, "the pool promised these blocks"
+            chosen = shared & (self._block_bytes[rows] == block_bytes)
+            old.append(self.table[sequence, rows[chosen], columns[chosen]].copy())
+            self.table[sequence, rows[chosen], columns[chosen]] = fresh
+        beyond = np.arange(self.table.shape[2])[None, :] >= after[:, None]
+        part = self.table[sequence, lanes]
+        old.append(part[beyond & (part >= 0)])
+        part[beyond] = -1
+        self.table[sequence, lanes] = part
+        self.begin[sequence, lanes] = 0
+        self.held[sequence, lanes] = kept
+        self._room[sequence] = 0
+        return before, np.concatenate(old)
+
+    def positions_of(self, sequence: int, lane: int) -> Ints:
+        """Return the positions [held] of what a lane holds, in slot order."""
+        begin, held = int(self.begin[sequence, lane]), int(self.held[sequence, lane])
+        if sequence in self.positions:
+            return self.positions[sequence][lane, begin : begin + held].copy()
+        return np.arange(begin, begin + held, dtype=np.int32)
+
+    def track_positions(self, sequence: int) -> Ints:
+        """Return the explicit positions [R, capacity] of a sequence, made on first use: position = slot until then."""
+        if sequence not in self.positions:
+            capacity = self.table.shape[2] * self.spec.block_size
+            everywhere = np.arange(capacity, dtype=np.int32)
+            self.positions[sequence] = np.repeat(everywhere[None, :], self.spec.num_lanes, axis=0)
+        return self.positions[sequence]
+
+    def _append_positions(self, sequence: int, num_tokens: int) -> None:
+        end = self.begin[sequence] + self.held[sequence]
+        positions = self.positions[sequence]
+        short = int(end.max()) + num_tokens - positions.shape[1]
+        if short > 0:
+            positions = np.pad(positions, ((0, 0), (0, max(short, positions.shape[1]))))
+            self.positions[sequence] = positions
+        slots = end[:, None] + np.arange(num_tokens)
+        positions[np.arange(len(end))[:, None], slots] = int(self.seen[sequence]) + np.arange(num_tokens)
+
+    # ---- holders and checks ---------------------------------------------------------------------------------------
+
+    def rename(self, renamed: Addresses) -> None:
+        """Follow blocks that moved (see `Holder`)."""
+        for sequence in self.open_sequences:
+            row = self.table[sequence]
+            live = row >= 0
+            new = renamed[self.pool.arena.cell_of(row[live])]
+            row[live] = np.where(new >= 0, new, row[live])
+
+    def held_blocks(self) -> Iterator[Addresses]:
+        """Yield every address that a sequence references."""
+        for sequence in self.open_sequences:
+            row = self.table[sequence]
+            yield row[row >= 0]
+
+    def sequence_bytes(self, sequence: int) -> int:
+        """Return the bytes of all blocks of `sequence`, shared ones in full."""
+        counts = (self.table[sequence] >= 0).sum(axis=1)
+        return int((counts * self._block_bytes).sum()) + self.segments.extra_bytes(sequence, self.spec)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless tables, counters and windows agree."""
+        size = self.spec.block_size
+        for sequence in self.open_sequences:
+            end = self.begin[sequence] + self.held[sequence]
+            assert (self.held[sequence] >= 0).all() and (self.begin[sequence] >= 0).all()
+            columns = np.arange(self.table.shape[2])
+            live = (columns >= (self.begin[sequence] // size)[:, None]) & (columns < (-(-end // size))[:, None])
+            there = self.table[sequence] >= 0
+            assert (there | ~live).all(), "a live slot has no block"
+            assert (~there | (columns >= (self.begin[sequence] // size)[:, None])).all(), "a freed slot has a block"
+            for lane in range(self.spec.num_lanes):
+                positions = self.positions_of(sequence, lane)
+                assert (np.diff(positions) > 0).all() and (not len(positions) or positions[-1] < self.seen[sequence])
+            if sequence not in self.positions:
+                assert (end == self.seen[sequence]).all(), "only a lossy lane may hold fewer slots than were seen"
+
+
+def ragged_arange(counts: Ints) -> Ints:
+    """Return 0..counts[0]-1, 0..counts[1]-1, ... in one array."""
+    total = int(counts.sum())
+    starts = np.cumsum(counts) - counts
+    return (np.arange(total) - np.repeat(starts, counts)).astype(np.int32)

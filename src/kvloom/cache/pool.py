@@ -1,0 +1,88 @@
+"""BlockPool: blocks for lanes, found by evacuating slabs and reclaiming cached prefixes when none is free. Torch-free."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from kvloom.cache.arena import Addresses, Arena, Move
+from kvloom.cache.prefix import PrefixIndex
+
+
+class Holder(Protocol):
+    """Something that keeps block addresses and must follow when blocks move."""
+
+    def rename(self, renamed: Addresses) -> None:
+        """Replace every kept address a by `renamed[cell of a]` where that is not -1."""
+
+    def held_blocks(self) -> Iterator[Addresses]:
+        """Yield arrays of the addresses kept, one entry for each reference held."""
+
+
+class BlockPool:
+    """One arena, the prefix index that lends from it, and whoever else holds addresses.
+
+    `copy` carries out moves of bytes; it is called before the moved blocks are used again.
+    """
+
+    def __init__(self, arena: Arena, index: PrefixIndex, copy: Callable[[Move], None]) -> None:
+        self.arena = arena
+        self.index = index
+        self.copy = copy
+        self.holders: list[Holder] = [index]
+        self.num_evacuated = 0
+
+    def ensure(self, needs: Mapping[int, int]) -> bool:
+        """Make room for `needs` (block bytes -> number): evacuate, then reclaim. False when it cannot be had now.
+
+        Blocks may move. Nothing that a request holds is lost; cached prefixes may be.
+        """
+        if self.arena.available(needs):
+            return True
+        if any(count > self._most_ever(size) for size, count in needs.items()):
+            return False
+        self.evacuate()
+        if self.arena.available(needs):
+            return True
+        pending = 0
+        for freed in self.index.reclaim():
+            pending += freed
+            if self.arena.available(needs):
+                return True
+            if pending >= sum(size * count for size, count in needs.items()):
+                self.evacuate()
+                pending = 0
+                if self.arena.available(needs):
+                    return True
+        self.evacuate()
+        return self.arena.available(needs)
+
+    def _most_ever(self, block_bytes: int) -> int:
+        return self.arena.num_slabs * self.arena.blocks_per_slab(block_bytes)
+
+    def evacuate(self) -> None:
+        """Empty nearly empty slabs into fuller ones; addresses change everywhere at once."""
+        moves = self.arena.evacuation()
+        if not moves:
+            return
+        renamed = np.full(self.arena.num_cells, -1, np.int32)
+        for move in moves:
+            self.copy(move)
+            renamed[self.arena.cell_of(move.source)] = move.target
+            self.num_evacuated += len(move.source)
+        for holder in self.holders:
+            holder.rename(renamed)
+
+    @property
+    def reclaimable_bytes(self) -> int:
+        """Bytes that are free, plus those that only the prefix index keeps."""
+        return self.arena.num_bytes - self.arena.used_bytes + self.index.idle_bytes
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless every reference count equals the references that holders really hold."""
+        self.arena.check_invariants()
+        counted = np.zeros(self.arena.num_cells, np.int32)
+        for holder in self.holders:
+            for addresses in holder.held_blocks():
+                np.add.at(counted, self.arena.cell_of(addresses), 1)
+        assert (counted == self.arena.refs).all(), "references and holders disagree"

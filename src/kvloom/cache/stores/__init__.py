@@ -1,0 +1,1 @@
+"""Storage formats of K and V inside a block."""

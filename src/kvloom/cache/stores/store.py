@@ -1,0 +1,32 @@
+"""Store: how K and V of one lane's tokens are laid out inside a block. Nobody else makes views of the arena."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvloom.cache.arena import Addresses
+from kvloom.cache.memory import ArenaMemory
+from kvloom.spec.store import STORES, StoreSpec
+
+
+class Store(ABC):
+    """Encodes tokens into blocks and decodes blocks; `spec` says what that costs in bytes."""
+
+    def __init__(self, name: str, memory: ArenaMemory, block_size: int) -> None:
+        self.spec: StoreSpec = STORES.get(name)
+        self.memory = memory
+        self.block_size = block_size
+
+    @abstractmethod
+    def write(self, addresses: Addresses, slots: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put token i, k[i] [N, Dk] and v[i] [N, Dv], into slot `slots[i]` (0..P-1) of the block at `addresses[i]`."""
+
+    @abstractmethod
+    def read(self, addresses: Addresses, k_width: int, v_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K [N, P, Dk] and V [N, P, Dv] of the blocks at `addresses` [N], in the store's compute dtype."""
+
+    def block_bytes(self, k_width: int, v_width: int) -> int:
+        """Return the bytes of one block."""
+        return self.spec.block_bytes(self.block_size, k_width, v_width)

@@ -1,0 +1,1 @@
+"""Requests, scheduling, one step at a time."""

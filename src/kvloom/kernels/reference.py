@@ -1,0 +1,62 @@
+"""The definition of every operation: slow, obvious, in torch. Faster kernels are compared with these, one by one.
+
+Letters: T packed tokens, n new tokens of one sequence, S slots, H query heads, G KV heads, r = H / G, D width.
+"""
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x [..., D] / rms(x) * weight [D], computed in float32 (Zhang and Sennrich 2019)."""
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normal * weight.float()).to(x.dtype)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [T, heads, D] by cos, sin [T, D / 2]; pairs are (i, i + D / 2), the half-split layout."""
+    first, second = x.float().chunk(2, dim=-1)
+    c, s = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+
+def visible_slots(n: int, slots: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return [n, S] bool: which slots the n newest tokens see, when token i sits in slot S - n + i.
+
+    Causal: j <= S - n + i. Window: the query itself and the window - 1 slots before it.
+    """
+    query = torch.arange(slots - n, slots, device=device)[:, None]
+    slot = torch.arange(slots, device=device)[None, :]
+    seen = slot <= query
+    if window is not None:
+        seen &= slot > query - window
+    return seen
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    held: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the n newest tokens of one sequence over its lanes of one layer.
+
+    q [n, H, D], k [G, S, D], v [G, S, Dv]; lane g holds its `held[g]` tokens in slots S - held[g] .. S - 1, in
+    chronological order, the newest n included. Returns out [n, H, Dv] in the dtype of q and the log-sum-exp of the
+    scaled scores [n, H] in float32. Query head h reads lane h // r. Arithmetic is float32 or wider.
+    """
+    n, heads, width = q.shape
+    lanes, slots, _ = k.shape
+    seen = visible_slots(n, slots, window, q.device)[None] & (
+        torch.arange(slots, device=q.device)[None, None, :] >= slots - held[:, None, None]
+    )  # [G, n, S]
+    group = heads // lanes
+    query = q.float().view(n, lanes, group, width).permute(1, 2, 0, 3).reshape(lanes, group * n, width)
+    scores = torch.bmm(query, k.float().transpose(1, 2)) * scale
+    scores = scores.view(lanes, group, n, slots).masked_fill(~seen[:, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None]).view(lanes, group * n, slots)
+    out = torch.bmm(weights, v.float()).view(lanes, group, n, -1)
+    return out.permute(2, 0, 1, 3).reshape(n, heads, -1).to(q.dtype), lse.permute(2, 0, 1).reshape(n, heads)

@@ -1,0 +1,150 @@
+"""KVSpec: which lanes a model has and what their blocks cost. Planner and allocator both ask here.
+
+A *lane* is one KV head of one layer of one request; a *block* stores `block_size` tokens of one lane.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvloom.errors import InvalidInputError
+from kvloom.spec.store import SLAB_BYTES, STORES
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """The lanes of one layer: their number, their widths in elements, and how far back they are read.
+
+    `window` counts the query itself (query i sees keys j with 0 <= i - j < window); None means all.
+    `source` names an earlier layer whose lanes this layer reads instead of having its own (YOCO, Gemma 3n).
+    """
+
+    num_lanes: int
+    k_width: int
+    v_width: int
+    window: int | None = None
+    source: int | None = None
+
+
+@dataclass(frozen=True)
+class LaneGroup:
+    """Lanes that hold the same span of tokens in blocks of the same size: they come and go together."""
+
+    layers: tuple[int, ...]
+    lanes: tuple[int, ...]
+    window: int | None
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """All lanes of a model, in the native store of its dtype, with `block_size` tokens a block.
+
+    Lanes are numbered layer by layer: layer l owns `lane_offset[l] .. lane_offset[l] + num_lanes - 1`.
+    """
+
+    layers: tuple[LayerKV, ...]
+    block_size: int
+    store: str
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise InvalidInputError(f"block_size is {self.block_size}; it must be at least 1 token")
+        for index, layer in enumerate(self.layers):
+            if layer.source is not None and not 0 <= layer.source < index:
+                raise InvalidInputError(f"layer {index} reads the lanes of layer {layer.source}, which is not earlier")
+            size = self.layer_block_bytes(index)
+            if size > SLAB_BYTES:
+                raise InvalidInputError(
+                    f"a block of {self.block_size} tokens of layer {index} needs {size} bytes; "
+                    f"a slab has {SLAB_BYTES}. Use a smaller block size"
+                )
+
+    def layer_block_bytes(self, layer: int, store: str | None = None) -> int:
+        """Return the bytes of one block of one lane of `layer`, in `store` or the native one."""
+        kv = self.layers[layer]
+        return STORES.get(store or self.store).block_bytes(self.block_size, kv.k_width, kv.v_width)
+
+    @cached_property
+    def lane_offset(self) -> tuple[int, ...]:
+        """First lane of each layer; a layer with a `source` repeats the offset of its source."""
+        offsets: list[int] = []
+        total = 0
+        for layer in self.layers:
+            if layer.source is not None:
+                offsets.append(offsets[layer.source])
+            else:
+                offsets.append(total)
+                total += layer.num_lanes
+        return tuple(offsets)
+
+    @cached_property
+    def lane_layer(self) -> tuple[int, ...]:
+        """Owning layer of each lane."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.source is None for _ in range(layer.num_lanes))
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of one request over all layers."""
+        return len(self.lane_layer)
+
+    @cached_property
+    def groups(self) -> tuple[LaneGroup, ...]:
+        """Lanes by (window, block bytes), in the order of their first layer."""
+        found: dict[tuple[int | None, int], list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            if layer.source is None:
+                found.setdefault((layer.window, self.layer_block_bytes(index)), []).append(index)
+        return tuple(
+            LaneGroup(
+                layers=tuple(members),
+                lanes=tuple(
+                    self.lane_offset[m] + head for m in members for head in range(self.layers[m].num_lanes)
+                ),
+                window=window,
+                block_bytes=size,
+            )
+            for (window, size), members in found.items()
+        )
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs while no window is full, without rounding to blocks or granules."""
+        spec = STORES.get(self.store)
+        return sum(
+            kv.num_lanes * spec.payload_bytes(1, kv.k_width, kv.v_width) for kv in self.layers if kv.source is None
+        )
+
+    def lane_blocks(self, num_tokens: int, window: int | None, chunk: int = 1) -> int:
+        r"""Return the most blocks that one lane holds at once on the way to `num_tokens`.
+
+        A windowed lane, before it processes a chunk, still needs the `window - 1` tokens behind it::
+
+            freed blocks | begin ...... window - 1 ...... | ... chunk ... |
+            -------------+--------------------------------+---------------+--> tokens
+
+        and may straddle one block more than its tokens fill.
+        """
+        blocks = -(-num_tokens // self.block_size)
+        if window is None:
+            return blocks
+        span = window - 1 + min(chunk, num_tokens)
+        return min(blocks, -(-(span - 1) // self.block_size) + 1)
+
+    def request_bytes(self, num_tokens: int, chunk: int = 1) -> int:
+        """Return the peak arena bytes of one request of `num_tokens`, processed in chunks of at most `chunk`."""
+        return sum(
+            len(group.lanes) * group.block_bytes * self.lane_blocks(num_tokens, group.window, chunk)
+            for group in self.groups
+        )
+
+    def max_tokens_in(self, num_bytes: int, chunk: int = 1) -> int:
+        """Return the longest request, in tokens, whose `request_bytes` are at most `num_bytes`."""
+        low, high = 0, 1
+        while self.request_bytes(high, chunk) <= num_bytes:
+            low, high = high, high * 2
+            if high > 1 << 40:
+                return low
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.request_bytes(middle, chunk) <= num_bytes else (low, middle)
+        return low
