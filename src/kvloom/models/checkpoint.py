@@ -1,0 +1,186 @@
+"""Checkpoint: everything that a model's files say, under one roof: config, canonical weights, generation defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError
+from kvloom.models.config import DecoderConfig
+from kvloom.models.families import Family, family_of_config, family_of_gguf
+from kvloom.models.families.weight import Transform, Weight
+from kvloom.models.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    import torch
+
+_HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+_HARMLESS_GGUF = ("rope_freqs.weight",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. `path` is its folder or GGUF file; weights are read only by `tensors`."""
+
+    name: str
+    path: Path
+    family: Family
+    config: DecoderConfig
+    generation_config: dict[str, Any] = field(repr=False)
+    _file: TensorFile = field(repr=False)
+    _stored_names: dict[str, str] = field(repr=False)
+
+    @property
+    def is_gguf(self) -> bool:
+        """True when the model is one GGUF file."""
+        return self.path.is_file()
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return an iterator over (canonical name, tensor), one fresh CPU tensor at a time.
+
+        Matrices are [out, in] in `dtype`; weights of norms hold what the norm multiplies with, in float32. The names
+        are those of `family.expected(config)`. Before the first tensor is read, every missing, unexpected, misshapen
+        or unreadable one is named in one `CheckpointError`.
+        """
+        self.check()
+        return self._stream(dtype)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type."""
+        shapes, unreadable = self._file.shapes, self._file.unreadable
+        faults: list[str] = []
+        wanted: set[str] = set()
+        for _, layer, weight in self.family.expected(self.config):
+            source = self._source_name(weight, layer)
+            stored = self._stored_names.get(source)
+            wanted.add(source)
+            if stored is None:
+                faults.append(f"{source} is missing")
+                continue
+            shape = weight.shape(self.config)
+            if shapes[stored] != shape:
+                faults.append(f"{stored} has shape {list(shapes[stored])}, expected {list(shape)}")
+            elif stored in unreadable:
+                known = "F32, F16, BF16, Q8_0, Q4_0/1, Q5_0/1, Q4_K, Q5_K, Q6_K" if self.is_gguf else "F64/32/16, BF16"
+                faults.append(f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})")
+        faults += [f"{name} is unexpected" for name in self._stored_names if name not in wanted]
+        if faults:
+            raise CheckpointError(
+                f"the weights in {self.path} do not fit its config ({len(faults)} faults): {'; '.join(faults)}"
+            )
+
+    def _stream(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        import torch
+
+        for name, layer, weight in self.family.expected(self.config):
+            stored = self._stored_names[self._source_name(weight, layer)]
+            tensor = self._file.read(stored, torch.float32 if weight.is_norm else dtype)
+            transform: Transform = weight.from_gguf if self.is_gguf else weight.from_hf
+            yield name, transform(tensor, self.config).contiguous()
+
+    def _source_name(self, weight: Weight, layer: int) -> str:
+        return (weight.gguf if self.is_gguf else weight.hf).format(i=layer)
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Return the checkpoint that `model` names: a folder with safetensors or a `.gguf` file.
+
+    Raises `ModelNotFoundError`, `CheckpointError` for damaged files and `UnsupportedError` for models that kvloom
+    cannot run, with all reasons.
+    """
+    path = Path(model).expanduser()
+    if path.exists() and revision is not None:
+        raise InvalidInputError(f"revision {revision!r} is for models of the hub; {path} is a local path")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is not a model; expected a folder with safetensors or a .gguf file")
+        return _open_gguf(model, path)
+    if path.is_dir():
+        return _open_folder(model, path)
+    raise ModelNotFoundError(f"no model {model!r}: it is neither a folder nor a .gguf file here")
+
+
+def _open_gguf(name: str, path: Path) -> Checkpoint:
+    from kvloom.models.gguf_config import config_of_gguf
+    from kvloom.models.gguf_file import GGUFFile
+
+    file = GGUFFile(path)
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path} does not say its architecture; fetch the model again")
+    family = family_of_gguf(architecture)
+    config = family.config(config_of_gguf(file, family))
+    names = {name: name for name in file.shapes if name not in _HARMLESS_GGUF}
+    return Checkpoint(name, path, family, config, {}, file, names)
+
+
+def _open_folder(name: str, path: Path) -> Checkpoint:
+    from kvloom.models.safetensors_folder import SafetensorsFolder
+
+    raw = _read_json(path / "config.json", required=True)
+    family = family_of_config(raw)
+    config = family.config(raw)
+    generation_config = _read_json(path / "generation_config.json", required=False)
+    config = replace(config, eos_token_ids=_merged_eos(config, generation_config, path))
+    file = SafetensorsFolder(path)
+    names = _text_names(file, family)
+    if config.tie_embeddings and "lm_head.weight" in names:
+        config = _resolve_tie(config, file, names)
+    return Checkpoint(name, path, family, config, generation_config, file, names)
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{path.parent} has no {path.name}; expected the folder of a Hugging Face model")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; fetch the model again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _merged_eos(config: DecoderConfig, generation_config: dict[str, Any], path: Path) -> tuple[int, ...]:
+    found = generation_config.get("eos_token_id")
+    extra = found if isinstance(found, list) else [] if found is None else [found]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in extra):
+        raise CheckpointError(f"{path / 'generation_config.json'}: eos_token_id is {found!r}, expected token ids")
+    return tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
+
+
+def _text_names(file: TensorFile, family: Family) -> dict[str, str]:
+    """Return the name in the file of each tensor of the text model, without what wraps it or never matters."""
+    names: dict[str, str] = {}
+    for stored in file.shapes:
+        if stored.startswith(family.ignored) or stored.endswith(_HARMLESS_SUFFIXES):
+            continue
+        name = stored
+        for there, here in family.hf_prefixes:
+            if stored.startswith(there):
+                name = here + stored.removeprefix(there)
+                break
+        names[name] = stored
+    return names
+
+
+def _resolve_tie(config: DecoderConfig, file: TensorFile, names: dict[str, str]) -> DecoderConfig:
+    """Drop a copy of the embeddings stored as output matrix; where the two differ, they are not tied.
+
+    Some checkpoints declare tied embeddings and yet hold both; their values decide, as they do in transformers.
+    """
+    import torch
+
+    embed = names.get("model.embed_tokens.weight")
+    head = names["lm_head.weight"]
+    if embed is None or file.shapes[embed] != file.shapes[head]:
+        return config
+    if torch.equal(file.read(embed, torch.float32), file.read(head, torch.float32)):
+        del names["lm_head.weight"]
+        return config
+    return replace(config, tie_embeddings=False)

@@ -1,0 +1,46 @@
+"""Model families: config and weight names, as data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvloom.errors import CheckpointError, UnsupportedError
+from kvloom.models.families.family import Family
+from kvloom.models.families.gemma3 import GEMMA3
+from kvloom.models.families.llama import LLAMA
+from kvloom.registry import Registry, nearest
+
+FAMILIES: Registry[Family] = Registry("model family")
+for _family in (LLAMA, GEMMA3):
+    FAMILIES.register(_family.name, _family)
+
+__all__ = ["FAMILIES", "Family", "family_of_config", "family_of_gguf"]
+
+
+def family_of_config(raw: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json, by its `architectures`, else its `model_type`.
+
+    Raises `UnsupportedError` naming the known architectures, or `CheckpointError` when the config names none.
+    """
+    names = raw.get("architectures") or []
+    model_type = raw.get("model_type")
+    if not isinstance(names, list) or not (names or model_type):
+        raise CheckpointError("config.json names neither architectures nor a model_type; fetch the model again")
+    families = [family for _, family in FAMILIES.items()]
+    for family in families:
+        if any(name in family.architectures for name in names) or (not names and model_type in family.model_types):
+            return family
+    wanted = str(names[0] if names else model_type)
+    known = [name for family in families for name in (family.architectures if names else family.model_types)]
+    reasons = [f"kvloom knows {', '.join(known)}{nearest(wanted, known)}"]
+    if raw.get("auto_map"):
+        reasons.append("it needs code from the checkpoint (auto_map), which kvloom never runs")
+    raise UnsupportedError(f"the architecture {wanted!r}", reasons)
+
+
+def family_of_gguf(architecture: str) -> Family:
+    """Return the family of a GGUF file's `general.architecture`; raises `UnsupportedError` naming the known ones."""
+    families = {family.gguf_architecture: family for _, family in FAMILIES.items()}
+    if architecture not in families:
+        hint = nearest(architecture, list(families))
+        raise UnsupportedError(f"the GGUF architecture {architecture!r}", [f"kvloom knows {', '.join(families)}{hint}"])
+    return families[architecture]

@@ -1,0 +1,78 @@
+"""Family: what a kind of model calls its config entries and weights. All that differs between families is data."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvloom.models.config import DecoderConfig
+from kvloom.models.families.config_reader import ConfigReader
+from kvloom.models.families.weight import Weight
+
+GGUF_CONFIG_KEYS: dict[str, str] = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+}
+"""Metadata of a GGUF file, after the architecture's prefix, to the entry of a config.json that means the same."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model.
+
+    `architectures` and `model_types` are its names in a config.json, `gguf_architecture` the one in a GGUF file.
+    `configure` reads a config (over `defaults`) into a `DecoderConfig`. `from_gguf` adds to a config made from a
+    GGUF file's metadata what GGUF implies and does not write; it edits the config in place. `weights` lists every
+    tensor; `hf_prefixes` are tried in turn where a checkpoint wraps the text model, as (prefix there, prefix here);
+    names in a file that start with one of `ignored` belong to parts that text does not use.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    gguf_architecture: str
+    defaults: Mapping[str, Any]
+    configure: Callable[[ConfigReader], DecoderConfig]
+    from_gguf: Callable[[dict[str, Any]], None]
+    weights: tuple[Weight, ...]
+    hf_prefixes: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    gguf_config_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_CONFIG_KEYS)
+
+    def config(self, raw: Mapping[str, Any]) -> DecoderConfig:
+        """Return the `DecoderConfig` of a config.json; a nested `text_config` is the one that counts.
+
+        Raises `CheckpointError` for malformed entries and `UnsupportedError` for what kvloom cannot run, each with
+        all its reasons.
+        """
+        text = raw.get("text_config")
+        merged = {**raw, **text} if isinstance(text, dict) else dict(raw)
+        reader = ConfigReader(self.name, merged, dict(self.defaults))
+        reader.refuse_if_set("quantization_config")
+        config = self.configure(reader)
+        if config.num_heads % config.num_kv_heads:
+            reader.wrong("num_attention_heads", f"a multiple of {config.num_kv_heads} KV heads", config.num_heads)
+        if config.head_dim % 2:
+            reader.wrong("head_dim", "an even number", config.head_dim)
+        reader.finish()
+        return config
+
+    def expected(self, config: DecoderConfig) -> Iterator[tuple[str, int, Weight]]:
+        """Yield (canonical name, layer, weight) of every tensor that a model of `config` has, in loading order.
+
+        `layer` is 0 for tensors outside the layers.
+        """
+        for weight in self.weights:
+            if weight.when(config) and not weight.per_layer:
+                yield weight.name, 0, weight
+        for layer in range(config.num_layers):
+            for weight in self.weights:
+                if weight.when(config) and weight.per_layer:
+                    yield weight.name.format(i=layer), layer, weight

@@ -1,0 +1,100 @@
+"""The config.json that a GGUF file's metadata stand for."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kvloom.errors import CheckpointError, UnsupportedError
+from kvloom.models.families.family import Family
+from kvloom.models.gguf_file import GGUFFile
+
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
+
+
+def config_of_gguf(file: GGUFFile, family: Family) -> dict[str, Any]:
+    """Return what the model's config.json would say, from metadata and tensors of the file.
+
+    Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts, unequal layers
+    and rotary embeddings that the metadata describe but no supported kind matches.
+    """
+    metadata, prefix = file.metadata, family.gguf_architecture + "."
+    shapes = file.shapes
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError(f"{file.path} has no tensor 'token_embd.weight'; fetch the model again")
+    config: dict[str, Any] = {}
+    for key, name in family.gguf_config_keys.items():
+        value = metadata.get(prefix + key)
+        if isinstance(value, np.ndarray):
+            value = _single(value, f"{prefix}{key}", file)
+        if value is not None:
+            config[name] = value
+    config["vocab_size"] = shapes["token_embd.weight"][0]
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    config["eos_token_id"] = [token for token in ends if token is not None]
+    family.from_gguf(config)
+    _check_widths(file, prefix, config)
+    config["rope_scaling"] = _rope_scaling(file, prefix, config)
+    return config
+
+
+def _single(values: np.ndarray[Any, Any], key: str, file: GGUFFile) -> Any:
+    distinct = np.unique(values)
+    if distinct.size != 1:
+        raise UnsupportedError(str(file.path), [f"{key} differs between layers"])
+    return distinct[0].item()
+
+
+def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any]) -> None:
+    reasons = []
+    if file.metadata.get(prefix + "expert_count", 0):
+        reasons.append(f"{prefix}expert_count is {file.metadata[prefix + 'expert_count']}: experts are not supported")
+    width = file.metadata.get(prefix + "attention.key_length")
+    value_width = file.metadata.get(prefix + "attention.value_length", width)
+    if value_width != width:
+        reasons.append(f"keys have {width} elements a head and values {value_width}")
+    head_dim = _head_dim(config)
+    rotated = file.metadata.get(prefix + "rope.dimension_count", head_dim)
+    if head_dim and rotated != head_dim:
+        reasons.append(f"only {rotated} of the {head_dim} elements of a head are rotated")
+    if reasons:
+        raise UnsupportedError(str(file.path), reasons)
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    if config.get("head_dim"):
+        return int(config["head_dim"])
+    return int(config.get("hidden_size", 0)) // max(1, int(config.get("num_attention_heads", 1)))
+
+
+def _rope_scaling(file: GGUFFile, prefix: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    kind = file.metadata.get(prefix + "rope.scaling.type", "none")
+    factor = file.metadata.get(prefix + "rope.scaling.factor")
+    legacy = file.metadata.get(prefix + "rope.scale_linear")
+    if "rope_freqs.weight" in file.shapes:
+        return _llama3_scaling(file, config)
+    if kind != "none":
+        return {"rope_type": kind, "factor": factor}
+    return {"rope_type": "linear", "factor": legacy} if legacy else None
+
+
+def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Recognise, in the divisors of each frequency, the llama3 kind with the constants of every released model.
+
+    Low frequencies are divided by the factor, high ones by 1, and those between are interpolated; the file holds
+    only the divisors, so any other curve is refused.
+    """
+    divisors = file.read_array("rope_freqs.weight")
+    head_dim, base = _head_dim(config), float(config.get("rope_theta", 10000.0))
+    factor = float(divisors.max())
+    low, high = _LLAMA3_SCALING["low_freq_factor"], _LLAMA3_SCALING["high_freq_factor"]
+    wavelengths = 2 * math.pi * base ** (2.0 * np.arange(divisors.size) / head_dim)
+    turns = _LLAMA3_SCALING["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    if divisors.size != head_dim // 2 or not np.allclose(divisors, expected, rtol=1e-4):
+        raise UnsupportedError(str(file.path), ["the divisors of its rotary frequencies fit no supported kind"])
+    return {"rope_type": "llama3", "factor": factor, **_LLAMA3_SCALING}
