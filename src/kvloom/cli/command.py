@@ -1,0 +1,78 @@
+"""Command, Group and Flag: click's, with an environment twin for every flag, `--config`, and sections in `--help`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvloom.cli.configfile import read_config
+
+
+class Flag(click.Option):
+    """An option whose environment twin is KVLOOM_<FLAG>, listed under `section` in the help of its command."""
+
+    def __init__(self, declarations: Iterable[str], *, section: str = "Options", **attributes: Any) -> None:
+        super().__init__(list(declarations), **attributes)
+        self.section = section
+        self.envvar = "KVLOOM_" + self.flag.upper().replace("-", "_")
+
+    @property
+    def flag(self) -> str:
+        """Long name without the dashes in front: `max-model-len`."""
+        return next(name for name in self.opts if name.startswith("--")).removeprefix("--")
+
+
+class Command(click.Command):
+    """A command all of whose options are `Flag`s; it reads `--config` before any other."""
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        attributes["context_settings"] = {"show_default": True, "max_content_width": 110}
+        super().__init__(*arguments, **attributes)
+        self.params.append(
+            Flag(
+                ["--config"],
+                type=click.Path(path_type=Path),
+                metavar="FILE.yaml",
+                is_eager=True,
+                expose_value=False,
+                callback=self._load_config,
+                help="Read flags from a YAML file; the command line and the environment win over it.",
+            )
+        )
+        self.epilog = (
+            "Every flag has an environment twin: --some-flag is KVLOOM_SOME_FLAG. "
+            "Order of precedence: command line, environment, --config, default."
+        )
+
+    @property
+    def flags(self) -> dict[str, Flag]:
+        """All flags by long name, in the order of declaration."""
+        return {param.flag: param for param in self.params if isinstance(param, Flag)}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, section by section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                sections.setdefault(param.section if isinstance(param, Flag) else "Options", []).append(record)
+        for title in sorted(sections, key=lambda title: title == "Options"):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
+
+    def _load_config(self, ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+        if path is not None:
+            options = {name: flag for name, flag in self.flags.items() if name != "config"}
+            ctx.default_map = read_config(path, options)
+
+
+class Group(click.Group):
+    """The root of the commands; its help lists them in the order of their use."""
+
+    def __init__(self, name: str, commands: Iterable[click.Command], **attributes: Any) -> None:
+        super().__init__(name, commands=list(commands), **attributes)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of registration."""
+        return list(self.commands)

@@ -1,0 +1,80 @@
+"""Flags of the engine: the model's precision and length, and the memory of its KV cache. Names as in vLLM."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from kvloom.cli.command import Flag
+from kvloom.cli.values import ByteCount, TokenCount
+from kvloom.engine.config import DTYPES, MAX_KV_BYTES_BY_DEFAULT, EngineConfig
+from kvloom.units import format_bytes
+
+DEFAULT_MODEL = "smollm2"
+"""Name in the catalogue of the model that commands use when none is named."""
+
+MODEL_FLAG = Flag(
+    ["--model"],
+    section="Model and memory",
+    metavar="MODEL",
+    default=DEFAULT_MODEL,
+    help="Same as MODEL: a Hugging Face id, a folder with safetensors, a .gguf file or a catalogue name.",
+)
+
+_DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
+
+
+def _flag(name: str, help: str, **attributes: Any) -> Flag:
+    """Return the flag of one field of `EngineConfig`, with the field's default unless `attributes` has another."""
+    field = name.removeprefix("--").split("/")[0].replace("-", "_")
+    attributes.setdefault("default", _DEFAULTS[field])
+    return Flag([name], section="Model and memory", help=help, **attributes)
+
+
+ENGINE_FLAGS = [
+    Flag(
+        ["--tokenizer"],
+        section="Model and memory",
+        metavar="MODEL",
+        help="Tokenizer of this model instead, in any form that MODEL has.",
+    ),
+    _flag(
+        "--dtype",
+        "Of weights, activations and KV cache; auto is bfloat16 where the CPU computes in it, else float32.",
+        type=click.Choice(DTYPES),
+    ),
+    _flag(
+        "--max-model-len",
+        "Longest prompt plus answer; 4k is 4000, 4K is 4096. auto: what the model was made for and the memory holds.",
+        type=TokenCount(),
+        metavar="TOKENS",
+        default="auto",
+    ),
+    _flag(
+        "--kv-cache-memory-bytes",
+        "Memory of the KV cache, e.g. 512MiB or 2GB. Without it: what --max-num-seqs sequences can use, "
+        f"within half the free memory and {format_bytes(MAX_KV_BYTES_BY_DEFAULT)}.",
+        type=ByteCount(),
+        metavar="BYTES",
+    ),
+    _flag("--block-size", "Tokens of one KV head in a block of the cache.", type=int, metavar="TOKENS"),
+    _flag(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        "Reuse the KV of a prompt's beginning that was computed before.",
+    ),
+    _flag("--max-num-seqs", "Most sequences that run at once.", type=int),
+    _flag(
+        "--max-num-batched-tokens",
+        "Most tokens in one step; longer prompts are read in chunks of it.",
+        type=TokenCount(),
+        metavar="TOKENS",
+    ),
+]
+"""What `LLM` takes beside the model."""
+
+
+def engine_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of `LLM` among `values`; flags that were not given are left to its defaults."""
+    names = {str(flag.name) for flag in ENGINE_FLAGS}
+    return {name: value for name, value in values.items() if name in names and value is not None}

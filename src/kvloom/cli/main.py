@@ -1,0 +1,98 @@
+"""The `kvloom` command: its tree of commands, and how every failure becomes one line and an exit code.
+
+Exit codes: 0 done; 2 wrong usage or input; 3 to 8 the other deliberate errors (`kvloom.errors`); 70 a bug of ours;
+130 interrupted by Ctrl-C; 141 nobody reads the output any more.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+import kvloom
+from kvloom.cli.chat import chat
+from kvloom.cli.collectenv import collect_env
+from kvloom.cli.command import Group
+from kvloom.cli.generate import generate
+from kvloom.cli.pull import pull
+from kvloom.cli.twins import misspelt_twins
+from kvloom.errors import KvloomError
+
+BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
+
+cli = Group(
+    "kvloom",
+    help="Plan, measure and serve the KV cache of large language models.",
+    commands=[generate, chat, pull, collect_env],
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=lambda ctx, param, asked: asked and _print_version(ctx),
+            help="Print the version and exit.",
+        )
+    ],
+    epilog="KVLOOM_DEBUG=1 shows the traceback of an error.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `kvloom` with `arguments` (the process's own by default) and exit with its status."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `kvloom` with `arguments` and return its exit code; failures are one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for warning in misspelt_twins(os.environ, cli):
+        sys.stderr.write(f"warning: {warning}\n")
+    try:
+        with cli.make_context("kvloom", list(arguments)) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as finished:
+        return finished.exit_code
+    except click.exceptions.NoArgsIsHelpError as usage:
+        usage.show()
+        return usage.exit_code
+    except click.ClickException as usage:
+        return _fail(usage, usage.format_message().rstrip(".") + _help_hint(usage), usage.exit_code)
+    except KvloomError as error:
+        return _fail(error, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush has a reader
+        return BROKEN_PIPE
+    except Exception as bug:
+        hint = "" if _debugging() else " (KVLOOM_DEBUG=1 shows where)"
+        return _fail(bug, f"unexpected {type(bug).__name__}: {bug}{hint}", BUG)
+
+
+def _fail(error: Exception, message: str, code: int) -> int:
+    """Report `error` on one line, after its traceback when debugging, and return `code`."""
+    if _debugging():
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code
+
+
+def _help_hint(usage: click.ClickException) -> str:
+    context = usage.ctx if isinstance(usage, click.UsageError) else None
+    return f". See `{context.command_path} --help`" if context else ""
+
+
+def _debugging() -> bool:
+    return os.environ.get("KVLOOM_DEBUG", "0") not in ("", "0")
+
+
+def _print_version(ctx: click.Context) -> NoReturn:
+    click.echo(f"kvloom {kvloom.__version__}")
+    ctx.exit()

@@ -1,0 +1,23 @@
+"""Environment twins of flags: finds variables that look like one and are none, so that no setting is lost silently."""
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+from kvloom.cli.command import Command
+
+PREFIX = "KVLOOM_"
+
+
+def misspelt_twins(environment: Iterable[str], cli: click.Group) -> list[str]:
+    """Return a warning for each variable of `environment` whose name is nearly, but not quite, the twin of a flag."""
+    flags = {flag for command in cli.commands.values() if isinstance(command, Command) for flag in command.flags}
+    known = sorted(flag.upper().replace("-", "_") for flag in flags)
+    warnings = []
+    for variable in sorted(environment):
+        name = variable.removeprefix(PREFIX)
+        if variable.startswith(PREFIX) and name not in known:
+            for close in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                warnings.append(f"{variable} is no setting of kvloom and is ignored; did you mean {PREFIX}{close}?")
+    return warnings

@@ -1,0 +1,54 @@
+"""What the architecture tests look at: the source tree of this checkout."""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Python file of the package: its dotted name, path and syntax tree."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        """First part of the name below `kvloom`; the package itself is the room `kvloom`."""
+        parts = self.name.split(".")
+        return "cli" if parts[1:] == ["__main__"] else parts[min(1, len(parts) - 1)]
+
+
+def read_modules() -> list[Module]:
+    """Return every module of the package."""
+    modules = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules.append(Module(name, path, ast.parse(path.read_text(encoding="utf-8"), str(path))))
+    return modules
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Folder of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def modules() -> list[Module]:
+    """All modules of the package."""
+    return read_modules()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test that asks for `module` every module in turn."""
+    if "module" in metafunc.fixturenames:
+        found = read_modules()
+        metafunc.parametrize("module", found, ids=[module.name for module in found])
