@@ -106,8 +106,8 @@ class KVCache:
             addresses = self.lanes.table[sequence, view.first : view.first + view.num_lanes, first:last]
             k, v = self.native.read(addresses.ravel(), view.k_width, view.v_width)
             span = slice(begin - first * size, begin - first * size + int(held[0]))
-            k = k.view(view.num_lanes, -1, view.k_width)[:, span]
-            v = v.view(view.num_lanes, -1, view.v_width)[:, span]
+            k = k.reshape(view.num_lanes, -1, view.k_width)[:, span]
+            v = v.reshape(view.num_lanes, -1, view.v_width)[:, span]
             return k, v, held
         longest = int(held.max())
         parts = [self.read_lane(sequence, lane) for lane in lanes]

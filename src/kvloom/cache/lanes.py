@@ -44,6 +44,7 @@ class LaneTable:
         self.seen: NDArray[np.int64] = np.zeros(max_sequences, np.int64)
         self.segments = SegmentList(max_sequences, lanes)
         self.positions: dict[int, Ints] = {}  # [R, capacity] by slot, for sequences that lost tokens in the middle
+        self.peak_bytes = [0] * max_sequences  # most bytes held since `open`
         self._room = [0] * max_sequences  # tokens that fit without any bookkeeping
         self._free = list(range(max_sequences - 1, -1, -1))
         self._group_lanes = [np.asarray(group.lanes, np.int64) for group in spec.groups]
@@ -67,6 +68,7 @@ class LaneTable:
         self.held[sequence] = 0
         self.seen[sequence] = 0
         self._room[sequence] = 0
+        self.peak_bytes[sequence] = 0
         self.segments.clear(sequence)
         return sequence
 
@@ -173,6 +175,7 @@ class LaneTable:
         end = self.begin[sequence] + self.held[sequence]
         capacity = (first + count) * self.spec.block_size
         self._room[sequence] = int((capacity - end).min())
+        self.peak_bytes[sequence] = max(self.peak_bytes[sequence], self.sequence_bytes(sequence))
         return True
 
     def _leave_window(self, sequence: int) -> None:

@@ -1,0 +1,110 @@
+"""EngineConfig: how an engine is set up, and what "auto" comes to on this machine. Torch-free."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvloom.errors import DoesNotFitError, InvalidInputError
+from kvloom.registry import nearest
+from kvloom.spec.kv import KVSpec
+from kvloom.spec.store import SLAB_BYTES
+from kvloom.units import GIB, format_bytes
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MAX_KV_BYTES_BY_DEFAULT = 4 * GIB
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine, checked on construction (`InvalidInputError`); None and "auto" are resolved at start.
+
+    `kv_cache_memory_bytes` is the arena; on the CPU its pages are committed only when written. `max_num_batched_tokens`
+    is the budget of one step and so the size of a prefill chunk.
+    """
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            hint = nearest(str(self.dtype), list(DTYPES))
+            raise InvalidInputError(f"unknown dtype {self.dtype!r}{hint}; known: {', '.join(DTYPES)}")
+        for name, least in (
+            ("max_model_len", 2),
+            ("kv_cache_memory_bytes", SLAB_BYTES),
+            ("block_size", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("max_model_len", "kv_cache_memory_bytes"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidInputError(f"{name} must be an integer, not {value!r}")
+            if value < least:
+                raise InvalidInputError(f"{name} is {value}; it must be at least {least}")
+
+    def resolve_dtype(self) -> str:
+        """Return the dtype to run in: bfloat16 where the processor computes in it, else float32."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if processor_has_bfloat16() else "float32"
+
+    def resolve_kv_bytes(self, spec: KVSpec, max_position: int) -> int:
+        """Return the size of the arena: as asked, else what all sequences could use, within half the free memory."""
+        if self.kv_cache_memory_bytes is not None:
+            return self.kv_cache_memory_bytes
+        length = self.max_model_len or max_position
+        # one slab of slack for each block size, because a slab serves one size at a time
+        most = self.max_num_seqs * spec.request_bytes(length, self.max_num_batched_tokens) + 4 * SLAB_BYTES
+        limit = min(MAX_KV_BYTES_BY_DEFAULT, available_memory_bytes() // 2)
+        return max(SLAB_BYTES, min(most, limit) // SLAB_BYTES * SLAB_BYTES)
+
+    def resolve_max_model_len(self, spec: KVSpec, max_position: int, kv_bytes: int) -> int:
+        """Return the longest sequence: as asked, else what model and arena allow; raises `DoesNotFitError`."""
+        if self.max_model_len is not None and self.max_model_len > max_position:
+            raise InvalidInputError(
+                f"max_model_len is {self.max_model_len}; the model was made for at most {max_position} positions"
+            )
+        fits = min(spec.max_tokens_in(kv_bytes, self.max_num_batched_tokens), max_position)
+        if fits < 2:
+            raise DoesNotFitError(
+                f"a KV cache of {format_bytes(kv_bytes)} holds {fits} tokens of this model "
+                f"({format_bytes(spec.request_bytes(2, 2))} for the shortest request). Raise --kv-cache-memory-bytes"
+            )
+        if self.max_model_len is None:
+            return fits
+        if self.max_model_len > fits:
+            raise DoesNotFitError(
+                f"one sequence of {self.max_model_len} tokens needs "
+                f"{format_bytes(spec.request_bytes(self.max_model_len, self.max_num_batched_tokens))} of KV cache; "
+                f"there are {format_bytes(kv_bytes)}. Lower --max-model-len to {fits} or raise --kv-cache-memory-bytes"
+            )
+        return self.max_model_len
+
+
+def processor_has_bfloat16() -> bool:
+    """Return whether this CPU has bfloat16 dot products (AVX512-BF16, AMX, Arm BF16)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def available_memory_bytes() -> int:
+    """Return the memory that can be had without swapping: MemAvailable where the kernel says it, else free pages."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: ask the C library below
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

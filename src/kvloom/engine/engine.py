@@ -1,0 +1,228 @@
+"""Engine: one step at a time over everything that waits or runs."""
+
+import time
+from collections.abc import Callable, Sequence as Seq
+
+import torch
+
+from kvloom.cache.kvcache import KVCache
+from kvloom.engine.detokenizer import IncrementalDetokenizer
+from kvloom.engine.output import RequestOutput, output_of
+from kvloom.engine.params import SamplingParams
+from kvloom.engine.request import Logprob, Request, Sequence, Status
+from kvloom.engine.runner import Runner
+from kvloom.engine.sampler import Sampler
+from kvloom.engine.scheduler import Scheduler, Work
+from kvloom.errors import InvalidInputError
+from kvloom.models.tokenizer import Tokenizer
+from kvloom.spec.store import STORES
+
+LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
+"""Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
+
+
+class Engine:
+    """Requests in, tokens out. Not thread-safe: one thread calls `add`, `step` and `abort`."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        *,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+        seed: int = 0,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.sampler = Sampler(eos_token_ids)
+        self.seed = seed
+        self.observer: LogitsObserver | None = None
+        self.requests: dict[str, Request] = {}
+        self.num_arrived = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_steps = 0
+        self.step_seconds = 0.0
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache that all requests share."""
+        return self.runner.cache
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request waits or runs."""
+        return self.scheduler.has_work
+
+    def add(
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        forced_token_ids: Seq[int] | None = None,
+    ) -> Request:
+        """Queue a request; raises `InvalidInputError` or `DoesNotFitError` and then leaves nothing behind."""
+        name = request_id if request_id is not None else f"request-{self.num_arrived}"
+        if name in self.requests:
+            raise InvalidInputError(f"request id {name!r} is in use; choose another or leave it out")
+        max_tokens = self._max_tokens(prompt_token_ids, params, forced_token_ids)
+        if params.n > self.scheduler.max_num_seqs:
+            raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
+        request = Request(
+            name,
+            prompt_token_ids,
+            params,
+            arrival=self.num_arrived,
+            seed=params.seed if params.seed is not None else (self.seed << 32) + self.num_arrived,
+            max_tokens=max_tokens,
+            prompt=prompt,
+            priority=priority,
+            cache_salt=cache_salt,
+            forced_token_ids=forced_token_ids,
+        )
+        self.scheduler.add(request)
+        self._start_text(request.sequences[0])
+        self.num_arrived += 1
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.requests[name] = request
+        return request
+
+    def _max_tokens(self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None) -> int:
+        """Return how many tokens the request may generate; checks ids and lengths."""
+        vocab = self.runner.decoder.config.vocab_size
+        if not len(prompt):
+            raise InvalidInputError("the prompt is empty; give at least one token")
+        for token in (*prompt, *(forced or ()), *params.logit_bias, *params.stop_token_ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise InvalidInputError(f"{token!r} is not a token id; this model has ids 0 to {vocab - 1}")
+        room = self.max_model_len - len(prompt)
+        if room < 1:
+            raise InvalidInputError(
+                f"the prompt has {len(prompt)} tokens; the model's length is {self.max_model_len} and at least one "
+                "token is generated. Shorten the prompt or raise --max-model-len"
+            )
+        if forced is not None:
+            if not 0 < len(forced) <= room or params.n != 1:
+                raise InvalidInputError(f"a forced continuation has 1 to {room} tokens here and n=1")
+            return len(forced)
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def _start_text(self, sequence: Sequence) -> None:
+        params = sequence.request.params
+        if self.tokenizer is not None and params.detokenize:
+            sequence.detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                sequence.request.prompt_token_ids,
+                stop=params.stop,
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            )
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free its blocks; returns what it had, or None when there is no such request."""
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self.scheduler.finish(sequence, "abort")
+        return self.output(request)
+
+    def step(self) -> list[Request]:
+        """Run one iteration; returns the requests that got a token, in the order of their work.
+
+        When the forward pass raises, the requests of this step are aborted, their blocks are free, and it raises.
+        """
+        started = time.perf_counter()
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        try:
+            hidden = self.runner.forward(work)
+            self.runner.prompt_logprobs(work, hidden)
+            self.scheduler.publish(work)
+            sequences, logits = self._sampling_rows(work, hidden)
+            tokens, logprobs = self.sampler.sample(logits, sequences)
+        except BaseException:
+            for item in work:
+                self.abort(item.sequence.request.request_id)
+            raise
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            self._append(sequence, token, logprob)
+        self.num_steps += 1
+        self.step_seconds += time.perf_counter() - started
+        return self._progressed(sequences)
+
+    def _sampling_rows(self, work: list[Work], hidden: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
+        """Return the sequences that get a token and their logits [N, V]; forks requests whose prompt is done."""
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        for row, item in enumerate(w for w in work if w.samples):
+            sequences.append(item.sequence)
+            rows.append(row)
+            if not item.sequence.request.forked:
+                for child in self.scheduler.fork(item.sequence.request):
+                    self._start_text(child)
+                    sequences.append(child)
+                    rows.append(row)
+        logits = self.runner.last_rows(work, hidden)
+        if len(rows) != len(logits):
+            logits = logits[rows]
+        if self.observer is not None and sequences:
+            self.observer(sequences, logits)
+        return sequences, logits
+
+    def _append(self, sequence: Sequence, token: int, logprob: dict[int, Logprob] | None) -> None:
+        """Add a token to a sequence and end it if it should end."""
+        sequence.token_ids.append(token)
+        self.num_generated_tokens += 1
+        if logprob is not None:
+            sequence.logprobs.append(logprob)
+            sequence.cumulative_logprob += logprob[token].logprob
+        end = self._ending(sequence, token)
+        if end is not None:
+            if sequence.detokenizer is not None:
+                sequence.detokenizer.finish()
+            self.scheduler.finish(sequence, *end)
+
+    def _ending(self, sequence: Sequence, token: int) -> tuple[str, int | str | None] | None:
+        """Return (finish reason, stop reason) when `token` ends the sequence."""
+        params, request = sequence.request.params, sequence.request
+        count = sequence.num_output_tokens
+        stops = request.forced_token_ids is None and count > params.min_tokens - 1
+        ends = stops and (token in params.stop_token_ids or (not params.ignore_eos and token in self.eos_token_ids))
+        if sequence.detokenizer is not None and (not ends or params.include_stop_str_in_output):
+            sequence.detokenizer.append(token)
+            if sequence.detokenizer.stop_hit is not None:
+                return "stop", sequence.detokenizer.stop_hit
+        if ends:
+            return "stop", token if token in params.stop_token_ids else None
+        return ("length", None) if count >= request.max_tokens else None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.sampler.eos_token_ids
+
+    def _progressed(self, sequences: list[Sequence]) -> list[Request]:
+        changed = list(dict.fromkeys(s.request for s in sequences))
+        for request in changed:
+            if request.finished:
+                del self.requests[request.request_id]
+        return changed
+
+    def output(self, request: Request) -> RequestOutput:
+        """Return a snapshot of a request, complete or so far."""
+        for sequence in request.sequences:
+            if sequence.status is Status.RUNNING:
+                self.scheduler.note_bytes(sequence)
+        return output_of(request, float(STORES.get(self.cache.spec.store).bits))

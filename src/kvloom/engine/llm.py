@@ -1,0 +1,227 @@
+"""LLM: the Python API. A model, its cache and an engine in one object."""
+
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvloom.attention.backend import AttentionRequest
+from kvloom.attention.reference import ReferenceBackend
+from kvloom.cache.kvcache import KVCache
+from kvloom.engine.config import EngineConfig
+from kvloom.engine.engine import Engine
+from kvloom.engine.output import RequestOutput
+from kvloom.engine.params import SamplingParams
+from kvloom.engine.request import Request
+from kvloom.engine.runner import Runner
+from kvloom.engine.scheduler import Scheduler
+from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.models.checkpoint import open_checkpoint
+from kvloom.models.decoder import Decoder
+from kvloom.spec.store import NATIVE_STORE
+
+Prompt = str | Mapping[str, Any] | Seq[int]
+"""Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional "cache_salt", "priority"."""
+
+Messages = Seq[Mapping[str, Any]]
+"""A conversation: {"role": ..., "content": ...} in order."""
+
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids"}
+
+
+class LLM:
+    """Loads a model and generates with it, offline or as the engine of a server.
+
+    `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. Raises `KvloomError`s:
+    model not found, checkpoint damaged, unsupported, does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        config = EngineConfig(
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            block_size=block_size,
+            enable_prefix_caching=enable_prefix_caching,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seed=seed,
+        )
+        checkpoint = open_checkpoint(model, revision=revision)
+        self.model = checkpoint.name
+        self.config = config
+        self.dtype = config.resolve_dtype()
+        torch_dtype = getattr(torch, self.dtype)
+        spec = checkpoint.config.kv_spec(block_size, NATIVE_STORE[self.dtype])
+        kv_bytes = config.resolve_kv_bytes(spec, checkpoint.config.max_position)
+        length = config.resolve_max_model_len(spec, checkpoint.config.max_position, kv_bytes)
+        self.tokenizer = checkpoint.tokenizer() if tokenizer is None else open_checkpoint(tokenizer).tokenizer()
+        backend = ReferenceBackend()
+        reasons = backend.unsupported(
+            AttentionRequest(frozenset({checkpoint.config.head_dim}), torch_dtype, "cpu", frozenset({spec.store}))
+        )
+        if reasons:
+            raise UnsupportedError(f"{self.model} on backend {backend.name}", reasons)
+        decoder = Decoder(checkpoint.config, dict(checkpoint.tensors(torch_dtype)))
+        cache = KVCache(spec, kv_bytes, max_num_seqs, torch_dtype)
+        scheduler = Scheduler(
+            cache.lanes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self.engine = Engine(
+            Runner(decoder, cache, backend),
+            scheduler,
+            self.tokenizer,
+            max_model_len=length,
+            eos_token_ids=checkpoint.config.eos_token_ids,
+            seed=seed,
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together, in tokens."""
+        return self.engine.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Return one finished `RequestOutput` for each prompt, in order.
+
+        Shows a progress bar on stderr (a terminal only) for several prompts unless `use_tqdm` is False. All prompts are
+        checked before any runs; on an error or Ctrl-C every request of the call is aborted and its memory is free.
+        """
+        several = [prompts] if _is_single(prompts) else list(prompts)
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            params = [sampling_params or SamplingParams()] * len(several)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(several):
+            raise InvalidInputError(f"{len(several)} prompts need as many sampling_params, or one; got {len(params)}")
+        requests: list[Request] = []
+        try:
+            for prompt, chosen in zip(several, params, strict=True):
+                requests.append(self._add(prompt, chosen))  # type: ignore[arg-type]
+            self._run(requests, use_tqdm and len(requests) > 1)
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request.request_id)
+            raise
+        return [self.engine.output(request) for request in requests]
+
+    def chat(
+        self,
+        messages: Messages | Seq[Messages],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Return answers to one conversation or several, through the model's chat template (`ChatTemplateError`)."""
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Seq[Any] = [messages] if single else messages
+        prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(list(c), **template_options)} for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yield the request as it grows, after every token; closing the iterator early aborts it."""
+        request = self._add(prompt, sampling_params or SamplingParams())
+        try:
+            while not request.finished:
+                if request in self.engine.step():
+                    yield self.engine.output(request)
+        finally:
+            self.engine.abort(request.request_id)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters of the engine and bytes of the cache."""
+        engine, cache = self.engine, self.engine.cache
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "backend": engine.runner.backend.name,
+            "max_model_len": engine.max_model_len,
+            "weight_bytes": engine.runner.decoder.num_bytes,
+            "kv_cache_bytes": cache.arena.num_bytes,
+            "kv_bytes_in_use": cache.bytes_in_use,
+            "kv_bytes_cached": cache.index.idle_bytes,
+            "kv_bytes_peak": cache.arena.peak_bytes,
+            "kv_bytes_stranded": cache.arena.stranded_bytes,
+            "requests_running": len(engine.scheduler.running),
+            "requests_waiting": len(engine.scheduler.waiting),
+            "preemptions": engine.scheduler.num_preemptions,
+            "prefix_cache_queries": engine.scheduler.prefix_queries,
+            "prefix_cache_hits": engine.scheduler.prefix_hits,
+            "prompt_tokens": engine.num_prompt_tokens,
+            "generation_tokens": engine.num_generated_tokens,
+            "steps": engine.num_steps,
+            "step_seconds": engine.step_seconds,
+        }
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if not isinstance(params, SamplingParams):
+            raise InvalidInputError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
+        options: dict[str, Any] = {}
+        text: str | None = None
+        if isinstance(prompt, str):
+            text, ids = prompt, self.tokenizer.encode(prompt)
+        elif isinstance(prompt, Mapping):
+            unknown = set(prompt) - _PROMPT_KEYS
+            if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+                raise InvalidInputError(
+                    f"a prompt has either 'prompt' or 'prompt_token_ids', and optional keys among "
+                    f"{sorted(_PROMPT_KEYS - {'prompt', 'prompt_token_ids'})}; got {sorted(prompt)}"
+                )
+            text = prompt.get("prompt")
+            ids = list(prompt["prompt_token_ids"]) if text is None else self.tokenizer.encode(text)
+            options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
+        elif isinstance(prompt, Seq):
+            ids = list(prompt)
+        else:
+            raise InvalidInputError(f"a prompt is text, token ids or a dict, not {type(prompt).__name__}")
+        return self.engine.add(ids, params, prompt=text, **options)
+
+    def _run(self, requests: list[Request], show: bool) -> None:
+        """Step until all of `requests` have ended."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
+            task = progress.add_task("requests", total=len(requests), speed="")
+            pending = set(requests)
+            while pending:
+                pending -= {request for request in self.engine.step() if request.finished}
+                seconds = self.engine.step_seconds
+                speed = f"{self.engine.num_generated_tokens / seconds:.1f} tok/s" if seconds else ""
+                progress.update(task, completed=len(requests) - len(pending), speed=speed)
+
+
+def _is_single(prompts: Prompt | Seq[Prompt]) -> bool:
+    """Return whether `prompts` is one prompt: text, a dict, or a list of token ids."""
+    return isinstance(prompts, str | Mapping) or (bool(prompts) and isinstance(prompts[0], int))

@@ -1,0 +1,92 @@
+"""RequestOutput: what a caller gets back, the truth about its KV cache included."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kvloom.engine.request import Logprob, Request, Sequence
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer so far: its text and tokens, and why it ended (`stop`, `length`, `abort`; None while it goes on)."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    cumulative_logprob: float | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """KV cache of one request, read off the lane table.
+
+    `bytes_now` and `bytes_peak` count whole blocks of all its sequences, shared ones once for each sequence;
+    `cached_tokens` of the prompt came from the prefix index; `evicted_tokens` sums over lanes what a policy dropped.
+    """
+
+    bytes_now: int
+    bytes_peak: int
+    cached_tokens: int
+    evicted_tokens: int
+    preemptions: int
+    bits_per_element: float
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and its answers, complete or so far."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    kv: KVUsage
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens whose K and V came from the prefix index."""
+        return self.kv.cached_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists and numbers, ready for JSON."""
+        return asdict(self)
+
+
+def completion_of(sequence: Sequence) -> CompletionOutput:
+    """Return a snapshot of one sequence."""
+    wanted = sequence.request.params.logprobs is not None
+    return CompletionOutput(
+        index=sequence.index,
+        text=sequence.detokenizer.text if sequence.detokenizer else "",
+        token_ids=sequence.output_token_ids,
+        logprobs=list(sequence.logprobs) if wanted else None,
+        cumulative_logprob=sequence.cumulative_logprob if wanted else None,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )
+
+
+def output_of(request: Request, bits_per_element: float) -> RequestOutput:
+    """Return a snapshot of `request`."""
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[completion_of(s) for s in request.sequences],
+        finished=request.finished,
+        kv=KVUsage(
+            bytes_now=sum(s.kv_bytes for s in request.sequences),
+            bytes_peak=sum(s.kv_peak_bytes for s in request.sequences),
+            cached_tokens=request.sequences[0].num_cached_tokens,
+            evicted_tokens=sum(s.evicted_tokens for s in request.sequences),
+            preemptions=sum(s.num_preemptions for s in request.sequences),
+            bits_per_element=bits_per_element,
+        ),
+        prompt_logprobs=request.prompt_logprobs,
+    )

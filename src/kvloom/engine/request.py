@@ -1,0 +1,131 @@
+"""Request and Sequence: what was asked for, and each of the answers in the making. Torch-free."""
+
+import enum
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvloom.cache.prefix import PrefixChain
+from kvloom.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from kvloom.engine.detokenizer import IncrementalDetokenizer
+
+
+class Status(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token, its rank (1 = most likely), from the raw logits."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer: its tokens, its row set in the lane table while it runs, and why it ended.
+
+    `token_ids` holds prompt and output; `row` is None unless running. `num_published` blocks are in the prefix index.
+    """
+
+    request: "Request"
+    index: int
+    token_ids: list[int]
+    chain: PrefixChain
+    status: Status = Status.WAITING
+    row: int | None = None
+    num_published: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    kv_bytes: int = 0
+    kv_peak_bytes: int = 0
+    evicted_tokens: int = 0
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    detokenizer: "IncrementalDetokenizer | None" = None
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Number of tokens generated so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        """True once `finish_reason` is known."""
+        return self.status is Status.FINISHED
+
+
+class Request:
+    """A prompt with its options; owns `params.n` sequences, of which the first computes the prompt for all.
+
+    `forced_token_ids` makes the answer: every token goes through the decode path as if it had been sampled, and the
+    request ends after the last one. `cache_salt` separates prefix caches. Lower `priority` runs earlier.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        arrival: int,
+        seed: int,
+        max_tokens: int,
+        prompt: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        forced_token_ids: Seq[int] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = list(prompt_token_ids)
+        self.params = params
+        self.arrival = arrival
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.forced_token_ids = None if forced_token_ids is None else list(forced_token_ids)
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
+        self.sequences = [self._sequence(0)]
+
+    def _sequence(self, index: int) -> Sequence:
+        return Sequence(self, index, list(self.prompt_token_ids), PrefixChain(self.cache_salt))
+
+    def add_sequence(self) -> Sequence:
+        """Append and return one more sequence, which starts where the prompt ends."""
+        sequence = self._sequence(len(self.sequences))
+        self.sequences.append(sequence)
+        return sequence
+
+    @property
+    def forked(self) -> bool:
+        """True once all `params.n` sequences exist."""
+        return len(self.sequences) == self.params.n
+
+    @property
+    def finished(self) -> bool:
+        """True once every sequence has ended."""
+        return self.forked and all(s.finished for s in self.sequences)
+
+    @property
+    def sort_key(self) -> tuple[int, int]:
+        """Order of service: priority, then arrival."""
+        return (self.priority, self.arrival)

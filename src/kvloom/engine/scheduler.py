@@ -1,0 +1,249 @@
+"""Scheduler: which sequences process how many tokens in the next step, and whose blocks give way. Torch-free.
+
+Running sequences come first, decodes before prefill chunks, then waiting ones, all within one budget of tokens. Blocks
+that are short are looked for in this order: free, evacuated, reclaimed from the prefix index, preempted from the
+sequence that would be served last. A preempted sequence is computed again from its tokens.
+"""
+
+from dataclasses import dataclass
+
+from kvloom.cache.lanes import LaneTable
+from kvloom.engine.request import Request, Sequence, Status
+from kvloom.errors import DoesNotFitError
+from kvloom.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """`num_tokens` tokens of `sequence`, from `start`; `samples` when its next token comes out of this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+class Scheduler:
+    """Queues and rows; the lane table is the only thing it changes."""
+
+    def __init__(
+        self,
+        lanes: LaneTable,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.lanes = lanes
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    # ---- requests come and go -------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a new request; raises `DoesNotFitError` when it could not run even alone."""
+        self.check_fits(len(request.prompt_token_ids) + request.max_tokens, request.request_id)
+        self._queue(request.sequences[0])
+
+    def check_fits(self, num_tokens: int, what: str) -> None:
+        """Raise `DoesNotFitError` unless one sequence of `num_tokens` fits into the empty arena."""
+        if not self.fits_alone(num_tokens):
+            arena, spec = self.lanes.pool.arena, self.lanes.spec
+            raise DoesNotFitError(
+                f"{what}: {num_tokens} tokens need {format_bytes(self._peak_bytes(num_tokens))} of KV cache; "
+                f"the arena has {format_bytes(arena.num_bytes)}, room for about "
+                f"{spec.max_tokens_in(arena.num_bytes, self.max_num_batched_tokens)} tokens. Shorten the prompt, "
+                "lower max_tokens or raise --kv-cache-memory-bytes"
+            )
+
+    def fits_alone(self, num_tokens: int) -> bool:
+        """Return whether one sequence of `num_tokens` fits into the empty arena, counted in whole slabs."""
+        slabs = 0
+        arena, spec = self.lanes.pool.arena, self.lanes.spec
+        needs: dict[int, int] = {}
+        for group in spec.groups:
+            blocks = spec.lane_blocks(num_tokens, group.window, self.max_num_batched_tokens)
+            needs[group.block_bytes] = needs.get(group.block_bytes, 0) + len(group.lanes) * blocks
+        for size, count in needs.items():
+            slabs += -(-count // arena.blocks_per_slab(size))
+        return slabs <= arena.num_slabs
+
+    def _peak_bytes(self, num_tokens: int) -> int:
+        return self.lanes.spec.request_bytes(num_tokens, self.max_num_batched_tokens)
+
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda s: (s.request.sort_key, s.index))
+
+    def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a sequence, from whatever state, and free its blocks."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._close(sequence)
+        elif sequence.status is Status.WAITING and sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+
+    def _close(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self.note_bytes(sequence)
+        self.lanes.close(sequence.row)
+        self.lanes.pool.index.touch(sequence.chain.digests[: sequence.num_published])
+        sequence.row = None
+        sequence.kv_bytes = 0
+
+    def note_bytes(self, sequence: Sequence) -> None:
+        """Bring the KV bytes, now and at peak, of a running sequence up to date."""
+        assert sequence.row is not None
+        sequence.kv_bytes = self.lanes.sequence_bytes(sequence.row)
+        sequence.kv_peak_bytes = max(sequence.kv_peak_bytes, self.lanes.peak_bytes[sequence.row], sequence.kv_bytes)
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> list[Work]:
+        """Choose the work of the next step and make its slots; [] when nothing can run (then nothing waits, either)."""
+        work: list[Work] = []
+        budget = self.max_num_batched_tokens
+        chosen = sorted(self.running, key=lambda s: (self._pending(s) > 1, s.request.sort_key, s.index))
+        for sequence in chosen:
+            if budget == 0:
+                break
+            if sequence.status is Status.RUNNING:  # and not preempted a moment ago
+                budget -= self._advance(sequence, budget, work)
+        self._admit(budget, work)
+        return [w for w in work if w.sequence.status is Status.RUNNING]
+
+    def _pending(self, sequence: Sequence) -> int:
+        assert sequence.row is not None
+        return len(sequence.token_ids) - int(self.lanes.seen[sequence.row])
+
+    def _advance(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
+        """Give `sequence` slots for its next tokens, preempting later ones if need be; returns tokens of budget used."""
+        assert sequence.row is not None
+        start = int(self.lanes.seen[sequence.row])
+        number = min(len(sequence.token_ids) - start, budget)
+        returned = 0
+        while not self.lanes.extend(sequence.row, number):
+            victim = max(self.running, key=lambda s: (s.request.sort_key, s.index))
+            returned += self._preempt(victim, work)
+            if victim is sequence:
+                return -returned
+        work.append(Work(sequence, start, number, start + number == len(sequence.token_ids)))
+        return number - returned
+
+    def _preempt(self, victim: Sequence, work: list[Work]) -> int:
+        """Take the blocks of a running sequence; it waits again. Returns the tokens it had been given in this step."""
+        self.running.remove(victim)
+        self._close(victim)
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._queue(victim)
+        mine = [w for w in work if w.sequence is victim]
+        for item in mine:
+            work.remove(item)
+        return sum(w.num_tokens for w in mine)
+
+    def _admit(self, budget: int, work: list[Work]) -> None:
+        """Start waiting sequences, in order, while tokens, rows and blocks last."""
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            rows = 1 if sequence.request.forked else sequence.request.params.n
+            if len(self.running) + self._promised_rows() + rows > self.max_num_seqs:
+                return
+            sequence.row = self.lanes.open()
+            self._adopt_prefix(sequence)
+            start = int(self.lanes.seen[sequence.row])
+            number = min(len(sequence.token_ids) - start, budget)
+            roomy = not self.running or self._has_room(sequence)
+            if not roomy or not self.lanes.extend(sequence.row, number):
+                self.lanes.close(sequence.row)
+                sequence.row = None
+                if not self.running and not work:
+                    raise AssertionError(f"{sequence.request.request_id} was admitted but does not fit alone")
+                return
+            self._count_prefix(sequence, start)
+            self.waiting.pop(0)
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+            work.append(Work(sequence, start, number, start + number == len(sequence.token_ids)))
+            budget -= number
+
+    def _promised_rows(self) -> int:
+        return sum(s.request.params.n - 1 for s in self.running if s.index == 0 and not s.request.forked)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Return whether the rest of the prompt fits beside what the running prefills still need."""
+        assert sequence.row is not None
+        needed = sum(
+            self._bytes_to_come(s) for s in [*self.running, sequence] if self._pending(s) > 1 or s is sequence
+        )
+        arena, index = self.lanes.pool.arena, self.lanes.pool.index
+        free = arena.num_bytes - arena.used_bytes
+        return needed <= free or needed <= free + index.idle_bytes
+
+    def _bytes_to_come(self, sequence: Sequence) -> int:
+        assert sequence.row is not None
+        total = self._peak_bytes(len(sequence.token_ids) + 1)
+        return max(0, total - self.lanes.sequence_bytes(sequence.row))
+
+    def _adopt_prefix(self, sequence: Sequence) -> None:
+        """Start the sequence from cached blocks; at least its last token is left to compute."""
+        wanted = self.enable_prefix_caching and sequence.request.prompt_logprobs is None
+        if not wanted:
+            return
+        index = self.lanes.pool.index
+        match = index.match(sequence.token_ids, sequence.chain, len(sequence.token_ids) - 1)
+        if match.num_blocks:
+            assert sequence.row is not None
+            self.lanes.adopt(sequence.row, match)
+
+    def _count_prefix(self, sequence: Sequence, cached: int) -> None:
+        sequence.num_published = cached // self.lanes.spec.block_size
+        if sequence.num_preemptions == 0:
+            self.prefix_queries += len(sequence.token_ids)
+            self.prefix_hits += cached
+            sequence.num_cached_tokens = cached
+
+    # ---- after a step ---------------------------------------------------------------------------------------------
+
+    def fork(self, request: Request) -> list[Sequence]:
+        """Make the other sequences of a request whose prompt is computed; they share all its blocks."""
+        leader = request.sequences[0]
+        assert leader.row is not None
+        children = []
+        while not request.forked:
+            child = request.add_sequence()
+            child.row = self.lanes.fork(leader.row)
+            child.status = Status.RUNNING
+            child.num_cached_tokens = leader.num_cached_tokens
+            child.num_published = leader.num_published
+            child.chain.digests = list(leader.chain.digests)
+            self.running.append(child)
+            children.append(child)
+        return children
+
+    def publish(self, work: list[Work]) -> None:
+        """Enter the blocks that closed in this step into the prefix index."""
+        if not self.enable_prefix_caching:
+            return
+        for item in work:
+            sequence = item.sequence
+            closed = (item.start + item.num_tokens) // self.lanes.spec.block_size
+            if sequence.row is not None and closed > sequence.num_published:
+                tokens, first = sequence.token_ids, sequence.num_published
+                self.lanes.publish(sequence.row, sequence.chain, tokens, first, closed)
+                sequence.num_published = closed
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence waits or runs."""
+        return bool(self.waiting or self.running)
