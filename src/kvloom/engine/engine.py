@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 
@@ -21,8 +22,17 @@ LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
 """Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """What one step did: tokens put through the model, sequences that got a token, seconds."""
+
+    tokens: int
+    sampled: int
+    seconds: float
+
+
 class Engine:
-    """Requests in, tokens out. Not thread-safe: one thread calls `add`, `step` and `abort`."""
+    """Requests in, tokens out. Not thread-safe: one thread calls `add`, `step` and `abort`; any may call `check`."""
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class Engine:
         self.num_generated_tokens = 0
         self.num_steps = 0
         self.step_seconds = 0.0
+        self.last_step = StepFigures(0, 0, 0.0)
 
     @property
     def cache(self) -> KVCache:
@@ -73,9 +84,7 @@ class Engine:
         name = request_id if request_id is not None else f"request-{self.num_arrived}"
         if name in self.requests:
             raise InvalidInputError(f"request id {name!r} is in use; choose another or leave it out")
-        max_tokens = self._max_tokens(prompt_token_ids, params, forced_token_ids)
-        if params.n > self.scheduler.max_num_seqs:
-            raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
+        max_tokens = self.check(prompt_token_ids, params, forced_token_ids)
         request = Request(
             name,
             prompt_token_ids,
@@ -95,8 +104,18 @@ class Engine:
         self.requests[name] = request
         return request
 
+    def check(self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None = None) -> int:
+        """Return how many tokens such a request may generate; changes nothing and may be called from any thread.
+
+        Raises `InvalidInputError` for wrong ids and lengths and `DoesNotFitError` when it could not run even alone.
+        """
+        max_tokens = self._max_tokens(prompt, params, forced)
+        if params.n > self.scheduler.max_num_seqs:
+            raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
+        self.scheduler.check_fits(len(prompt) + max_tokens, "the request")
+        return max_tokens
+
     def _max_tokens(self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None) -> int:
-        """Return how many tokens the request may generate; checks ids and lengths."""
         vocab = self.runner.decoder.config.vocab_size
         if not len(prompt):
             raise InvalidInputError("the prompt is empty; give at least one token")
@@ -140,27 +159,36 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one iteration; returns the requests that got a token, in the order of their work.
 
-        When the forward pass raises, the requests of this step are aborted, their blocks are free, and it raises.
+        When it fails, the requests of this step are aborted, their blocks are free, and it raises.
         """
         started = time.perf_counter()
         work = self.scheduler.schedule()
         if not work:
             return []
+        self._note_started(work)
         try:
             hidden = self.runner.forward(work)
             self.runner.prompt_logprobs(work, hidden)
             self.scheduler.publish(work)
             sequences, logits = self._sampling_rows(work, hidden)
             tokens, logprobs = self.sampler.sample(logits, sequences)
+            for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+                self._append(sequence, token, logprob)
         except BaseException:
             for item in work:
                 self.abort(item.sequence.request.request_id)
             raise
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            self._append(sequence, token, logprob)
         self.num_steps += 1
-        self.step_seconds += time.perf_counter() - started
+        tokens_run = sum(item.num_tokens for item in work)
+        self.last_step = StepFigures(tokens_run, len(sequences), time.perf_counter() - started)
+        self.step_seconds += self.last_step.seconds
         return self._progressed(sequences)
+
+    def _note_started(self, work: list[Work]) -> None:
+        now = time.monotonic()
+        for item in work:
+            if item.sequence.request.timing.started is None:
+                item.sequence.request.timing.started = now
 
     def _sampling_rows(self, work: list[Work], hidden: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
         """Return the sequences that get a token and their logits [N, V]; forks requests whose prompt is done."""
@@ -215,7 +243,10 @@ class Engine:
 
     def _progressed(self, sequences: list[Sequence]) -> list[Request]:
         changed = list(dict.fromkeys(s.request for s in sequences))
+        now = time.monotonic()
         for request in changed:
+            request.timing.first_token = request.timing.first_token or now
+            request.timing.last_token = now
             if request.finished:
                 del self.requests[request.request_id]
         return changed

@@ -37,7 +37,7 @@ class KVUsage:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its answers, complete or so far."""
+    """A request and its answers, complete or so far; `metrics` holds the clock readings of `Timing` that there are."""
 
     request_id: str
     prompt: str | None
@@ -89,4 +89,5 @@ def output_of(request: Request, bits_per_element: float) -> RequestOutput:
             bits_per_element=bits_per_element,
         ),
         prompt_logprobs=request.prompt_logprobs,
+        metrics={name: value for name, value in asdict(request.timing).items() if value is not None},
     )

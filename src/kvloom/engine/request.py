@@ -1,6 +1,7 @@
 """Request and Sequence: what was asked for, and each of the answers in the making. Torch-free."""
 
 import enum
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,6 +28,16 @@ class Logprob:
     logprob: float
     rank: int
     decoded_token: str | None = None
+
+
+@dataclass
+class Timing:
+    """When a request came, was first given work, and got its first and newest token: `time.monotonic()` seconds."""
+
+    arrived: float
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
 
 
 @dataclass(eq=False)
@@ -105,6 +116,7 @@ class Request:
             None if params.prompt_logprobs is None else [None]
         )
         self.sequences = [self._sequence(0)]
+        self.timing = Timing(time.monotonic())
 
     def _sequence(self, index: int) -> Sequence:
         return Sequence(self, index, list(self.prompt_token_ids), PrefixChain(self.cache_salt))
