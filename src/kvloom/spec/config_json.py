@@ -1,0 +1,95 @@
+"""config.json -> ModelSpec, one reader per architecture. What is not understood is refused, never guessed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
+from kvloom.registry import nearest
+from kvloom.spec.architectures import ARCHITECTURES, Config
+from kvloom.spec.model import DTYPE_BYTES, ModelSpec, WeightFormat
+
+_QUANTISED = {
+    "mxfp4": WeightFormat("mxfp4", 4.25, "experts"),
+    "fp8": WeightFormat("fp8", 8 + 32 / (128 * 128), "layers"),
+}
+"""Storage of pre-quantised checkpoints: mxfp4 has a scale byte per 32 weights, block fp8 one float per 128 x 128."""
+
+TEXT_CONFIG_FAMILIES = frozenset({"gemma3", "gemma3n"})
+"""Multimodal wrappers whose `text_config` is a decoder that is understood; the other towers are not counted."""
+
+
+def spec_from_config(config: Mapping[str, Any], name: str, source: str = "") -> ModelSpec:
+    """Return the shape that a parsed config.json describes.
+
+    Raises `UnsupportedError` for an architecture that no reader understands and `InvalidInputError` for values
+    that contradict each other.
+    """
+    family = config.get("model_type")
+    if not isinstance(family, str):
+        raise InvalidInputError(f"the config of {name} names no model_type; is it the config.json of a language model?")
+    notes: list[str] = []
+    inner = config
+    if family in TEXT_CONFIG_FAMILIES and isinstance(config.get("text_config"), Mapping):
+        inner = {"model_type": f"{family}_text", **config["text_config"]}
+        inner.setdefault("torch_dtype", config.get("torch_dtype", config.get("dtype")))
+        inner.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", True))
+        if isinstance(config.get("quantization_config"), Mapping):
+            inner["quantization_config"] = config["quantization_config"]
+        notes.append("text decoder only; vision and audio towers are not counted")
+    elif family not in ARCHITECTURES:
+        raise UnsupportedError(f"cannot plan {name}", [_why_unknown(family, config)])
+    reader = ARCHITECTURES.get(family)
+    read = Config(inner, name)
+    spec = reader(read)
+    dtype = inner.get("dtype") or inner.get("torch_dtype") or "bfloat16"
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise InvalidInputError(f"the config of {name} has dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+    if inner.get("dtype") is None and inner.get("torch_dtype") is None:
+        notes.append("the config names no dtype; bfloat16 assumed")
+    weights = _weight_format(inner, name)
+    changes = {"dtype": dtype, "source": source, "weight_format": weights, "notes": (*spec.notes, *notes)}
+    return ModelSpec(**{**spec.__dict__, **changes})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; raises `CheckpointError` when it is not one."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); expected the config.json of a model") from error
+    if not isinstance(config, dict):
+        kind = type(config).__name__
+        raise CheckpointError(f"{path} holds a {kind}, not an object; expected the config.json of a model")
+    return config
+
+
+def _why_unknown(family: str, config: Mapping[str, Any]) -> str:
+    known = list(ARCHITECTURES)
+    if "vision_config" in config or "image_size" in config or "patch_size" in config:
+        return f"architecture {family!r} is a vision model; a plan needs a language model with a decoder"
+    if config.get("is_encoder_decoder"):
+        return f"architecture {family!r} has an encoder; only decoder-only models are planned"
+    return f"architecture {family!r} is not understood{nearest(family, known)}; understood: {', '.join(known)}"
+
+
+def _weight_format(config: Mapping[str, Any], name: str) -> WeightFormat | None:
+    quantised = config.get("quantization_config")
+    if not isinstance(quantised, Mapping):
+        return None
+    method = str(quantised.get("quant_method"))
+    if method in _QUANTISED:
+        return _QUANTISED[method]
+    bits = quantised.get("bits", quantised.get("w_bit"))
+    group = quantised.get("group_size", quantised.get("q_group_size", 128))
+    if method in ("gptq", "awq") and isinstance(bits, int) and isinstance(group, int) and group > 0:
+        return WeightFormat(f"{method}-{bits}", bits + (16 + bits) / group, "layers")
+    raise UnsupportedError(
+        f"cannot plan the weights of {name}",
+        [f"quantisation {method!r} is not understood{nearest(method, [*_QUANTISED, 'gptq', 'awq'])}; "
+         "give the unquantised model or a folder with its safetensors files"],
+    )

@@ -1,0 +1,292 @@
+"""KV bytes of a request under a policy: exact where lengths are known beforehand, else bounds that hold.
+
+A lane under a store keeps its first sinks and newest tokens in the native store, the rest encoded in whole blocks::
+
+    | sinks, native | e blocks, encoded | residual and open block, native |
+    0 ------------- ks ---------------- ks + e P ------------------------ n --> tokens held
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvloom.errors import InvalidInputError
+from kvloom.spec.budget import pyramid_budgets
+from kvloom.spec.format import store_format
+from kvloom.spec.kv import KVSpec, LaneGroup
+from kvloom.spec.method import METHODS
+from kvloom.spec.policy import PolicySpec
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """At least `low` and at most `high` bytes; equal when the figure is exact."""
+
+    low: int
+    high: int
+
+    def __add__(self, other: "Bounds") -> "Bounds":
+        return Bounds(self.low + other.low, self.high + other.high)
+
+    @property
+    def exact(self) -> bool:
+        """True when both ends agree."""
+        return self.low == self.high
+
+    def union(self, other: "Bounds") -> "Bounds":
+        """Return the bounds of the larger of two figures."""
+        return Bounds(max(self.low, other.low), max(self.high, other.high))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """KV bytes of one request at four moments, all in arena bytes (whole blocks of whole granules).
+
+    `prefill` is the most while the prompt is processed, `settled` after it was evicted and encoded, `end` after the
+    last generated token, `peak` the most at any time: what admission must count.
+    """
+
+    prefill: Bounds
+    settled: Bounds
+    end: Bounds
+    peak: Bounds
+
+
+@dataclass(frozen=True)
+class LaneStore:
+    """How one lane stores tokens: bytes of a native and of an encoded block, and what stays native."""
+
+    block_size: int
+    native_bytes: int
+    encoded_bytes: int | None
+    sinks: int = 0
+    residual: int = 0
+
+    def blocks(self, held: int) -> tuple[int, int]:
+        """Return the (native, encoded) blocks of a lane that holds `held` tokens."""
+        if self.encoded_bytes is None:
+            return -(-held // self.block_size), 0
+        kept = min(held, -(-self.sinks // self.block_size) * self.block_size)
+        rest = held - kept
+        encoded = max(0, rest - self.residual) // self.block_size
+        return -(-kept // self.block_size) + -(-(rest - encoded * self.block_size) // self.block_size), encoded
+
+    def lane_bytes(self, held: int) -> int:
+        """Return the bytes of a lane that holds `held` tokens."""
+        native, encoded = self.blocks(held)
+        return native * self.native_bytes + encoded * (self.encoded_bytes or 0)
+
+    def ragged_bytes(self, lanes: int, total: int, least: int, most: int) -> Bounds:
+        """Return bounds over all ways in which `lanes` lanes hold `total` tokens, each from `least` to `most`."""
+        size = self.block_size
+        blocks = min(lanes * -(-most // size), (total + lanes * (size - 1)) // size)
+        if self.encoded_bytes is None:
+            low = max(lanes * -(-least // size), -(-total // size))
+            return Bounds(low * self.native_bytes, blocks * self.native_bytes)
+        open_blocks = -(-self.sinks // size) + -(-(self.residual + size - 1) // size)
+        native = min(blocks, lanes * open_blocks)
+        cheapest = min(self.native_bytes, self.encoded_bytes)
+        high = native * self.native_bytes + min(blocks, total // size) * self.encoded_bytes
+        return Bounds(-(-total // size) * cheapest, min(high, blocks * max(self.native_bytes, self.encoded_bytes)))
+
+
+def lane_store(kv: KVSpec, group: LaneGroup, policy: PolicySpec) -> LaneStore:
+    """Return how lanes of `group` are stored under `policy`; windowed lanes stay native.
+
+    Raises `InvalidInputError` when the block size does not suit the store.
+    """
+    if policy.store is None or policy.store.name == kv.store or group.window is not None:
+        return LaneStore(kv.block_size, group.block_bytes, None)
+    layer = kv.layers[group.layers[0]]
+    store = store_format(policy.store.name)
+    if kv.block_size % store.group:
+        raise InvalidInputError(
+            f"store {store.name} encodes {store.group} tokens together, and block size {kv.block_size} is no multiple. "
+            f"Use --block-size {-(-kv.block_size // store.group) * store.group}"
+        )
+    encoded = store.block_bytes(kv.block_size, layer.k_width, layer.v_width)
+    return LaneStore(kv.block_size, group.block_bytes, encoded,
+                     policy.store.number("sinks"), policy.store.number("residual"))
+
+
+def window_blocks(kv: KVSpec, seen: int, window: int) -> int:
+    """Return the blocks of a windowed lane between steps: those that hold one of the next query's keys."""
+    begin = max(0, seen - (window - 1))
+    return -(-seen // kv.block_size) - begin // kv.block_size
+
+
+def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -> int:
+    """Return the bytes of a request whose lanes hold `held` tokens (one per lane), `seen` having been processed.
+
+    Exact for any policy once the real lengths are known. Windowed lanes go by `seen`.
+    """
+    if len(held) != kv.num_lanes:
+        raise InvalidInputError(f"{len(held)} lengths for {kv.num_lanes} lanes; give one per lane")
+    total = 0
+    for group in kv.groups:
+        store = lane_store(kv, group, policy)
+        for lane in group.lanes:
+            if group.window is None:
+                total += store.lane_bytes(held[lane])
+            else:
+                total += window_blocks(kv, seen, group.window) * group.block_bytes
+    return total
+
+
+def request_footprint(kv: KVSpec, policy: PolicySpec, prompt: int, output: int, chunk: int) -> Footprint:
+    """Return the KV bytes of one request of `prompt` + `output` tokens, its prompt processed in chunks of `chunk`.
+
+    The last generated token is never written, so `prompt + output - 1` tokens are cached; planning counts one more,
+    as admission does: without a policy, `peak` is `kv.request_bytes(prompt + output, chunk)`. Raises
+    `InvalidInputError` for lengths below 1.
+    """
+    if prompt < 1 or output < 0 or chunk < 1:
+        raise InvalidInputError(f"prompt {prompt}, output {output}, chunk {chunk}; they must be at least 1, 0 and 1")
+    zero = Bounds(0, 0)
+    prefill, settled, end, decode = zero, zero, zero, zero
+    for group in kv.groups:
+        moments = _windowed if group.window is not None else _evicting
+        a, b, c, d = moments(kv, policy, group, prompt, output, chunk)
+        prefill, settled, end, decode = prefill + a, settled + b, end + c, decode + d
+    peak = prefill.union(settled).union(decode)
+    if not policy.evicts and policy.store is None:
+        whole = kv.request_bytes(prompt + output, chunk)
+        peak = Bounds(whole, whole)
+    return Footprint(prefill, settled, end, peak)
+
+
+_Moments = tuple[Bounds, Bounds, Bounds, Bounds]
+"""Bytes while the prompt is processed, after it, after the last token, and the most in between."""
+
+
+def _windowed(
+    kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, output: int, chunk: int
+) -> _Moments:
+    assert group.window is not None
+    size = len(group.lanes) * group.block_bytes
+    most = size * kv.lane_blocks(prompt, group.window, chunk)
+    now = size * window_blocks(kv, prompt, group.window)
+    end = size * window_blocks(kv, prompt + output, group.window)
+    decode = size * kv.lane_blocks(prompt + output, group.window)
+    return Bounds(most, most), Bounds(now, now), Bounds(end, end), Bounds(decode, decode)
+
+
+def _evicting(
+    kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, output: int, chunk: int
+) -> _Moments:
+    lanes = len(group.lanes)
+    store = lane_store(kv, group, policy)
+    kept = _kept(kv, policy, group, prompt, prompt)
+    settled = kept.bounds(kv, group, store)
+    grown = _kept(kv, policy, group, prompt, prompt + output)
+    end, decode = grown.bounds(kv, group, store), grown.highest(kv, group, store)
+    streaming = policy.store is not None and policy.store.get("encode") == "streaming"
+    writing = store if streaming else LaneStore(kv.block_size, group.block_bytes, None)
+    if policy.has_trigger("chunk") and prompt > chunk:
+        most = kept.plus(chunk, prompt, lanes).highest(kv, group, writing)
+    else:
+        tail = group.block_bytes * (-(-chunk // kv.block_size) + 1) if streaming else 0
+        dense = group.block_bytes * -(-prompt // kv.block_size)
+        low = lanes * writing.lane_bytes(prompt)
+        most = Bounds(low, max(low, lanes * min(writing.lane_bytes(prompt) + tail, dense)))
+    return most, settled, end, decode
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Tokens that the lanes of a group hold: from `low` to `high` per layer where lengths are known, else totals."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    low_total: int
+    high_total: int
+    least: int
+    most: int
+
+    def plus(self, tokens: int, limit: int, lanes: int) -> "_Kept":
+        """Return the lengths when up to `tokens` more are held on top in `lanes` lanes, none above `limit`."""
+        return _Kept(self.low, tuple(min(limit, n + tokens) for n in self.high), self.low_total,
+                     self.high_total + lanes * tokens, self.least, min(limit, self.most + tokens))
+
+    def bounds(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
+        """Return the bytes of the group in between the lengths."""
+        if not self.high:
+            return self._ragged(group, store)
+        low = high = 0
+        for a, b, layer in zip(self.low, self.high, group.layers, strict=True):
+            lanes = kv.layers[layer].num_lanes
+            low += lanes * min(store.lane_bytes(n) for n in range(a, min(b, a + store.block_size) + 1))
+            high += lanes * max(store.lane_bytes(n) for n in range(max(a, b - store.block_size), b + 1))
+        return Bounds(low, high)
+
+    def highest(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
+        """Return the most bytes that the group has on the way to its lengths."""
+        if not self.high:
+            return self._ragged(group, store)
+        most = 0
+        for b, layer in zip(self.high, group.layers, strict=True):
+            most += kv.layers[layer].num_lanes * max(
+                store.lane_bytes(n) for n in range(max(0, b - store.block_size), b + 1)
+            )
+        return Bounds(self.bounds(kv, group, store).low, most)
+
+    def _ragged(self, group: LaneGroup, store: LaneStore) -> Bounds:
+        lanes = len(group.lanes)
+        low = store.ragged_bytes(lanes, self.low_total, self.least, self.most).low
+        return Bounds(low, store.ragged_bytes(lanes, self.high_total, self.least, self.most).high)
+
+
+def _slack(policy: PolicySpec) -> int | None:
+    """Return by how many tokens a lane may exceed its budget while generating; None when nothing is evicted then."""
+    limits = [1 if term.name == "step" else term.number("tokens") + 1
+              for term in policy.triggers if term.name in ("step", "slack", "every")]
+    return min(limits, default=None)
+
+
+def _kept(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: int) -> _Kept:
+    """Return what the lanes of `group` hold when `seen` tokens were processed, the first `prompt` in the prompt."""
+    layers, output = group.layers, seen - prompt
+    slack = _slack(policy) if output else None
+    average = policy.tokens_kept(prompt)
+    lanes = len(group.lanes)
+    if average is None or policy.budget.name == "threshold":
+        most = seen if average is None else min(seen, average + (output if slack is None else slack))
+        least = 0 if slack is not None else output
+        return _Kept((), (), lanes * least, lanes * most, least, most)
+    goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else average
+    assert goal is not None
+    if not policy.evicts:
+        goal = seen
+    if METHODS.get(policy.budget.name).ragged and goal < seen:
+        return _ragged(kv, policy, group, average, goal, prompt, seen, slack)
+    if policy.budget.name == "pyramid" and prompt > average:
+        protected = policy.selector.get("window")
+        order = sorted(layer for g in kv.groups if g.window is None for layer in g.layers)
+        sizes = pyramid_budgets(average, protected if isinstance(protected, int) else 0, len(order), prompt,
+                                float(policy.budget.get("beta") or 20.0))
+        starts = goals = [sizes[order.index(layer)] for layer in layers]
+    else:
+        starts, goals = [average] * len(layers), [goal] * len(layers)
+    if slack is None:
+        high = tuple(start + output for start in starts)
+        low = high
+    else:
+        high = tuple(min(a + output, max(a, b) + slack) for a, b in zip(starts, goals, strict=True))
+        low = tuple(min(a + output, b) for a, b in zip(starts, goals, strict=True))
+    counts = [kv.layers[layer].num_lanes for layer in layers]
+    return _Kept(low, high, sum(n * c for n, c in zip(low, counts, strict=True)),
+                 sum(n * c for n, c in zip(high, counts, strict=True)), min(low), max(high))
+
+
+def _ragged(
+    kv: KVSpec, policy: PolicySpec, group: LaneGroup, average: int, goal: int, prompt: int, seen: int, slack: int | None
+) -> _Kept:
+    lanes, output = len(group.lanes), seen - prompt
+    floor = int(average * float(policy.budget.get("floor") or 0.0))
+    grown = output if slack is None else min(output, max(0, goal - average) + slack)
+    low_total = high_total = lanes * average
+    if policy.budget.name == "global":
+        others = sum(len(g.lanes) for g in kv.groups if g.window is None) - lanes
+        whole = (others + lanes) * average
+        low_total, high_total = max(lanes * floor, whole - others * prompt), min(lanes * prompt, whole - others * floor)
+    steady = output if slack is None else 0
+    return _Kept((), (), low_total + lanes * steady, high_total + lanes * grown, floor + steady, seen)

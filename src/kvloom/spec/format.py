@@ -1,0 +1,64 @@
+"""Storage formats by name: the stores that run, and published formats whose bytes can be planned without them."""
+
+from dataclasses import dataclass
+
+from kvloom.errors import InvalidInputError
+from kvloom.registry import Registry, nearest
+from kvloom.spec.store import STORES, StoreSpec
+
+
+@dataclass(frozen=True)
+class GroupedFormat(StoreSpec):
+    """A format with `group_bytes` of scale and zero point for every `group` elements of K and of V.
+
+    K is grouped over tokens per channel, V over channels per token (KIVI, arXiv 2402.02750): both come to the same
+    bytes when the block size is a multiple of `group`.
+    """
+
+    group_bytes: int = 4
+
+    def payload_bytes(self, block_size: int, k_width: int, v_width: int) -> int:
+        """Return codes, scales and zero points of `block_size` tokens of one lane."""
+        elements = block_size * (k_width + v_width)
+        groups = -(-elements // self.group)
+        return elements * self.bits // 8 + groups * self.group_bytes
+
+
+PLANNED: Registry[StoreSpec] = Registry("store")
+"""Published formats; a store of the same name in `STORES` takes precedence."""
+
+PLANNED.register("fp8", StoreSpec("fp8", 8))
+PLANNED.register("int4", StoreSpec("int4", 4, scale_bytes=2, residual=32))
+PLANNED.register("kivi4", GroupedFormat("kivi4", 4, group=32, residual=128))
+PLANNED.register("kivi2", GroupedFormat("kivi2", 2, group=32, residual=128))
+
+
+def is_store(name: str) -> bool:
+    """Return whether `name` is a store or a planned format."""
+    return name in STORES or name in PLANNED
+
+
+def runs(name: str) -> bool:
+    """Return whether the store can be served, not only planned."""
+    return name in STORES
+
+
+def store_names() -> list[str]:
+    """Return all names, stores first."""
+    return [*STORES, *(name for name in PLANNED if name not in STORES)]
+
+
+def store_format(name: str) -> StoreSpec:
+    """Return the format called `name`; raises `InvalidInputError` naming the nearest one."""
+    if name in STORES:
+        return STORES.get(name)
+    if name in PLANNED:
+        return PLANNED.get(name)
+    known = store_names()
+    raise InvalidInputError(f"unknown store {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def bits_per_element(name: str, head_dim: int) -> float:
+    """Return the stored bits per K or V element of full blocks at `head_dim`, scales included."""
+    block = 32
+    return store_format(name).payload_bytes(block, head_dim, head_dim) * 8 / (2 * block * head_dim)

@@ -1,0 +1,178 @@
+"""The methods that a policy string may name: their role, parameters and what they let the planner know.
+
+Registering a method here gives it a spelling; its mathematics lives with the policies.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from kvloom.errors import InvalidInputError
+from kvloom.registry import Registry, nearest
+from kvloom.units import parse_count
+
+Value: TypeAlias = int | float | bool | str
+Role: TypeAlias = Literal["selector", "refine", "budget", "trigger", "action"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One `key=value` of a method: its kind, default (None: may be left out), limits or choices."""
+
+    name: str
+    kind: Literal["int", "float", "bool", "choice", "text"]
+    default: Value | None = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    doc: str = ""
+
+    def parse(self, text: str, method: str) -> Value:
+        """Return the value that `text` spells; raises `InvalidInputError` naming the parameter."""
+        where = f"{self.name} of {method}"
+        if self.kind == "bool":
+            if text not in ("true", "false"):
+                raise InvalidInputError(f"{where} is {text!r}; it must be true or false")
+            return text == "true"
+        if self.kind == "choice":
+            if text not in self.choices:
+                hint = nearest(text, list(self.choices))
+                raise InvalidInputError(f"{where} is {text!r}{hint}; known: {', '.join(self.choices)}")
+            return text
+        if self.kind == "text":
+            return text
+        try:
+            value: int | float = parse_count(text) if self.kind == "int" else float(text)
+        except ValueError as error:
+            wanted = "a whole number" if self.kind == "int" else "a number"
+            raise InvalidInputError(f"{where} is {text!r}; it must be {wanted}") from error
+        self.check(value, method)
+        return value
+
+    def check(self, value: Value, method: str) -> None:
+        """Raise `InvalidInputError` when a number lies outside the limits."""
+        if isinstance(value, str):
+            return
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+            limit = f"from {self.low:g} to {self.high:g}" if self.high is not None else f"at least {self.low:g}"
+            raise InvalidInputError(f"{self.name} of {method} is {value}; it must be {limit}")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One method: `params` in the order in which they are printed, and facts for planner, docs and checks.
+
+    Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
+    to the data (`ragged`). `triggers` are used when the policy names none. `query_aware` says that the question
+    must be in the prompt for the published quality.
+    """
+
+    name: str
+    role: Role
+    summary: str
+    params: tuple[Parameter, ...] = ()
+    budgeted: bool = False
+    ragged: bool = False
+    fixed_tokens: Callable[[dict[str, Value]], int] | None = None
+    triggers: tuple[str, ...] = ()
+    query_aware: bool = False
+    paper: str = ""
+
+    def parameter(self, name: str) -> Parameter:
+        """Return the parameter called `name`; raises `InvalidInputError` naming the nearest one."""
+        for parameter in self.params:
+            if parameter.name == name:
+                return parameter
+        known = [parameter.name for parameter in self.params]
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise InvalidInputError(f"{self.name} has no parameter {name!r}{nearest(name, known)}; {takes}")
+
+
+METHODS: Registry[MethodSpec] = Registry("policy")
+
+BUDGET = Parameter("budget", "int", None, 1, doc="tokens kept per lane, averaged over lanes")
+KEEP = Parameter("keep", "float", None, 0, 1, doc="fraction of the prompt that is kept, instead of budget")
+
+
+def _count(name: str, default: int | None, low: int = 0, doc: str = "") -> Parameter:
+    return Parameter(name, "int", default, low, doc=doc)
+
+
+def _pooling(window: int, kernel: int) -> tuple[Parameter, ...]:
+    return (
+        _count("window", window, 1, "newest prompt tokens whose queries score the rest, and which stay"),
+        _count("kernel", kernel, 1, "width of the pooling over neighbours"),
+        Parameter("pooling", "choice", "avg", choices=("avg", "max"), doc="pooling of scores"),
+    )
+
+
+def _selector(name: str, summary: str, *params: Parameter, **facts: object) -> None:
+    budgeted = facts.pop("budgeted", True)
+    lead = (BUDGET, KEEP) if budgeted else ()
+    spec = MethodSpec(name, "selector", summary, (*lead, *params), budgeted=bool(budgeted), **facts)  # type: ignore[arg-type]
+    METHODS.register(name, spec)
+
+
+_PREFILL, _ALWAYS = ("prefill",), ("chunk", "step")
+
+_selector("full", "keeps every token", budgeted=False)
+_selector("window", "keeps the newest tokens", _count("size", 1024, 1), budgeted=False, triggers=_ALWAYS,
+          fixed_tokens=lambda args: int(args["size"]))
+_selector("streaming", "keeps the first and the newest tokens", _count("sinks", 4), _count("window", 1020, 1),
+          Parameter("positions", "choice", "true", choices=("true", "cache"), doc="as seen, or in the cache"),
+          budgeted=False, triggers=_ALWAYS, paper="arXiv 2309.17453",
+          fixed_tokens=lambda args: int(args["sinks"]) + int(args["window"]))
+_selector("h2o", "keeps heavy hitters of all queries so far and the newest tokens",
+          Parameter("recent", "float", 0.5, 0, 1, doc="share of the budget for the newest tokens"),
+          triggers=("prefill", "step"), paper="arXiv 2306.14048")
+_selector("tova", "keeps what the newest query attends to", triggers=("prefill", "step"), paper="arXiv 2401.06104")
+_selector("scissorhands", "keeps what a window of queries attends to persistently", _count("window", 400, 1),
+          _count("recent", 10), triggers=("prefill", "step"), paper="arXiv 2305.17118")
+_selector("snapkv", "keeps what the end of the prompt attends to", *_pooling(32, 5), triggers=_PREFILL,
+          query_aware=True, paper="arXiv 2404.14469")
+_selector("knorm", "keeps keys of small norm", _count("skip_layers", 2), triggers=_PREFILL, paper="arXiv 2406.11430")
+_selector("keydiff", "keeps keys unlike the mean key", triggers=_PREFILL, paper="arXiv 2504.15364")
+_selector("expected", "keeps what a Gaussian of future queries is expected to attend to", _count("horizon", 512, 1),
+          _count("sinks", 4), Parameter("eps", "float", 0.0, 0), triggers=_PREFILL, paper="arXiv 2510.00636")
+_selector("kvzip", "keeps what is needed to repeat the context", _count("chunk", 2048, 1), _count("sinks", 4),
+          Parameter("normalised", "bool", False, doc="weigh by the norm of the value's output (KVzip+)"),
+          triggers=_PREFILL, paper="arXiv 2505.23416")
+_selector("fastgen", "chooses a cheap policy for each head that still recovers its attention",
+          Parameter("recovery", "float", 0.95, 0, 1), Parameter("recent", "float", 0.3, 0, 1),
+          Parameter("frequent", "float", 0.3, 0, 1), budgeted=False, ragged=True, triggers=_PREFILL,
+          paper="arXiv 2310.01801")
+_selector("duo", "keeps everything on retrieval heads, sinks and newest tokens on the others",
+          Parameter("pattern", "text", None, doc="file that says which heads are retrieval heads"),
+          _count("sinks", 4), _count("window", 256, 1), budgeted=False, ragged=True, triggers=_ALWAYS,
+          paper="arXiv 2410.10819")
+_selector("random", "keeps tokens at random: the floor of every comparison", _count("sinks", 0), _count("seed", 0),
+          triggers=_PREFILL)
+
+for _spec in (
+    MethodSpec("vatp", "refine", "weighs scores by the norm of the value", (_count("sinks", 20),),
+               paper="arXiv 2406.12335"),
+    MethodSpec("critical", "refine", "second half of the budget by the norm of the value's output",
+               (Parameter("eps", "float", 1e-4, 0),), paper="arXiv 2502.03805"),
+    MethodSpec("uniform", "budget", "every lane keeps the same number of tokens"),
+    MethodSpec("pyramid", "budget", "early layers keep more than late ones",
+               (Parameter("beta", "float", 20.0, 1, doc="steepness: the last layer gets 1/beta"),),
+               paper="arXiv 2406.02069"),
+    MethodSpec("adaptive", "budget", "the heads of a layer share its budget by their scores",
+               (Parameter("floor", "float", 0.2, 0, 1, doc="share of the even budget that every head keeps"),),
+               ragged=True, paper="arXiv 2407.11550"),
+    MethodSpec("global", "budget", "all heads of all layers share one budget by their scores",
+               (Parameter("floor", "float", 0.0, 0, 1, doc="share of the even budget that every head keeps"),),
+               ragged=True, paper="arXiv 2505.23416"),
+    MethodSpec("threshold", "budget", "keeps every token that scores above a value, at most the budget",
+               (Parameter("above", "float", 0.0),), ragged=True, paper="arXiv 2601.07891"),
+    MethodSpec("prefill", "trigger", "once, when the prompt is complete"),
+    MethodSpec("chunk", "trigger", "after every chunk of the prompt"),
+    MethodSpec("every", "trigger", "after every so many generated tokens", (_count("tokens", 128, 1),)),
+    MethodSpec("slack", "trigger", "when a lane exceeds its budget by so many tokens", (_count("tokens", 64, 0),)),
+    MethodSpec("step", "trigger", "at every generated token"),
+    MethodSpec("drop", "action", "evicted tokens are dropped"),
+    MethodSpec("cam", "action", "evicted values are merged into the next kept ones", (_count("window", 32, 1),),
+               paper="ICML 2024, CaM"),
+    MethodSpec("d2o", "action", "evicted tokens are merged into their nearest kept ones", paper="arXiv 2406.13035"),
+):
+    METHODS.register(_spec.name, _spec)

@@ -1,0 +1,223 @@
+"""PolicySpec: one string says which tokens are kept, when, and in which store. Torch-free and frozen.
+
+Grammar: `term (+ term)*`, a term being `name` or `name(key=value,...)`. At most one selector, budget and store;
+any number of refinements, triggers and actions in the order in which they act. A lone store is a policy too.
+`snapkv(budget=1024,window=64)+adaptive+int4`
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvloom.errors import InvalidInputError
+from kvloom.registry import nearest
+from kvloom.spec.format import is_store, store_format, store_names
+from kvloom.spec.method import METHODS, MethodSpec, Parameter, Value
+
+_TERM = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(?:\((.*)\))?", re.DOTALL)
+
+_STORE_PARAMS = (
+    Parameter("residual", "int", None, 0, doc="newest tokens that stay in 16 bit"),
+    Parameter("sinks", "int", 0, 0, doc="first tokens that stay in 16 bit"),
+    Parameter("encode", "choice", "after", choices=("after", "streaming"), doc="after the prompt, or during it"),
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of a policy with every parameter resolved, in the method's order."""
+
+    name: str
+    args: tuple[tuple[str, Value], ...] = ()
+
+    def get(self, key: str) -> Value | None:
+        """Return the value of `key`, or None when it has none."""
+        return dict(self.args).get(key)
+
+    def number(self, key: str) -> int:
+        """Return the integer `key`; only for parameters that always have one."""
+        value = dict(self.args)[key]
+        assert isinstance(value, int)
+        return value
+
+
+_FULL, _UNIFORM, _DROP = Term("full"), Term("uniform"), Term("drop")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What is forgotten and how the rest is stored; `str()` gives the spelling that parses back to it.
+
+    `store` is None for the model's own dtype. `triggers` is never empty unless the selector is `full`.
+    """
+
+    selector: Term = _FULL
+    refinements: tuple[Term, ...] = ()
+    budget: Term = _UNIFORM
+    triggers: tuple[Term, ...] = ()
+    action: Term = _DROP
+    store: Term | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "PolicySpec":
+        """Return the policy that `text` spells; raises `InvalidInputError` saying what is wrong and what is known."""
+        found: dict[str, list[Term]] = {}
+        for part in _split(text):
+            match = _TERM.fullmatch(part)
+            if match is None:
+                raise InvalidInputError(f"{part!r} in policy {text!r} is no term; write name or name(key=value,...)")
+            name, inner = match[1], match[2]
+            if is_store(name) and name not in METHODS:
+                found.setdefault("store", []).append(_store_term(name, inner))
+                continue
+            if name not in METHODS:
+                known = [*METHODS, *store_names()]
+                raise InvalidInputError(f"unknown policy {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            method = METHODS.get(name)
+            found.setdefault(method.role, []).append(Term(name, _arguments(name, method.params, inner)))
+        for role in ("selector", "budget", "action", "store"):
+            if len(found.get(role, ())) > 1:
+                names = " and ".join(term.name for term in found[role])
+                raise InvalidInputError(f"policy {text!r} names two of the kind {role}: {names}; keep one")
+        selector = found.get("selector", [_FULL])[0]
+        method = METHODS.get(selector.name)
+        _check_budget(text, selector, method)
+        if selector == _FULL:
+            spare = [t.name for role in ("refine", "budget", "trigger", "action") for t in found.get(role, ())]
+            if spare:
+                names = ", ".join(spare)
+                raise InvalidInputError(f"policy {text!r} evicts nothing, so {names} cannot act; name a selector")
+        elif found.get("budget") and not method.budgeted:
+            added = found["budget"][0].name
+            raise InvalidInputError(f"{selector.name} decides lengths itself; {added} cannot be added")
+        triggers = found.get("trigger") or [Term(name, _arguments(name, METHODS.get(name).params, None))
+                                            for name in method.triggers]
+        return cls(
+            selector=selector,
+            refinements=tuple(found.get("refine", ())),
+            budget=found.get("budget", [_UNIFORM])[0],
+            triggers=tuple(triggers),
+            action=found.get("action", [_DROP])[0],
+            store=found.get("store", [None])[0],
+        )
+
+    def terms(self) -> Iterator[Term]:
+        """Yield the terms that differ from what a shorter spelling would mean, in canonical order."""
+        if self.selector != _FULL or self.store is None:
+            yield self.selector
+        yield from self.refinements
+        if self.budget != _UNIFORM:
+            yield self.budget
+        if tuple(_shown(term) for term in self.triggers) != METHODS.get(self.selector.name).triggers:
+            yield from self.triggers
+        if self.action != _DROP:
+            yield self.action
+        if self.store is not None:
+            yield self.store
+
+    def __str__(self) -> str:
+        return "+".join(_shown(term) for term in self.terms())
+
+    @property
+    def evicts(self) -> bool:
+        """True when tokens are dropped at all."""
+        return self.selector != _FULL
+
+    def has_trigger(self, name: str) -> bool:
+        """Return whether the policy acts at `name`."""
+        return any(term.name == name for term in self.triggers)
+
+    def tokens_kept(self, prompt: int) -> int | None:
+        """Return the average tokens kept per lane of a prompt of that length, None where the data decides."""
+        method = METHODS.get(self.selector.name)
+        if not self.evicts:
+            return prompt
+        if method.fixed_tokens is not None:
+            return min(prompt, method.fixed_tokens(dict(self.selector.args)))
+        budget, keep = self.selector.get("budget"), self.selector.get("keep")
+        if isinstance(budget, int):
+            return min(prompt, budget)
+        if keep is not None:
+            fraction = Fraction(str(keep))
+            return max(1, fraction.numerator * prompt // fraction.denominator)
+        return None
+
+    @property
+    def lengths_known(self) -> bool:
+        """True when every lane's length follows from the prompt's length alone."""
+        return not METHODS.get(self.selector.name).ragged and not METHODS.get(self.budget.name).ragged
+
+
+def _split(text: str) -> list[str]:
+    """Return the terms of `text`, split at `+` outside parentheses and stripped of blanks."""
+    parts, depth, current = [], 0, ""
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if depth < 0 or depth > 1:
+            raise InvalidInputError(f"unbalanced parentheses in policy {text!r}")
+        if char == "+" and depth == 0 and not re.search(r"\de$", current):
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += char
+    if depth:
+        raise InvalidInputError(f"unbalanced parentheses in policy {text!r}")
+    parts.append(current.strip())
+    if not all(parts):
+        raise InvalidInputError(f"policy {text!r} has an empty term; write e.g. snapkv(budget=1024)+int8")
+    return parts
+
+
+def _arguments(name: str, params: tuple[Parameter, ...], inner: str | None) -> tuple[tuple[str, Value], ...]:
+    given: dict[str, Value] = {}
+    method = MethodSpec(name, "selector", "", params)
+    for pair in [p.strip() for p in (inner or "").split(",") if p.strip()]:
+        key, equals, value = (s.strip() for s in pair.partition("="))
+        if not equals or not value:
+            raise InvalidInputError(f"{pair!r} in {name}({inner}) is no argument; write key=value")
+        if key in given:
+            raise InvalidInputError(f"{name} is given {key} twice")
+        given[key] = method.parameter(key).parse(value, name)
+    resolved: list[tuple[str, Value]] = []
+    for parameter in params:
+        chosen = given.get(parameter.name, parameter.default)
+        if chosen is not None:
+            resolved.append((parameter.name, chosen))
+    return tuple(resolved)
+
+
+def _store_term(name: str, inner: str | None) -> Term:
+    store = store_format(name)
+    params = (Parameter("residual", "int", store.residual, 0), *_STORE_PARAMS[1:])
+    return Term(name, _arguments(name, params, inner))
+
+
+def _check_budget(text: str, selector: Term, method: MethodSpec) -> None:
+    if not method.budgeted:
+        return
+    given = [key for key in ("budget", "keep") if selector.get(key) is not None]
+    if len(given) != 1:
+        problem = "neither" if not given else "both"
+        raise InvalidInputError(
+            f"{selector.name} in policy {text!r} has {problem} of budget and keep; "
+            f"give one, e.g. {selector.name}(budget=1024) or {selector.name}(keep=0.5)"
+        )
+    budget, window = selector.get("budget"), selector.get("window")
+    if selector.name == "snapkv" and isinstance(budget, int) and isinstance(window, int) and budget < window:
+        raise InvalidInputError(f"budget {budget} of snapkv is below its window of {window} tokens, which always stay")
+
+
+def _shown(term: Term) -> str:
+    """Return the spelling of `term` without what its defaults say already."""
+    if term.name in METHODS:
+        params = METHODS.get(term.name).params
+    else:
+        params = (Parameter("residual", "int", store_format(term.name).residual, 0), *_STORE_PARAMS[1:])
+    defaults = {parameter.name: parameter.default for parameter in params}
+    shown = [f"{key}={_spell(value)}" for key, value in term.args if value != defaults[key]]
+    return f"{term.name}({','.join(shown)})" if shown else term.name
+
+
+def _spell(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

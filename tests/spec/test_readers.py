@@ -1,0 +1,201 @@
+"""Shapes and weight bytes from files: config.json, safetensors headers, GGUF; and what is refused."""
+
+import json
+import struct
+
+import pytest
+
+from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError, UnsupportedError
+from kvloom.spec.catalogue import catalogue_entry, catalogue_spec
+from kvloom.spec.config_json import read_config, spec_from_config
+from kvloom.spec.gguf_metadata import config_from_gguf, read_gguf
+from kvloom.spec.hardware import find_device
+from kvloom.spec.hypothetical import Hypothesis, attention_variants
+from kvloom.spec.safetensors_header import read_header, read_weight_files
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 50, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def write_safetensors(path, tensors):
+    """Write a safetensors file of zeros with the given (dtype, shape, bytes) by name."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+
+
+def test_weight_bytes_are_added_up_over_the_files_that_the_index_names(tmp_path):
+    write_safetensors(tmp_path / "a.safetensors", {"x": ("BF16", [3, 5], 30), "s": ("F32", [2], 8)})
+    write_safetensors(tmp_path / "b.safetensors", {"y": ("BF16", [7], 14)})
+    write_safetensors(tmp_path / "other.safetensors", {"z": ("BF16", [7], 14)})
+    index = {"weight_map": {"x": "a.safetensors", "s": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = read_weight_files(tmp_path)
+    assert (found.num_bytes, found.num_elements, found.dtype) == (52, 24, "bfloat16")
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lacks a\.safetensors"):
+        read_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"123", struct.pack("<Q", 1 << 40), struct.pack("<Q", 2) + b"[]x",
+                                     struct.pack("<Q", 8) + b"not json"])  # fmt: skip
+def test_a_damaged_safetensors_header_is_a_checkpoint_error(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_a_safetensors_file_that_was_cut_off_is_a_checkpoint_error(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"x": ("BF16", [30], 60)})
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_header(path)
+
+
+def write_gguf(path, arch="llama", **values):
+    """Write a GGUF file with two tensors through the gguf package."""
+    gguf = pytest.importorskip("gguf")
+    numpy = pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(path, arch)
+    facts = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2,
+             "feed_forward_length": 96, "context_length": 128, **values}  # fmt: skip
+    for key, value in facts.items():
+        if isinstance(value, list):
+            writer.add_array(f"{arch}.{key}", value)
+        else:
+            writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "bc"])
+    writer.add_tensor("token_embd.weight", numpy.zeros((50, 64), dtype=numpy.float16))
+    writer.add_tensor("blk.0.ffn_up.weight", numpy.zeros((96, 34 * 2), dtype=numpy.uint8),
+                      raw_dtype=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_shape_and_exact_tensor_bytes(tmp_path):
+    write_gguf(tmp_path / "m.gguf", **{"attention.head_count_kv": [2, 2]})
+    metadata = read_gguf(tmp_path / "m.gguf")
+    assert metadata.tensor_bytes == 50 * 64 * 2 + 96 * 64 // 32 * 34
+    assert metadata.num_elements == 50 * 64 + 96 * 64
+    spec = spec_from_config(config_from_gguf(metadata, "m"), "m")
+    assert spec.kv_spec(16, "bf16").bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert (spec.vocab_size, spec.tie_embeddings, spec.max_position) == (50, True, 128)
+
+
+def test_a_gguf_file_that_was_cut_off_says_so(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    path.write_bytes(path.read_bytes()[:150])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_gguf(path)
+
+
+def test_a_file_that_is_no_gguf_says_so(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 and more")
+    with pytest.raises(CheckpointError, match="not a GGUF file"):
+        read_gguf(tmp_path / "m.gguf")
+
+
+def test_an_unknown_gguf_architecture_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", arch="lama")
+    with pytest.raises(UnsupportedError, match="did you mean 'llama'"):
+        config_from_gguf(read_gguf(tmp_path / "m.gguf"), "m")
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"model_type": "lama"}, UnsupportedError, "did you mean 'llama'"),
+        ({"model_type": "vit", "image_size": 224}, UnsupportedError, "vision model"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, UnsupportedError, "encoder"),
+        ({"model_type": None}, InvalidInputError, "names no model_type"),
+        ({"num_key_value_heads": 3}, InvalidInputError, "not divisible by 3 KV heads"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, InvalidInputError, "not divisible by 7 heads"),
+        ({"num_hidden_layers": -2}, InvalidInputError, "num_hidden_layers of m is -2"),
+        ({"num_hidden_layers": "2"}, InvalidInputError, "num_hidden_layers of m is '2'"),
+        ({"hidden_size": None}, InvalidInputError, "has no hidden_size"),
+        ({"torch_dtype": "float12"}, InvalidInputError, "float12"),
+        ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedError, "'hqq' is not understood"),
+        ({"model_type": "gemma3_text", "layer_types": ["chunked"] * 2}, InvalidInputError, "'chunked'"),
+        ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, InvalidInputError, "each of 2 layers"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused_with_the_reason(change, error, words):
+    with pytest.raises(error) as caught:
+        spec_from_config({**LLAMA, **change}, "m")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "\x00"])
+def test_a_file_that_is_no_config_is_a_checkpoint_error(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_multimodal_wrapper_is_planned_by_its_text_decoder():
+    inner = catalogue_entry("gemma-3-4b")["config"]
+    wrapped = {"model_type": "gemma3", "text_config": inner, "vision_config": {"hidden_size": 1152}}
+    spec = spec_from_config(wrapped, "m")
+    assert spec.layer_kv == catalogue_spec("gemma-3-4b").layer_kv
+    assert any("vision" in note for note in spec.notes)
+
+
+@pytest.mark.parametrize(
+    "quantised, bits",
+    [({"quant_method": "mxfp4"}, 4.25), ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 4 + 20 / 128)],
+)
+def test_quantised_checkpoints_count_their_scales(quantised, bits):
+    spec = spec_from_config({**LLAMA, "quantization_config": quantised}, "m")
+    assert spec.weight_format.bits == bits
+
+
+def test_the_catalogue_finds_ids_and_aliases_in_any_case_and_names_the_nearest():
+    assert catalogue_spec("META-LLAMA/llama-2-7B-hf").name == "llama-2-7b"
+    assert catalogue_spec("smollm2").name == "smollm2-135m"
+    with pytest.raises(ModelNotFoundError, match="did you mean 'llama-2-7b'"):
+        catalogue_spec("lama-2-7b")
+
+
+@pytest.mark.parametrize(
+    "numbers, words",
+    [
+        ({"layers": 0, "heads": 4}, "--layers is 0"),
+        ({"layers": 2, "heads": 4, "kv_heads": 3}, "not divisible"),
+        ({"layers": 2, "heads": 4, "kv_rank": 64}, "both --kv-rank and --rope-dim"),
+        ({"layers": 2, "heads": 4, "kv_rank": 64, "rope_dim": 8, "kv_heads": 2}, "contradict"),
+        ({"layers": 2, "heads": 4, "global_every": 2}, "give --window too"),
+        ({"layers": 2, "heads": 4, "yoco": True, "share_kv": 2}, "contradict"),
+        ({"layers": 2, "heads": 3, "hidden": 64}, "not divisible"),
+        ({"layers": 2, "heads": 4, "experts": 2, "experts_per_token": 3}, "exceeds"),
+    ],
+)
+def test_contradictory_numbers_of_a_hypothetical_model_are_refused(numbers, words):
+    with pytest.raises(InvalidInputError) as caught:
+        Hypothesis(**numbers).build()
+    assert words in str(caught.value)
+
+
+def test_attention_variants_of_llama_2_7b_have_the_known_bytes_per_token():
+    found = {
+        name: v.kv_spec(16, "bf16").bytes_per_token for name, v in attention_variants(catalogue_spec("llama-2-7b"))
+    }
+    assert found == {"MHA (the model)": 524_288, "GQA-8": 131_072, "MQA": 16_384, "MLA (512+64)": 36_864}
+
+
+def test_devices_are_found_by_name_and_memory_may_be_given():
+    assert find_device("H100").bandwidth == 3.35e12
+    assert find_device("cpu:64GiB").memory_bytes == 64 << 30
+    with pytest.raises(InvalidInputError, match="did you mean 'h100'"):
+        find_device("h-1000")
