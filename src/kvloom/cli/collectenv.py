@@ -23,7 +23,8 @@ CPU_FEATURES = (
 """Instruction sets, as the kernel of the system names them, that decide how fast the CPU is here."""
 
 SETTINGS = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "CUDA_VISIBLE_DEVICES",
+    "XDG_CACHE_HOME",
 )  # fmt: skip
 """Variables of the environment that are honoured, beside those that begin with KVLOOM_."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kvloom.cli.configfile import read_config
 
@@ -21,6 +22,15 @@ class Flag(click.Option):
     def flag(self) -> str:
         """Long name without the dashes in front: `max-model-len`."""
         return next(name for name in self.opts if name.startswith("--")).removeprefix("--")
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Return how a complaint names this flag, with where its value came from if not from the command line."""
+        source = ctx.get_parameter_source(str(self.name)) if ctx is not None else None
+        origin = {
+            ParameterSource.ENVIRONMENT: f" (from {self.envvar})",
+            ParameterSource.DEFAULT_MAP: " (from --config)",
+        }
+        return f"'--{self.flag}'{origin.get(source, '') if source is not None else ''}"
 
 
 class Command(click.Command):
