@@ -17,6 +17,8 @@ from kvloom.models.tensor_file import TensorFile
 if TYPE_CHECKING:
     import torch
 
+    from kvloom.models.tokenizer import Tokenizer
+
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 _HARMLESS_GGUF = ("rope_freqs.weight",)
 
@@ -47,6 +49,15 @@ class Checkpoint:
         """
         self.check()
         return self._stream(dtype)
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer and chat template of the model; raises `CheckpointError`, `UnsupportedError`."""
+        from kvloom.models.gguf_file import GGUFFile
+        from kvloom.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+
+        if isinstance(self._file, GGUFFile):
+            return tokenizer_from_gguf(self._file, self.config.eos_token_ids)
+        return tokenizer_from_folder(self.path, self.config.eos_token_ids)
 
     def check(self) -> None:
         """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type."""

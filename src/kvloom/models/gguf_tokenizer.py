@@ -1,0 +1,215 @@
+"""The tokenizer inside a GGUF file, rebuilt for the `tokenizers` library once and then kept in the cache folder."""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from kvloom.errors import CheckpointError, UnsupportedError
+from kvloom.models.bpe_merges import merges_of_vocab
+from kvloom.models.cache_dir import cache_dir, write_atomically
+from kvloom.models.gguf_file import GGUFFile
+from kvloom.registry import nearest
+
+CONVERTER_VERSION = 1
+"""Part of the key of converted tokenizers: raise it when the conversion gives other results than before."""
+
+_PREFIX = "tokenizer.ggml."
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_SPACE = "\u2581"
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+_GPT2, _DIGITS, _LLAMA3, _DBRX, _QWEN2 = "gpt2", "digits", "llama3", "dbrx", "qwen2"
+_PRE_TOKENIZERS = {
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _DBRX),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+}
+"""How text is cut before merging, by the name that a GGUF file gives it: a wrong cut gives wrong tokens silently."""
+
+
+def tokenizer_of_gguf(file: GGUFFile) -> tokenizers.Tokenizer:
+    """Return the tokenizer of `file`, from the cache folder if it was converted before.
+
+    The key covers everything in the file that the tokenizer depends on, and the versions that convert it. A cache
+    that cannot be read or written costs time and nothing else. Raises `CheckpointError` when the file has no
+    tokenizer or a contradictory one, `UnsupportedError` when its kind is unknown.
+    """
+    path = cache_dir() / "tokenizers" / f"{_key(file)}.json"
+    if path.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception:  # the library raises bare Exceptions; a damaged file is converted anew
+            path.unlink(missing_ok=True)
+    tokenizer = convert(file)
+    text = tokenizer.to_str().encode("utf-8")
+    with contextlib.suppress(OSError):
+        write_atomically(path, lambda out: out.write(text))
+    return tokenizer
+
+
+def convert(file: GGUFFile) -> tokenizers.Tokenizer:
+    """Return the tokenizer of `file`, converted from its metadata; errors as in `tokenizer_of_gguf`."""
+    facts = _Facts(file)
+    kind = facts.value("model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(facts)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(facts, gemma=file.metadata["general.architecture"].startswith("gemma"))
+    else:
+        raise UnsupportedError(f"the tokenizer of {file.path}", [f"its kind is {kind!r}; kvloom knows gpt2 and llama"])
+    _add_tokens(tokenizer, facts)
+    _add_template(tokenizer, facts, kind)
+    return tokenizer
+
+
+def _key(file: GGUFFile) -> str:
+    digest = hashlib.sha256(f"{CONVERTER_VERSION} {tokenizers.__version__}".encode())
+    for key in sorted(file.metadata):
+        if key.startswith(_PREFIX) or key == "general.architecture":
+            value = file.metadata[key]
+            digest.update(f"\n{key} ".encode())
+            digest.update(value.tobytes() if isinstance(value, np.ndarray) else json.dumps(value).encode())
+    return digest.hexdigest()
+
+
+class _Facts:
+    """What the metadata say of the tokenizer: `tokens`, `types` (1 = normal) of each token, and single values."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.path: Path = file.path
+        self._metadata = file.metadata
+        self.tokens: list[str] = self._strings("tokens") or []
+        if not self.tokens:
+            raise CheckpointError(f"{self.path} has no tokenizer ({_PREFIX}tokens is missing); fetch the model again")
+        self.types = self.numbers("token_type") or [1] * len(self.tokens)
+        self.vocab = {token: index for index, token in enumerate(self.tokens)}
+        self.merges = self._strings("merges")
+
+    def value(self, name: str) -> Any:
+        return self._metadata.get(_PREFIX + name)
+
+    def numbers(self, name: str) -> list[Any] | None:
+        values = self.value(name)
+        if values is None:
+            return None
+        if not isinstance(values, np.ndarray) or len(values) != len(self.tokens):
+            raise CheckpointError(f"{self.path}: {_PREFIX}{name} does not have one number for each token")
+        found: list[Any] = values.tolist()
+        return found
+
+    def token(self, name: str) -> str | None:
+        index = self.value(f"{name}_token_id")
+        if index is None:
+            return None
+        if not isinstance(index, int) or not 0 <= index < len(self.tokens):
+            raise CheckpointError(f"{self.path}: {name} token is {index!r}, but there are {len(self.tokens)} tokens")
+        return self.tokens[index]
+
+    def rules(self) -> list[tuple[str, str]]:
+        pairs = [tuple(merge.split(" ")) for merge in self.merges or ()]
+        bad = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= self.vocab.keys()]
+        if bad:
+            raise CheckpointError(f"{self.path}: {len(bad)} merges do not fit the vocabulary, the first is {bad[0]}")
+        return [(pair[0], pair[1]) for pair in pairs]
+
+    def _strings(self, name: str) -> list[str] | None:
+        values = self.value(name)
+        if values is None or (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            return values
+        raise CheckpointError(f"{self.path}: {_PREFIX}{name} is not a list of strings")
+
+
+def _byte_level(facts: _Facts) -> tokenizers.Tokenizer:
+    """Byte-level BPE (Radford et al. 2019), with the cut of the text that the merges were learned on."""
+    name = facts.value("pre") or "gpt-2"
+    if name not in _PRE_TOKENIZERS:
+        hint = nearest(str(name), list(_PRE_TOKENIZERS))
+        raise UnsupportedError(f"the tokenizer of {facts.path}", [f"it cuts text in the way {name!r}, unknown{hint}"])
+    cut = _PRE_TOKENIZERS[name]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=facts.vocab, merges=facts.rules(), ignore_merges=cut == _LLAMA3))
+    if cut == _GPT2:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif cut == _DIGITS:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    else:
+        pattern = _QWEN2_SPLIT if cut == _QWEN2 else _LLAMA3_SPLIT
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(facts: _Facts, gemma: bool) -> tokenizers.Tokenizer:
+    """Sentencepiece BPE with bytes for unknown characters. Gemma spells runs of spaces out and ranks by position."""
+    if gemma:
+        tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in facts.tokens]
+        facts.vocab = {token: index for index, token in enumerate(tokens)}
+    scores = facts.numbers("scores")
+    whole = {_UNKNOWN, _CONTROL, _UNUSED, _BYTE}
+    if facts.merges:
+        rules = facts.rules()
+    else:
+        if scores is None:
+            raise CheckpointError(f"{facts.path} has neither merges nor scores of its tokens; fetch the model again")
+        rank = float if gemma else [-score for score in scores].__getitem__
+        rules = merges_of_vocab(facts.vocab, lambda index: facts.types[index] not in whole, rank)
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=facts.vocab, merges=rules, unk_token=facts.token("unknown"), fuse_unk=True, byte_fallback=True)
+    )
+    spell = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefix = bool(facts.value("add_space_prefix") is not False) and not gemma
+    if gemma:
+        tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        scheme = "first" if prefix else "never"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence([*spell, decoders.Strip(" ", 1, 0)] if prefix else spell)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, facts: _Facts) -> None:
+    """Mark the tokens that are matched whole in a text: control tokens are special, the user's own are not."""
+    named = {facts.token(name) for name in ("bos", "eos", "eot", "padding")}
+    special, plain = [], []
+    for token, kind in zip(facts.tokens, facts.types, strict=True):
+        if kind == _CONTROL or token in named:
+            special.append(AddedToken(token, normalized=False, special=True))
+        elif kind == _USER_DEFINED and token in facts.vocab:
+            plain.append(AddedToken(token, normalized=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+
+
+def _add_template(tokenizer: tokenizers.Tokenizer, facts: _Facts, kind: str) -> None:
+    """Put BOS before and EOS after a text where the file, or else the habit of its kind, says so."""
+    habit = kind == "llama" or _PRE_TOKENIZERS.get(facts.value("pre")) == _LLAMA3
+    wanted = facts.value("add_bos_token")
+    bos = facts.token("bos") if (habit if wanted is None else wanted) else None
+    eos = facts.token("eos") if facts.value("add_eos_token") else None
+    special = [(token, facts.vocab[token]) for token in dict.fromkeys((bos, eos)) if token is not None]
+    if not special:
+        return
+    before, after = ([f"{token}:0"] if token is not None else [] for token in (bos, eos))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A:0", *after], pair=[*before, "$A:0", *after, "$B:1"], special_tokens=special
+    )
