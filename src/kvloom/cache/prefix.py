@@ -153,10 +153,10 @@ class PrefixIndex:
                     continue
                 entry.blocks[index] = None
                 self.num_reclaimed += len(addresses)
+                if all(b is None for b in entry.blocks):
+                    del self._entries[digest]  # now: the caller may stop after any step
                 yield self.arena.release(addresses)
-            if all(b is None for b in entry.blocks):
-                del self._entries[digest]
-            elif busy:
+            if busy:
                 self._entries.move_to_end(digest)
 
     def rename(self, renamed: Addresses) -> None:
