@@ -13,6 +13,7 @@ from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError
 from kvloom.models.chat_template import ChatTemplate
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.models.gguf_tokenizer import tokenizer_of_gguf
+from kvloom.models.spelling import Spelling
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Tokens that a checkpoint gives a role, under the names that chat templates use."""
@@ -51,6 +52,11 @@ class Tokenizer:
         """Ids of tokens that mark structure and that decoding leaves out on demand."""
         added = self._backend.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What each token adds to a text; raises `UnsupportedError` when that depends on its neighbours."""
+        return Spelling(self._backend)
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return the token as the vocabulary spells it, or None when there is none with that id."""
