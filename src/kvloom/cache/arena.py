@@ -5,7 +5,7 @@
 
 An empty slab takes any block size; a slab is given back when its last block is free. Blocks carry reference counts.
 Allocation fills the fullest slab first; `evacuation` empties nearly empty slabs, so that what is stranded stays below
-one slab for each block size.
+one slab for each block size (and the tails of full slabs that a block size does not divide).
 """
 
 from collections.abc import Iterable, Mapping
@@ -49,8 +49,8 @@ class Arena:
         self.num_slabs = num_bytes // SLAB_BYTES
         if self.num_slabs < 1:
             raise DoesNotFitError(
-                f"the KV cache has {format_bytes(num_bytes)}; it needs at least one slab of {format_bytes(SLAB_BYTES)}. "
-                "Raise --kv-cache-memory-bytes"
+                f"the KV cache has {format_bytes(num_bytes)}; it needs at least one slab of "
+                f"{format_bytes(SLAB_BYTES)}. Raise --kv-cache-memory-bytes"
             )
         if self.num_slabs * SLAB_GRANULES > np.iinfo(np.int32).max:
             raise InvalidInputError(f"the KV cache has {format_bytes(num_bytes)}; addresses reach 256 GiB")

@@ -1,4 +1,4 @@
-"""BlockPool: blocks for lanes, found by evacuating slabs and reclaiming cached prefixes when none is free. Torch-free."""
+"""BlockPool: blocks for lanes, found by evacuating slabs, then by reclaiming cached prefixes. Torch-free."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
@@ -35,15 +35,15 @@ class BlockPool:
     def ensure(self, needs: Mapping[int, int]) -> bool:
         """Make room for `needs` (block bytes -> number): evacuate, then reclaim. False when it cannot be had now.
 
-        Blocks may move. Nothing that a request holds is lost; cached prefixes may be.
+        Blocks may move. Nothing that a request holds is lost; cached prefixes may be, but never in vain.
         """
         if self.arena.available(needs):
             return True
-        if any(count > self._most_ever(size) for size, count in needs.items()):
-            return False
         self.evacuate()
         if self.arena.available(needs):
             return True
+        if not self._attainable(needs):
+            return False
         pending = 0
         for freed in self.index.reclaim():
             pending += freed
@@ -57,8 +57,14 @@ class BlockPool:
         self.evacuate()
         return self.arena.available(needs)
 
-    def _most_ever(self, block_bytes: int) -> int:
-        return self.arena.num_slabs * self.arena.blocks_per_slab(block_bytes)
+    def _attainable(self, needs: Mapping[int, int]) -> bool:
+        """Return whether `needs` would fit beside what requests hold if every cached prefix were given up."""
+        idle = self.index.idle_blocks()
+        slabs = 0
+        for size in self.arena.block_sizes:
+            live = self.arena.used_blocks(size) - idle.get(size, 0) + needs.get(size, 0)
+            slabs += -(-live // self.arena.blocks_per_slab(size))
+        return slabs <= self.arena.num_slabs
 
     def evacuate(self) -> None:
         """Empty nearly empty slabs into fuller ones; addresses change everywhere at once."""

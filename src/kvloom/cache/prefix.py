@@ -1,9 +1,9 @@
 """PrefixIndex: finds the blocks of a prompt's beginning that some request has computed before. Torch-free.
 
-Blocks are known by a chained hash: digest(b) = blake2b(digest(b - 1), tokens of block b), digest(-1) = blake2b(salt). It
-depends on nothing else, so it is the same after a restart. An entry keeps one reference on each block that it lists
-and says which lane groups it still has: a windowed layer needs only the end of a prefix, and any group of any entry may
-be reclaimed on its own.
+Blocks are known by a chained hash: digest(b) = blake2b(digest(b - 1), tokens of block b), digest(-1) = blake2b(salt).
+It depends on nothing else, so it is the same after a restart. An entry keeps one reference on each block that it lists
+and says which lane groups it still has: a windowed layer needs only the end of a prefix, and any group of any entry
+may be reclaimed on its own.
 """
 
 import hashlib
@@ -167,13 +167,17 @@ class PrefixIndex:
                     new = renamed[self.arena.cell_of(addresses)]
                     np.copyto(addresses, new, where=new >= 0)
 
-    def clear(self) -> None:
-        """Forget every entry and release its blocks."""
-        for entry in self._entries.values():
-            for addresses in entry.blocks:
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Drop entries and the index's references on their blocks; unknown digests are passed over."""
+        for digest in digests:
+            entry = self._entries.pop(digest, None)
+            for addresses in entry.blocks if entry is not None else ():
                 if addresses is not None:
                     self.arena.release(addresses)
-        self._entries.clear()
+
+    def clear(self) -> None:
+        """Forget every entry and release its blocks."""
+        self.forget(list(self._entries))
 
     def held_blocks(self) -> Iterator[Addresses]:
         """Yield every array of addresses that the index holds a reference on."""
@@ -182,12 +186,17 @@ class PrefixIndex:
                 if addresses is not None:
                     yield addresses
 
-    @property
-    def idle_bytes(self) -> int:
-        """Bytes that `reclaim` could free now."""
-        total = 0
+    def idle_blocks(self) -> dict[int, int]:
+        """Return the blocks (block bytes -> number) that `reclaim` could free now."""
+        found: dict[int, int] = {}
         for entry in self._entries.values():
             for index, addresses in enumerate(entry.blocks):
                 if addresses is not None and (self.arena.references(addresses) == 1).all():
-                    total += len(addresses) * self.spec.groups[index].block_bytes
-        return total
+                    size = self.spec.groups[index].block_bytes
+                    found[size] = found.get(size, 0) + len(addresses)
+        return found
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes that `reclaim` could free now."""
+        return sum(size * count for size, count in self.idle_blocks().items())
