@@ -1,0 +1,354 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+
+namespace kvloom {
+
+namespace {
+
+constexpr int kContextPart = 256;  // slots of one part of a split context; fixed, so results do not depend on threads
+constexpr int kSplitRows = 48;     // up to that many rows a context is split
+constexpr int kBlockRows = 96;     // rows of one prefill task
+constexpr float kLog2E = 1.44269504089f;
+
+// Rows of queries [q0, q1) of a sequence, all heads of one group, over slots [begin, end).
+struct Task {
+  int seq, kv_head, q0, q1, begin, end;
+  int part, num_parts;
+  std::ptrdiff_t partial;  // where its partial result lies, in floats; -1: finished at once
+};
+
+struct Plan {
+  std::vector<Task> tasks;
+  std::ptrdiff_t partial_floats = 0;
+};
+
+int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
+int lane_end(const LaneTable& t, int row, int lane) { return t.end[row * t.bounds_stride + lane]; }
+
+Plan make_plan(const AttentionCall& call) {
+  Plan plan;
+  const LayerShape& shape = call.shape;
+  const int heads = shape.num_heads / shape.num_kv_heads;
+  for (int pass = 0; pass < 2; ++pass) {  // whole-context tasks first: they are the long ones
+    for (int b = 0; b < call.batch.num_seqs; ++b) {
+      const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
+      const bool split = n * heads <= kSplitRows;
+      if (n == 0 || split != (pass == 1)) continue;
+      const int row = call.batch.seq_rows[b];
+      const int block = split ? n : std::max(1, kBlockRows / heads);
+      for (int q1 = n; q1 > 0;) {  // from the end: the longest first
+        const int q0 = std::max(0, (q1 - 1) / block * block);
+        for (int g = 0; g < shape.num_kv_heads; ++g) {
+          const int first = lane_begin(call.lanes, row, shape.lane_offset + g);
+          const int last = lane_end(call.lanes, row, shape.lane_offset + g);
+          int begin = first, end = last - n + q1;
+          if (shape.window) begin = std::max(begin, last - n + q0 + 1 - shape.window);
+          if (!split) {
+            plan.tasks.push_back({b, g, q0, q1, begin, end, 0, 1, -1});
+            continue;
+          }
+          const int first_part = begin / kContextPart, parts = std::max(1, (end - 1) / kContextPart - first_part + 1);
+          for (int p = 0; p < parts; ++p) {
+            Task task = {b, g, q0, q1, std::max(begin, (first_part + p) * kContextPart),
+                         std::min(end, (first_part + p + 1) * kContextPart), p, parts, -1};
+            if (parts > 1) {
+              task.partial = plan.partial_floats;
+              plan.partial_floats += static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
+            }
+            plan.tasks.push_back(task);
+          }
+        }
+        q1 = q0;
+      }
+    }
+  }
+  return plan;
+}
+
+// One task's arguments for the kernel, and the memory they live in.
+struct Rows {
+  int num_rows;
+  char* queries;
+  int32_t *first, *last, *position;
+  float *slope, *peak, *total, *sum;
+  char* kernel_scratch;
+
+  static std::size_t bytes(int rows, int v_width) {
+    const std::size_t tiles = static_cast<std::size_t>(rows + kTileRows - 1) / kTileRows * kTileRows;
+    return tiles * kTileRowBytes + static_cast<std::size_t>(rows) * (6 + v_width + 1024) * 4 + 4096 +
+           kKernelScratchBytes;
+  }
+  Rows(char* memory, int rows, int v_width) : num_rows(rows) {
+    const std::size_t tiles = static_cast<std::size_t>(rows + kTileRows - 1) / kTileRows * kTileRows;
+    queries = memory;
+    char* at = memory + tiles * kTileRowBytes;
+    auto take = [&](std::size_t count) {
+      char* p = at;
+      at += (count * 4 + 63) / 64 * 64;
+      return p;
+    };
+    first = reinterpret_cast<int32_t*>(take(rows));
+    last = reinterpret_cast<int32_t*>(take(rows));
+    position = reinterpret_cast<int32_t*>(take(rows));
+    slope = reinterpret_cast<float*>(take(rows));
+    peak = reinterpret_cast<float*>(take(rows));
+    total = reinterpret_cast<float*>(take(rows));
+    sum = reinterpret_cast<float*>(take(static_cast<std::size_t>(rows) * v_width));
+    kernel_scratch = take(0);
+  }
+};
+
+AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task& task, Rows& rows) {
+  const LayerShape& shape = call.shape;
+  const int heads = shape.num_heads / shape.num_kv_heads, table_row = call.batch.seq_rows[task.seq];
+  const int lane = shape.lane_offset + task.kv_head;
+  const int token0 = call.batch.cu_seqlens[task.seq];
+  const int n = call.batch.cu_seqlens[task.seq + 1] - token0;
+  const int visible = lane_begin(call.lanes, table_row, lane), end = lane_end(call.lanes, table_row, lane);
+  const float scale = call.scale * (call.softcap > 0 ? 1.0f : kLog2E);
+  const std::size_t size = call.q_element == Element::kFloat ? 4 : 2;
+  float head[1024];
+  int r = 0;
+  for (int i = task.q0; i < task.q1; ++i)
+    for (int h = 0; h < heads; ++h, ++r) {
+      const std::size_t at = static_cast<std::size_t>(token0 + i) * call.q_stride +
+                             static_cast<std::size_t>(task.kv_head * heads + h) * shape.k_width;
+      kernel.to_float(call.q_element, static_cast<const char*>(call.q) + at * size, head, shape.k_width);
+      for (int d = 0; d < shape.k_width; ++d) head[d] *= scale;
+      kernel.from_float(call.compute, head, rows.queries + static_cast<std::size_t>(r) * kTileRowBytes, shape.k_width);
+      const int last = end - n + i + 1;
+      rows.last[r] = last;
+      rows.first[r] = shape.window ? std::max(visible, last - shape.window) : visible;
+      rows.position[r] = last - 1;
+      if (call.slopes) rows.slope[r] = call.slopes[task.kv_head * heads + h];
+    }
+  AttendArgs args = {};
+  args.lane = lane_of(call.lanes, shape, table_row, task.kv_head);
+  args.compute = call.compute;
+  args.queries = rows.queries;
+  args.num_rows = rows.num_rows;
+  args.first = rows.first;
+  args.last = rows.last;
+  args.slot_begin = task.begin;
+  args.slot_end = task.end;
+  args.lane_end = end;
+  args.softcap = call.softcap;
+  args.slope = call.slopes ? rows.slope : nullptr;
+  args.position = rows.position;
+  args.bias = call.bias ? call.bias + table_row * call.bias_seq_stride + lane * call.bias_lane_stride : nullptr;
+  args.peak = rows.peak;
+  args.total = rows.total;
+  args.sum = rows.sum;
+  return args;
+}
+
+// Normalise one row and hand it to whoever wants it.
+void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int head, float peak, float total,
+                float* sum) {
+  const int width = call.shape.v_width;
+  if (call.sinks) {
+    const float sink = call.sinks[head] * kLog2E;
+    if (sink > peak) {
+      const float shrink = total > 0 ? std::exp2(peak - sink) : 0.0f;
+      for (int d = 0; d < width; ++d) sum[d] *= shrink;
+      total = total * shrink + 1.0f;
+      peak = sink;
+    } else {
+      total += std::exp2(sink - peak);
+    }
+  }
+  const float inverse = total > 0 ? 1.0f / total : 0.0f;
+  for (int d = 0; d < width; ++d) sum[d] *= inverse;
+  if (call.out_tiles) {
+    write_tiles(kernel, *call.out_tiles, token, head * width, sum, width);
+  } else {
+    const std::size_t size = call.out_element == Element::kFloat ? 4 : 2;
+    const std::size_t at = static_cast<std::size_t>(token) * call.out_stride + static_cast<std::size_t>(head) * width;
+    kernel.from_float(call.out_element, sum, static_cast<char*>(call.out) + at * size, width);
+  }
+  if (call.lse)
+    call.lse[static_cast<std::size_t>(token) * call.shape.num_heads + head] =
+        total > 0 ? (peak + std::log2(total)) / kLog2E : -INFINITY;
+}
+
+}  // namespace
+
+Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int kv_head) {
+  const int index = shape.lane_offset + kv_head;
+  Lane lane = {};
+  lane.columns = table.table + seq_row * table.seq_stride + index * table.lane_stride;
+  lane.arena = table.arena;
+  lane.block_size = table.block_size;
+  lane.k_width = shape.k_width;
+  lane.v_width = shape.v_width;
+  lane.store = table.store;
+  if (table.segment_start) {
+    const int32_t* start = table.segment_start + static_cast<std::ptrdiff_t>(seq_row) * table.num_lanes + index;
+    lane.num_segments = start[1] - start[0];
+    lane.segment_store = table.segment_store + start[0];
+    lane.segment_end = table.segment_end + start[0];
+  }
+  return lane;
+}
+
+void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, const float* x, int n) {
+  const int bytes = activation_bytes(tiles.product);
+  while (n > 0) {
+    const int slice = offset / tiles.slice_elements, within = offset % tiles.slice_elements;
+    const int count = std::min(n, tiles.slice_elements - within);
+    kernel.from_float(bytes == 4 ? Element::kFloat : Element::kBf16, x, tiles.row(t, slice) + within * bytes, count);
+    x += count;
+    offset += count;
+    n -= count;
+  }
+}
+
+void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
+  const Kernels& kernel = kernels();
+  const LayerShape& shape = call.shape;
+  const int heads = shape.num_heads / shape.num_kv_heads, width = shape.v_width;
+  const Plan plan = make_plan(call);  // every thread makes the same one
+  const int count = static_cast<int>(plan.tasks.size());
+  const bool grow = workspace.partial.size() < static_cast<std::size_t>(plan.partial_floats);
+  if (plan.partial_floats) {
+    team.barrier();  // all have looked at the size
+    if (grow) {
+      if (team.id() == 0) workspace.partial.resize(static_cast<std::size_t>(plan.partial_floats));
+      team.barrier();
+    }
+  }
+  char* memory = team.scratch(Rows::bytes(std::max(kBlockRows, std::max(heads, kSplitRows)), width));
+  const int chunk = std::max(1, count / (team.size() * 16));
+  int claimed = team.next() * chunk, index = claimed;
+  while (index < count) {
+    int following = index + 1;
+    if (following == std::min(count, claimed + chunk)) following = claimed = team.next() * chunk;
+    const Task& task = plan.tasks[static_cast<std::size_t>(index)];
+    Rows rows(memory, (task.q1 - task.q0) * heads, width);
+    AttendArgs args = prepare(kernel, call, task, rows);
+    AttendArgs upcoming = {};
+    if (following < count) {
+      const Task& next = plan.tasks[static_cast<std::size_t>(following)];
+      upcoming.lane = lane_of(call.lanes, shape, call.batch.seq_rows[next.seq], next.kv_head);
+      upcoming.slot_begin = next.begin;
+      upcoming.slot_end = next.end;
+      args.upcoming = &upcoming;
+    }
+    if (task.partial >= 0) {
+      float* at = workspace.partial.data() + task.partial;
+      args.peak = at;
+      args.total = at + rows.num_rows;
+      args.sum = at + 2 * rows.num_rows;
+    }
+    kernel.attend(args, rows.kernel_scratch);
+    if (task.partial < 0) {
+      const int token0 = call.batch.cu_seqlens[task.seq] + task.q0;
+      for (int r = 0; r < rows.num_rows; ++r)
+        finish_row(kernel, call, token0 + r / heads, task.kv_head * heads + r % heads, rows.peak[r], rows.total[r],
+                   rows.sum + static_cast<std::size_t>(r) * width);
+    }
+    index = following;
+  }
+  if (plan.partial_floats == 0) return;
+  team.barrier();
+  float sum[1024];
+  int group = 0;
+  for (int i = 0; i < count; i += plan.tasks[static_cast<std::size_t>(i)].num_parts, ++group) {
+    if (group % team.size() != team.id()) continue;
+    const Task& task = plan.tasks[static_cast<std::size_t>(i)];
+    if (task.partial < 0) continue;
+    const int rows = (task.q1 - task.q0) * heads;
+    const int token0 = call.batch.cu_seqlens[task.seq] + task.q0;
+    const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(rows) * (width + 2);
+    const float* base = workspace.partial.data() + task.partial;
+    for (int r = 0; r < rows; ++r) {
+      float peak = -INFINITY, total = 0;
+      for (int p = 0; p < task.num_parts; ++p) peak = std::max(peak, base[p * part_floats + r]);
+      std::fill(sum, sum + width, 0.0f);
+      for (int p = 0; p < task.num_parts && peak > -INFINITY; ++p) {
+        const float* part = base + p * part_floats;
+        const float weight = std::exp2(part[r] - peak);
+        total += weight * part[rows + r];
+        const float* from = part + 2 * rows + static_cast<std::ptrdiff_t>(r) * width;
+        for (int d = 0; d < width; ++d) sum[d] += weight * from[d];
+      }
+      finish_row(kernel, call, token0 + r / heads, task.kv_head * heads + r % heads, peak, total, sum);
+    }
+  }
+}
+
+void key_mass(Team& team, const AttentionCall& call, const float* lse, float* mass, std::ptrdiff_t num_slots) {
+  const Kernels& kernel = kernels();
+  const LayerShape& shape = call.shape;
+  const int heads = shape.num_heads / shape.num_kv_heads, block = std::max(1, kBlockRows / heads);
+  std::vector<Task> tasks;
+  for (int b = 0; b < call.batch.num_seqs; ++b)
+    for (int g = 0; g < shape.num_kv_heads; ++g) {
+      const int row = call.batch.seq_rows[b], lane = shape.lane_offset + g;
+      const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
+      const int end = lane_end(call.lanes, row, lane);
+      for (int s = lane_begin(call.lanes, row, lane); s < end;) {
+        const int stop = std::min(end, (s / kContextPart + 1) * kContextPart);
+        tasks.push_back({b, g, 0, n, s, stop, 0, 1, -1});
+        s = stop;
+      }
+    }
+  char* memory = team.scratch(Rows::bytes(std::max(kBlockRows, heads), shape.v_width) + kBlockRows * 16 * 4);
+  std::vector<float> row_lse(static_cast<std::size_t>(std::max(kBlockRows, heads)));
+  for (int i; (i = team.next()) < static_cast<int>(tasks.size());) {
+    Task task = tasks[static_cast<std::size_t>(i)];
+    const int n = task.q1, token0 = call.batch.cu_seqlens[task.seq];
+    for (int q0 = 0; q0 < n; q0 += block) {  // one thread adds a column up, in order
+      task.q0 = q0;
+      task.q1 = std::min(n, q0 + block);
+      Rows rows(memory, (task.q1 - task.q0) * heads, shape.v_width);
+      MassArgs args = {prepare(kernel, call, task, rows), row_lse.data(), nullptr};
+      if (rows.last[rows.num_rows - 1] <= task.begin) continue;
+      for (int r = 0; r < rows.num_rows; ++r)
+        row_lse[static_cast<std::size_t>(r)] = lse[static_cast<std::size_t>(token0 + task.q0 + r / heads) *
+                                                       shape.num_heads + task.kv_head * heads + r % heads];
+      args.mass = mass + (static_cast<std::ptrdiff_t>(task.seq) * shape.num_kv_heads + task.kv_head) * num_slots + task.begin;
+      kernel.mass(args, rows.kernel_scratch);
+    }
+  }
+}
+
+void append(Team& team, const AppendCall& call) {
+  const Kernels& kernel = kernels();
+  const LayerShape& shape = call.shape;
+  const int query_heads = call.q ? shape.num_heads : 0, per_token = query_heads + shape.num_kv_heads;
+  const std::size_t size = call.element == Element::kFloat ? 4 : 2;
+  int begin, end;
+  team.share(call.batch.num_tokens * per_token, &begin, &end);
+  int seq = 0;
+  float head[1024], values[1024];
+  for (int item = begin; item < end; ++item) {
+    const int t = item / per_token, j = item % per_token;
+    while (call.batch.cu_seqlens[seq + 1] <= t) ++seq;
+    const bool query = j < query_heads;
+    const int h = query ? j : j - query_heads;
+    char* at = static_cast<char*>(query ? call.q : call.k) +
+               (static_cast<std::size_t>(t) * (query ? call.q_stride : call.k_stride) +
+                static_cast<std::size_t>(h) * shape.k_width) * size;
+    const float* norm = query ? call.q_norm : call.k_norm;
+    kernel.to_float(call.element, at, head, shape.k_width);
+    if (norm) kernel.rms_norm(head, norm, shape.k_width, call.eps, head);
+    if (call.cos_sin && call.rotary)
+      kernel.rope(head, shape.k_width, call.cos_sin + static_cast<std::size_t>(t) * call.rotary, call.rotary);
+    if (norm || (call.cos_sin && call.rotary)) kernel.from_float(call.element, head, at, shape.k_width);
+    if (query) continue;
+    const int row = call.batch.seq_rows[seq];
+    const int slot = lane_end(call.lanes, row, shape.lane_offset + h) - call.batch.cu_seqlens[seq + 1] + t;
+    const char* v = static_cast<const char*>(call.v) +
+                    (static_cast<std::size_t>(t) * call.v_stride + static_cast<std::size_t>(h) * shape.v_width) * size;
+    kernel.to_float(call.element, v, values, shape.v_width);
+    kernel.write_slot(lane_of(call.lanes, shape, row, h), slot, head, values);
+  }
+}
+
+}  // namespace kvloom

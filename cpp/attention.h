@@ -1,0 +1,103 @@
+// Appending to lanes and attending over them, for a packed batch of prefill chunks and decodes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "thread_pool.h"
+
+namespace kvloom {
+
+// The lanes of all sequences. `table` [num_seqs, num_lanes, num_columns]: arena addresses in granules;
+// `begin`, `end` [num_seqs, num_lanes]: visible slots. Strides are in elements.
+struct LaneTable {
+  char* arena = nullptr;
+  const int32_t* table = nullptr;
+  std::ptrdiff_t seq_stride = 0, lane_stride = 0;
+  const int32_t* begin = nullptr;
+  const int32_t* end = nullptr;
+  std::ptrdiff_t bounds_stride = 0;
+  int block_size = 0;
+  Element store = Element::kBf16;
+  // Optional, for lanes of several stores: segments of lane (s, l) are segment_start[s * num_lanes + l] up to the
+  // next entry, in `segment_store` and `segment_end` (columns).
+  int num_lanes = 0;
+  const int32_t* segment_start = nullptr;
+  const int32_t* segment_store = nullptr;
+  const int32_t* segment_end = nullptr;
+};
+
+// Packed queries: sequence b owns tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1 and row seq_rows[b] of the table.
+struct Batch {
+  int num_tokens = 0;  // T
+  int num_seqs = 0;    // B
+  const int32_t* cu_seqlens = nullptr;
+  const int32_t* seq_rows = nullptr;
+};
+
+struct LayerShape {
+  int num_heads = 0, num_kv_heads = 0, k_width = 0, v_width = 0;
+  int lane_offset = 0;
+  int window = 0;  // 0: none
+};
+
+struct AttentionCall {
+  LaneTable lanes;
+  Batch batch;
+  LayerShape shape;
+  Element compute = Element::kFloat;
+  float scale = 1;
+  float softcap = 0;
+  const float* sinks = nullptr;   // [H] natural logits that join every row's denominator
+  const float* slopes = nullptr;  // [H] ALiBi
+  const float* bias = nullptr;    // natural, [num_seqs, num_lanes, slots]
+  std::ptrdiff_t bias_seq_stride = 0, bias_lane_stride = 0;
+  Element q_element = Element::kFloat;
+  const void* q = nullptr;  // [T, H, k_width], `q_stride` elements between tokens
+  std::ptrdiff_t q_stride = 0;
+  Element out_element = Element::kFloat;
+  void* out = nullptr;  // [T, H * v_width] contiguous per token, `out_stride` elements between tokens; or:
+  std::ptrdiff_t out_stride = 0;
+  const Tiles* out_tiles = nullptr;  // activations of the next linear layer
+  float* lse = nullptr;  // [T, H] natural, sinks included
+};
+
+// Memory that a call's partial results live in; grows and stays.
+struct Workspace {
+  std::vector<float> partial;
+};
+
+// The whole team attends; keys and values must be visible (barrier before). No barrier after.
+void attention(Team& team, const AttentionCall& call, Workspace& workspace);
+
+// mass[seq b][g][slot] += sum over queries and heads of the group of exp(score - lse), for the tokens of `call.batch`.
+// `mass` [B, G, num_slots] float32 is zeroed by the caller; slots are the lane's own.
+void key_mass(Team& team, const AttentionCall& call, const float* lse, float* mass, std::ptrdiff_t num_slots);
+
+struct AppendCall {
+  LaneTable lanes;
+  Batch batch;
+  LayerShape shape;
+  Element element = Element::kFloat;
+  void* q = nullptr;  // [T, H, k_width]: normed and rotated in place; null: keys only
+  void* k = nullptr;  // [T, G, k_width]
+  const void* v = nullptr;
+  std::ptrdiff_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements between tokens
+  const float* cos_sin = nullptr;  // [T, rotary]: cosines, then sines; null: no rotation
+  int rotary = 0;
+  const float* q_norm = nullptr;  // [k_width]
+  const float* k_norm = nullptr;
+  float eps = 0;
+};
+
+// Norm, rotate and store: slot end - n + i of each lane receives token i of the sequence's n. No barrier after.
+void append(Team& team, const AppendCall& call);
+
+Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int kv_head);
+
+// Copy `n` floats into columns `offset` ... of row `t` of tiles of a float or bf16 product.
+void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, const float* x, int n);
+
+}  // namespace kvloom

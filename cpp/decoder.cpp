@@ -1,0 +1,286 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+
+namespace kvloom {
+
+namespace {
+
+template <class T> void reserve(std::vector<T>& buffer, std::size_t n) {
+  if (buffer.size() < n) {
+    buffer.clear();  // nothing is kept between steps: no copy
+    buffer.resize(n);
+  }
+}
+
+Tiles tiles_in(Product product, int rows, int k, std::vector<char>& data, std::vector<float>& scale) {
+  Tiles tiles = tiles_shape(product, rows, k);
+  reserve(data, tiles.bytes() + 64);
+  reserve(scale, static_cast<std::size_t>(rows));
+  tiles.data = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(data.data()) + 63) & ~std::uintptr_t{63});
+  tiles.scale = scale.data();
+  return tiles;
+}
+
+// What lies between the last element of a row and the end of its last slice meets zero weights; it must be finite.
+void clear_padding(const Tiles& tiles, int begin, int end) {
+  const int bytes = activation_bytes(tiles.product);
+  for (int s = 0; s < tiles.num_slices; ++s) {
+    const int used = std::clamp(tiles.k - s * tiles.slice_elements, 0, tiles.slice_elements);
+    if (used == tiles.slice_elements) continue;
+    for (int t = begin; t < end; ++t)
+      std::memset(tiles.row(t, s) + used * bytes, 0, static_cast<std::size_t>(tiles.slice_elements - used) * bytes);
+  }
+}
+
+class Step {
+ public:
+  Step(const DecoderModel& model, const StepCall& call, StepMemory& memory)
+      : model_(model), call_(call), memory_(memory), kernel_(kernels()), num_tokens_(call.batch.num_tokens) {
+    const std::size_t tokens = static_cast<std::size_t>(num_tokens_), hidden = static_cast<std::size_t>(model.hidden);
+    std::size_t qkv = 0, wide = 0, rotary = 0;
+    for (const DecoderLayer& layer : model.layers) {
+      qkv = std::max(qkv, static_cast<std::size_t>(layer.qkv->n));
+      if (layer.down->product == Product::kInt8Int8) wide = std::max(wide, static_cast<std::size_t>(layer.down->k));
+      if (layer.o->product == Product::kInt8Int8) wide = std::max(wide, static_cast<std::size_t>(layer.o->k));
+    }
+    for (const Rope& rope : model.ropes) rotary += 2 * rope.inverse_frequency.size();
+    reserve(memory.x, tokens * hidden);
+    reserve(memory.qkv, tokens * qkv);
+    reserve(memory.branch, tokens * hidden);
+    reserve(memory.wide, tokens * wide);
+    reserve(memory.cos_sin, tokens * rotary);
+    if (call.num_logits && !call.logits)
+      reserve(memory.logits, static_cast<std::size_t>(call.num_logits) * static_cast<std::size_t>(model.vocab));
+    const std::size_t threads = static_cast<std::size_t>(ThreadPool::instance().size());
+    memory.own_tiles.resize(std::max(memory.own_tiles.size(), threads));
+    memory.own_row.resize(std::max(memory.own_row.size(), threads));
+    reserve(memory.own_scale, threads * 16);
+    for (auto& row : memory.own_row) reserve(row, hidden);
+    const DecoderLayer& first = model.layers.front();
+    hidden_tiles_ = tiles_in(first.qkv->product, num_tokens_, model.hidden, memory.hidden_tiles, memory.hidden_scale);
+    attention_tiles_ = tiles_in(first.o->product, num_tokens_, first.o->k, memory.attention_tiles, memory.attention_scale);
+    wide_tiles_ = tiles_in(first.down->product, num_tokens_, first.down->k, memory.wide_tiles, memory.wide_scale);
+    if (call.num_logits)
+      output_tiles_ = tiles_in(model.output->product, call.num_logits, model.hidden, memory.output_tiles,
+                               memory.output_scale);
+    const Tiles one = tiles_shape(first.qkv->product, 1, model.hidden);
+    for (auto& tile : memory.own_tiles) reserve(tile, one.bytes() + 64);
+  }
+
+  void run(Team& team) {
+    int begin, end;
+    team.share(num_tokens_, &begin, &end);
+    embed(begin, end);
+    rotations(begin, end);
+    clear_padding(attention_tiles_, begin, end);
+    clear_padding(wide_tiles_, begin, end);
+    team.barrier();
+    for (std::size_t l = 0; l < model_.layers.size(); ++l) layer(team, l);
+    output(team);
+  }
+
+ private:
+  float* x(int t) { return memory_.x.data() + static_cast<std::size_t>(t) * model_.hidden; }
+
+  void embed(int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      unpack_row(*model_.embedding, call_.ids[t], x(t));
+      if (model_.embedding_scale != 1)
+        for (int i = 0; i < model_.hidden; ++i) x(t)[i] *= model_.embedding_scale;
+    }
+  }
+
+  void rotations(int begin, int end) {
+    float* table = memory_.cos_sin.data();
+    for (const Rope& rope : model_.ropes) {
+      const std::size_t half = rope.inverse_frequency.size();
+      for (int t = begin; t < end; ++t) {
+        float* row = table + static_cast<std::size_t>(t) * 2 * half;
+        for (std::size_t i = 0; i < half; ++i) {
+          const float angle = static_cast<float>(call_.positions[t]) * rope.inverse_frequency[i];
+          row[i] = std::cos(angle) * rope.amplitude;
+          row[half + i] = std::sin(angle) * rope.amplitude;
+        }
+      }
+      table += static_cast<std::size_t>(num_tokens_) * 2 * half;
+    }
+  }
+
+  const float* rotation(int index) const {
+    const float* table = memory_.cos_sin.data();
+    for (int i = 0; i < index; ++i)
+      table += static_cast<std::size_t>(num_tokens_) * 2 * model_.ropes[static_cast<std::size_t>(i)].inverse_frequency.size();
+    return table;
+  }
+
+  // Normed activations of the residual stream for the next product. A single row is cheaper to norm twice than to
+  // wait for; a batch is shared.
+  Tiles normed(Team& team, const float* weight) {
+    const std::size_t id = static_cast<std::size_t>(team.id());
+    float* row = memory_.own_row[id].data();
+    Tiles tiles = hidden_tiles_;
+    if (num_tokens_ == 1) {
+      auto& own = memory_.own_tiles[id];
+      tiles.data = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(own.data()) + 63) & ~std::uintptr_t{63});
+      tiles.scale = memory_.own_scale.data() + id * 16;
+    }
+    int begin = 0, end = 1;
+    if (num_tokens_ > 1) team.share(num_tokens_, &begin, &end);
+    for (int t = begin; t < end; ++t) {
+      kernel_.rms_norm(x(t), weight, model_.hidden, model_.eps, row);
+      kernel_.pack_row(tiles, t, row);
+    }
+    if (num_tokens_ > 1) team.barrier();
+    return tiles;
+  }
+
+  void pack_wide(Team& team, const Tiles& tiles) {
+    int begin, end;
+    team.share(num_tokens_, &begin, &end);
+    for (int t = begin; t < end; ++t)
+      kernel_.pack_row(tiles, t, memory_.wide.data() + static_cast<std::size_t>(t) * tiles.k);
+    team.barrier();
+  }
+
+  // Residual += product, through a norm if the model has one there.
+  void add_branch(Team& team, const PackedWeight& weight, const Tiles& in, const float* post_norm) {
+    const bool direct = post_norm == nullptr;
+    LinearArgs args = {&weight, &in, direct ? Finish::kAdd : Finish::kStore, Element::kFloat, Activation::kSilu,
+                       direct ? memory_.x.data() : memory_.branch.data(), static_cast<std::size_t>(model_.hidden), nullptr};
+    linear(team, args);
+    team.barrier();
+    if (direct) return;
+    int begin, end;
+    team.share(num_tokens_, &begin, &end);
+    for (int t = begin; t < end; ++t) {
+      float* row = memory_.branch.data() + static_cast<std::size_t>(t) * model_.hidden;
+      kernel_.rms_norm(row, post_norm, model_.hidden, model_.eps, row);
+      kernel_.add(x(t), row, model_.hidden);
+    }
+    team.barrier();
+  }
+
+  void layer(Team& team, std::size_t index) {
+    const DecoderLayer& layer = model_.layers[index];
+    const LayerShape& shape = layer.shape;
+    const std::ptrdiff_t stride = layer.qkv->n;
+    float* q = memory_.qkv.data();
+    float* k = q + static_cast<std::ptrdiff_t>(shape.num_heads) * shape.k_width;
+    float* v = k + static_cast<std::ptrdiff_t>(shape.num_kv_heads) * shape.k_width;
+
+    Tiles in = normed(team, layer.attention_norm);
+    linear(team, {layer.qkv, &in, Finish::kStore, Element::kFloat, Activation::kSilu, q,
+                  static_cast<std::size_t>(stride), nullptr});
+    team.barrier();
+
+    AppendCall store;
+    store.lanes = call_.lanes;
+    store.batch = call_.batch;
+    store.shape = shape;
+    store.q = q;
+    store.k = k;
+    store.v = v;
+    store.q_stride = store.k_stride = store.v_stride = stride;
+    if (layer.rope >= 0) {
+      store.cos_sin = rotation(layer.rope);
+      store.rotary = 2 * static_cast<int>(model_.ropes[static_cast<std::size_t>(layer.rope)].inverse_frequency.size());
+    }
+    store.q_norm = layer.q_norm;
+    store.k_norm = layer.k_norm;
+    store.eps = model_.eps;
+    append(team, store);
+    team.barrier();
+    if (call_.queries && team.id() == 0) {
+      const std::size_t width = static_cast<std::size_t>(shape.num_heads) * shape.k_width;
+      for (int i = 0; i < call_.num_queries; ++i)
+        std::memcpy(call_.queries + (index * call_.num_queries + i) * width, q + call_.query_rows[i] * stride, width * 4);
+    }
+
+    AttentionCall read;
+    read.lanes = call_.lanes;
+    read.batch = call_.batch;
+    read.shape = shape;
+    const bool low = model_.dtype == Element::kBf16 &&
+                     (call_.lanes.store == Element::kBf16 || call_.lanes.store == Element::kInt8);
+    read.compute = low ? Element::kBf16 : Element::kFloat;
+    read.scale = layer.scale;
+    read.softcap = layer.softcap;
+    read.sinks = layer.sinks;
+    read.slopes = layer.slopes;
+    read.bias = call_.bias;
+    read.bias_seq_stride = call_.bias_seq_stride;
+    read.bias_lane_stride = call_.bias_lane_stride;
+    read.q = q;
+    read.q_stride = stride;
+    const bool quantised = layer.o->product == Product::kInt8Int8;
+    if (quantised) {
+      read.out = memory_.wide.data();
+      read.out_stride = layer.o->k;
+    } else {
+      read.out_tiles = &attention_tiles_;
+    }
+    if (call_.lse) read.lse = call_.lse + index * static_cast<std::size_t>(num_tokens_) * shape.num_heads;
+    attention(team, read, memory_.workspace);
+    team.barrier();
+    if (quantised) pack_wide(team, attention_tiles_);
+    add_branch(team, *layer.o, attention_tiles_, layer.post_attention_norm);
+
+    in = normed(team, layer.mlp_norm);
+    const bool quantised_down = layer.down->product == Product::kInt8Int8;
+    linear(team, {layer.gate_up, &in, quantised_down ? Finish::kGate : Finish::kGateTiles, Element::kFloat,
+                  layer.activation, memory_.wide.data(), static_cast<std::size_t>(layer.down->k), &wide_tiles_});
+    team.barrier();
+    if (quantised_down) pack_wide(team, wide_tiles_);
+    add_branch(team, *layer.down, wide_tiles_, layer.post_mlp_norm);
+  }
+
+  void output(Team& team) {
+    int begin, end;
+    float* row = memory_.own_row[static_cast<std::size_t>(team.id())].data();
+    if (call_.hidden) {
+      team.share(num_tokens_, &begin, &end);
+      for (int t = begin; t < end; ++t)
+        kernel_.rms_norm(x(t), model_.final_norm, model_.hidden, model_.eps,
+                         call_.hidden + static_cast<std::size_t>(t) * model_.hidden);
+    }
+    if (!call_.num_logits) return;
+    team.share(call_.num_logits, &begin, &end);
+    for (int r = begin; r < end; ++r) {
+      kernel_.rms_norm(x(call_.logit_rows[r]), model_.final_norm, model_.hidden, model_.eps, row);
+      kernel_.pack_row(output_tiles_, r, row);
+    }
+    team.barrier();
+    float* logits = call_.logits ? call_.logits : memory_.logits.data();
+    linear(team, {model_.output, &output_tiles_, Finish::kStore, Element::kFloat, Activation::kSilu, logits,
+                  static_cast<std::size_t>(model_.vocab), nullptr});
+    team.barrier();
+    for (int r = begin; r < end; ++r) {
+      float* at = logits + static_cast<std::size_t>(r) * model_.vocab;
+      if (model_.logit_softcap > 0)
+        for (int i = 0; i < model_.vocab; ++i) at[i] = model_.logit_softcap * std::tanh(at[i] / model_.logit_softcap);
+      if (call_.greedy) call_.greedy[r] = kernel_.argmax(at, model_.vocab);
+    }
+  }
+
+  const DecoderModel& model_;
+  const StepCall& call_;
+  StepMemory& memory_;
+  const Kernels& kernel_;
+  const int num_tokens_;
+  Tiles hidden_tiles_, attention_tiles_, wide_tiles_, output_tiles_;
+};
+
+}  // namespace
+
+void decoder_step(const DecoderModel& model, const StepCall& call, StepMemory& memory) {
+  if (call.batch.num_tokens == 0) return;
+  Step step(model, call, memory);
+  ThreadPool::instance().run([&](Team& team) { step.run(team); });
+}
+
+}  // namespace kvloom

@@ -1,0 +1,152 @@
+// What every instruction set provides: plain structs and one table of functions per set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace kvloom {
+
+enum class Element : int { kFloat = 0, kBf16 = 1, kHalf = 2, kInt8 = 3 };
+
+// How a linear layer keeps its weight and in which numbers it multiplies.
+enum class Product : int {
+  kFloat = 0,     // float32 weight and activations
+  kBf16 = 1,      // bf16 weight and activations, float32 sums
+  kInt8 = 2,      // int8 weight (a scale per output), bf16 activations
+  kInt8Float = 3, // int8 weight (a scale per output), float32 activations
+  kInt8Int8 = 4,  // int8 weight, activations quantised per row when they arrive; exact int32 sums
+  kHalf = 5,      // IEEE half weight, float32 activations
+};
+
+constexpr int kPanelColumns = 32;
+constexpr int kTileRows = 12;
+constexpr int kTileRowBytes = 1600;
+constexpr int kTileSliceBytes = 1536;
+
+constexpr int activation_bytes(Product p) {
+  return p == Product::kBf16 || p == Product::kInt8 ? 2 : p == Product::kInt8Int8 ? 1 : 4;
+}
+constexpr int weight_per(Product p) { return p == Product::kFloat || p == Product::kHalf ? 1 : p == Product::kBf16 ? 2 : 4; }
+constexpr int weight_bytes(Product p) { return p == Product::kFloat ? 4 : p == Product::kBf16 || p == Product::kHalf ? 2 : 1; }
+
+// Activations of T tokens, cut into tiles of at most 12 rows and slices of at most 1536 bytes of k:
+// [tile][slice][tile_rows][1600 bytes]. `scale` [T] belongs to kInt8Int8.
+struct Tiles {
+  char* data = nullptr;
+  float* scale = nullptr;
+  Product product = Product::kFloat;
+  int num_rows = 0;      // T
+  int tile_rows = 1;     // rows of a full tile
+  int k = 0;             // elements of a row
+  int num_slices = 1;
+  int slice_elements = 0;
+
+  int num_tiles() const { return (num_rows + tile_rows - 1) / tile_rows; }
+  size_t slice_bytes() const { return (size_t)tile_rows * kTileRowBytes; }
+  size_t tile_bytes() const { return num_slices * slice_bytes(); }
+  size_t bytes() const { return num_tiles() * tile_bytes(); }
+  char* row(int t, int slice) const {
+    return data + (t / tile_rows) * tile_bytes() + slice * slice_bytes() + (size_t)(t % tile_rows) * kTileRowBytes;
+  }
+};
+
+// One resident copy of a weight [N, K]: panels of 32 outputs, [panel][k / per][32][per], zero padded.
+struct PackedWeight {
+  Product product = Product::kFloat;
+  int n = 0;             // outputs
+  int k = 0;             // inputs
+  int num_panels = 0;
+  int num_slices = 1;    // as in Tiles
+  int slice_elements = 0;
+  bool gated = false;    // rows come as [gate; up]; a panel holds 16 of each, side by side
+  char* data = nullptr;
+  float* scale = nullptr;    // [num_panels * 32], int8 only
+  float* row_sum = nullptr;  // [num_panels * 32], sum of codes, kInt8Int8 only
+  const float* bias = nullptr;  // [num_panels * 32] in panel order, or null
+
+  size_t panel_rows() const { return (size_t)num_slices * slice_elements / weight_per(product); }
+  size_t panel_bytes() const { return panel_rows() * kPanelColumns * weight_per(product) * weight_bytes(product); }
+};
+
+enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+
+enum class Finish : int {
+  kStore = 0,  // y[t, n] = value, in `element`
+  kAdd = 1,    // y[t, n] += value, float32
+  kGate = 2,   // y[t, j] = activation(gate_j) * up_j, j < n / 2, in `element`
+  kGateTiles = 3,  // the same into `tiles` (kFloat, kBf16, kInt8, kInt8Float products)
+};
+
+struct LinearArgs {
+  const PackedWeight* weight;
+  const Tiles* x;
+  Finish finish;
+  Element element;
+  Activation activation;
+  void* y;
+  size_t y_stride;     // elements between rows
+  const Tiles* tiles;  // kGateTiles
+};
+
+// A reader of one lane: `columns` are arena addresses in granules of 128 bytes; slot s lives in column s / P.
+struct Lane {
+  const int32_t* columns;
+  const char* arena;
+  int block_size;  // P
+  int k_width;
+  int v_width;
+  // Stores by column: segment i covers columns below segment_end[i]; one segment unless the lane mixes stores.
+  int num_segments;
+  const int32_t* segment_store;  // Element values
+  const int32_t* segment_end;
+  Element store;  // if num_segments is 0
+};
+
+struct AttendArgs {
+  Lane lane;
+  Element compute;        // kFloat or kBf16: the numbers that queries and probabilities are multiplied in
+  const char* queries;    // [ceil(rows / 12)][12][1600 bytes], scaled
+  int num_rows;
+  const int32_t* first;   // [rows] visible slots are [first, last) per row
+  const int32_t* last;
+  int slot_begin;         // part of the context that is read
+  int slot_end;
+  int lane_end;           // slots from here on hold no values
+  float softcap;          // 0: none; scores are then natural, else in units of log 2
+  const float* slope;     // [rows] ALiBi slope (natural units) or null
+  const int32_t* position;// [rows] slot of the query itself, with slope
+  const float* bias;      // [slots] natural units, or null
+  float* peak;            // [rows] out, running maximum in units of log 2
+  float* total;           // [rows] out
+  float* sum;             // [rows, v_width] out
+  const AttendArgs* upcoming;  // what this thread reads next (only lane and slots are looked at), or null
+};
+
+struct MassArgs {
+  AttendArgs attend;
+  const float* lse;  // [rows] natural
+  float* mass;       // [slot_end - slot_begin] += sum over rows of exp(score - lse)
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const LinearArgs&, int panel_begin, int panel_end, int tile_begin, int tile_end, char* scratch);
+  void (*pack_row)(const Tiles&, int row, const float* x);
+  void (*to_float)(Element, const void* x, float* y, size_t n);
+  void (*from_float)(Element, const float* x, void* y, size_t n);
+  // out = x / sqrt(mean(x^2) + eps) * weight
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  void (*add)(float* x, const float* y, int n);
+  void (*gate)(Activation, const float* gate, const float* up, int n, float* out);
+  void (*rope)(float* head, int width, const float* cos_sin, int rotary);
+  void (*write_slot)(const Lane&, int slot, const float* k, const float* v);
+  void (*attend)(const AttendArgs&, char* scratch);
+  void (*mass)(const MassArgs&, char* scratch);
+  int (*argmax)(const float* x, int n);
+  double (*read_probe)(const char* p, size_t bytes);
+  double (*flop_probe)(Product, long iterations);  // returns operations done
+};
+
+constexpr size_t kKernelScratchBytes = 512 << 10;
+
+}  // namespace kvloom

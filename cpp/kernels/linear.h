@@ -1,0 +1,213 @@
+// Linear layers over packed weights: y[t, n] = sum_k x[t, k] w[n, k] (+ bias), finished in registers' reach.
+#pragma once
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace KVLOOM_ISA {
+
+using namespace kvloom;
+
+static inline vf activate(Activation activation, vf g) {
+  if (activation == Activation::kSilu)
+    return vdiv(g, vadd(vset(1.0f), vexp2(vmin(vmul(g, vset(-1.4426950409f)), vset(126.0f)))));
+  // GELU by tanh: g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))
+  vf cubic = vmul(vmul(g, g), g);
+  vf t = vtanh(vmul(vset(0.7978845608f), vfma(cubic, vset(0.044715f), g)));
+  return vmul(vmul(g, vset(0.5f)), vadd(t, vset(1.0f)));
+}
+
+static void convert_to_float(Element e, const void* x, float* y, size_t n) {
+  const uint16_t* h = (const uint16_t*)x;
+  size_t i = 0;
+  if (e == Element::kFloat) {
+    memcpy(y, x, n * 4);
+    return;
+  }
+  if (e == Element::kBf16) {
+    for (; i + W <= n; i += W) vstore(y + i, vload_bf16(h + i));
+    for (; i < n; ++i) y[i] = bf16_float(h[i]);
+  } else {
+    for (; i + W <= n; i += W) vstore(y + i, vload_half(h + i));
+    for (; i < n; ++i) y[i] = half_float(h[i]);
+  }
+}
+
+static void convert_from_float(Element e, const float* x, void* y, size_t n) {
+  uint16_t* h = (uint16_t*)y;
+  size_t i = 0;
+  if (e == Element::kFloat) {
+    memcpy(y, x, n * 4);
+    return;
+  }
+  if (e == Element::kBf16) {
+    for (; i + W <= n; i += W) vstore_bf16(h + i, vload(x + i));
+    for (; i < n; ++i) h[i] = float_bf16(x[i]);
+  } else {
+    for (; i + W <= n; i += W) vstore_half(h + i, vload(x + i));
+    for (; i < n; ++i) h[i] = float_half(x[i]);
+  }
+}
+
+static float row_peak(const float* x, int n) {
+  vf peak = vzero();
+  int i = 0;
+  for (; i + W <= n; i += W) peak = vmax(peak, vabs(vload(x + i)));
+  float p = vpeak(peak);
+  for (; i < n; ++i) p = x[i] > p ? x[i] : -x[i] > p ? -x[i] : p;
+  return p;
+}
+
+// Write one row of activations into its tile, rounding or quantising; the padding up to whole slices becomes zero.
+static void pack_row(const Tiles& tiles, int t, const float* x) {
+  float inverse = 0;
+  if (tiles.product == Product::kInt8Int8) {
+    float peak = row_peak(x, tiles.k);
+    tiles.scale[t] = peak / 127.0f;
+    inverse = peak > 0 ? 127.0f / peak : 0.0f;
+  }
+  for (int s = 0; s < tiles.num_slices; ++s) {
+    char* row = tiles.row(t, s);
+    int begin = s * tiles.slice_elements;
+    int n = tiles.k - begin < tiles.slice_elements ? tiles.k - begin : tiles.slice_elements;
+    if (n < 0) n = 0;
+    int bytes = activation_bytes(tiles.product);
+    if (bytes == 4) {
+      memcpy(row, x + begin, n * 4);
+    } else if (bytes == 2) {
+      convert_from_float(Element::kBf16, x + begin, row, n);
+    } else {
+      for (int i = 0; i < n; ++i)
+        row[i] = (char)(uint8_t)(128 + (int)__builtin_rintf(x[begin + i] * inverse));
+    }
+    // Codes of padded weights are zero, so any padding of the activations multiplies away; it must only be finite.
+    memset(row + n * bytes, 0, (size_t)(tiles.slice_elements - n) * bytes);
+  }
+}
+
+// Finish a tile of sums c[rows, 32] of panel `p` and rows t0 ...
+static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, float* c) {
+  const PackedWeight& w = *args.weight;
+  const int base = p * kPanelColumns;
+  if (w.product == Product::kInt8Int8) {
+    for (int m = 0; m < rows; ++m) {
+      vf xs = vset(args.x->scale[t0 + m]);
+      for (int v = 0; v < kPanelColumns; v += W) {
+        vf value = vfromi(vloadi(c + m * kPanelColumns + v));
+        value = vfma(vload(w.row_sum + base + v), vset(-128.0f), value);
+        vstore(c + m * kPanelColumns + v, vmul(value, vmul(xs, vload(w.scale + base + v))));
+      }
+    }
+  } else if (w.scale) {
+    for (int m = 0; m < rows; ++m)
+      for (int v = 0; v < kPanelColumns; v += W) {
+        float* at = c + m * kPanelColumns + v;
+        vstore(at, vmul(vload(at), vload(w.scale + base + v)));
+      }
+  }
+  if (w.bias)
+    for (int m = 0; m < rows; ++m)
+      for (int v = 0; v < kPanelColumns; v += W) {
+        float* at = c + m * kPanelColumns + v;
+        vstore(at, vadd(vload(at), vload(w.bias + base + v)));
+      }
+  if (args.finish == Finish::kStore || args.finish == Finish::kAdd) {
+    int columns = w.n - base < kPanelColumns ? w.n - base : kPanelColumns;
+    for (int m = 0; m < rows; ++m) {
+      size_t at = (size_t)(t0 + m) * args.y_stride + base;
+      const float* from = c + m * kPanelColumns;
+      if (args.finish == Finish::kAdd) {
+        float* y = (float*)args.y + at;
+        if (columns == kPanelColumns)
+          for (int v = 0; v < kPanelColumns; v += W) vstore(y + v, vadd(vload(y + v), vload(from + v)));
+        else
+          for (int j = 0; j < columns; ++j) y[j] += from[j];
+      } else if (args.element == Element::kFloat) {
+        memcpy((float*)args.y + at, from, columns * 4);
+      } else {
+        convert_from_float(args.element, from, (uint16_t*)args.y + at, columns);
+      }
+    }
+    return;
+  }
+  int j0 = p * 16, half = w.n / 2;
+  int columns = half - j0 < 16 ? half - j0 : 16;
+  for (int m = 0; m < rows; ++m) {
+    float* from = c + m * kPanelColumns;
+    for (int v = 0; v < 16; v += W)
+      vstore(from + v, vmul(activate(args.activation, vload(from + v)), vload(from + 16 + v)));
+    if (args.finish == Finish::kGate) {
+      size_t at = (size_t)(t0 + m) * args.y_stride + j0;
+      if (args.element == Element::kFloat)
+        memcpy((float*)args.y + at, from, columns * 4);
+      else
+        convert_from_float(args.element, from, (uint16_t*)args.y + at, columns);
+    } else {
+      const Tiles& out = *args.tiles;
+      for (int j = 0; j < columns;) {  // a slice border may fall inside a panel
+        int s = (j0 + j) / out.slice_elements, in = (j0 + j) % out.slice_elements;
+        int n = out.slice_elements - in < columns - j ? out.slice_elements - in : columns - j;
+        char* row = out.row(t0 + m, s);
+        if (activation_bytes(out.product) == 4)
+          memcpy(row + in * 4, from + j, n * 4);
+        else
+          convert_from_float(Element::kBf16, from + j, row + in * 2, n);
+        j += n;
+      }
+    }
+  }
+}
+
+constexpr int kMaxSlices = 64;
+constexpr size_t kStreamAhead = 9216;  // bytes between the row in use and the row being fetched, one row at a time
+
+template <class Kind>
+static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end) {
+  const PackedWeight& w = *args.weight;
+  const Tiles& x = *args.x;
+  const size_t row_bytes = (size_t)kPanelColumns * Kind::kPer * Kind::kBBytes;
+  const int rows_per_slice = w.slice_elements / Kind::kPer;
+  const size_t slice_bytes = rows_per_slice * row_bytes, panel_bytes = w.panel_bytes();
+  const int tiles = tile_end - tile_begin;
+  float c[kTileRows * kPanelColumns] __attribute__((aligned(64)));
+  const char* column[2 * kMaxSlices];
+  const char* ahead[2 * kMaxSlices];
+  for (int p = panel_begin; p < panel_end; ++p) {
+    const char* panel = w.data + p * panel_bytes;
+    for (int s = 0; s < w.num_slices; ++s) {
+      column[2 * s] = panel + s * slice_bytes;
+      column[2 * s + 1] = column[2 * s] + row_bytes / 2;
+    }
+    for (int tile = tile_begin; tile < tile_end; ++tile) {
+      int t0 = tile * x.tile_rows;
+      int rows = x.num_rows - t0 < x.tile_rows ? x.num_rows - t0 : x.tile_rows;
+      Columns b = {column, ahead, w.num_slices, rows_per_slice, row_bytes, row_bytes};
+      if (x.num_rows == 1) {
+        for (int i = 0; i < 2 * w.num_slices; ++i) ahead[i] = column[i] + kStreamAhead;
+      } else {  // the passes over this panel share the work of fetching the next one
+        const char* next = panel + panel_bytes + (size_t)(tile - tile_begin) * (panel_bytes / tiles);
+        b.ahead_bytes = row_bytes / 2 / tiles;
+        for (int s = 0; s < w.num_slices; ++s) {
+          ahead[2 * s] = next + (size_t)s * (slice_bytes / tiles);
+          ahead[2 * s + 1] = ahead[2 * s] + slice_bytes / tiles / 2;
+        }
+        if (b.ahead_bytes == 0) b.ahead = nullptr;
+      }
+      product<Kind, 2>(rows, x.data + tile * x.tile_bytes(), x.slice_bytes(), b, c, kPanelColumns, false);
+      finish_tile(args, p, t0, rows, c);
+    }
+  }
+}
+
+static void linear(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end, char*) {
+  switch (args.weight->product) {
+    case Product::kFloat: return linear_of<WeightF32>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kBf16: return linear_of<WeightBf16>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kInt8: return linear_of<Int8ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kInt8Float: return linear_of<Int8ByF32>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kHalf: return linear_of<HalfByF32>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kInt8Int8: return linear_of<Int8ByUint8>(args, panel_begin, panel_end, tile_begin, tile_end);
+  }
+}
+
+}  // namespace KVLOOM_ISA

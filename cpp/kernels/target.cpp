@@ -1,0 +1,12 @@
+// Compiled once per instruction set; exports the set's table.
+#include "attend.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace KVLOOM_ISA {
+extern const kvloom::Kernels table;
+const kvloom::Kernels table = {
+    KVLOOM_NAME, linear, pack_row, convert_to_float, convert_from_float, rms_norm, add, gate, rope, write_slot,
+    attend, mass, argmax, read_probe, flop_probe,
+};
+}  // namespace KVLOOM_ISA

@@ -1,0 +1,87 @@
+// Threads that live as long as the process and run one function together.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace kvloom {
+
+class ThreadPool;
+
+// What a function that runs on all threads sees of its team.
+class Team {
+ public:
+  int id() const { return id_; }
+  int size() const { return size_; }
+  // Wait until every thread has come here. The work counter is zero afterwards.
+  void barrier();
+  // Claim the next number of the current phase, from 0; each number is given once.
+  int next();
+  // This thread's scratch memory, 64-byte aligned, at least `bytes`; it keeps its content only within a call.
+  char* scratch(std::size_t bytes);
+  // This thread's share of `n` items in one contiguous range.
+  void share(int n, int* begin, int* end) const {
+    *begin = static_cast<int>(static_cast<long long>(n) * id_ / size_);
+    *end = static_cast<int>(static_cast<long long>(n) * (id_ + 1) / size_);
+  }
+
+ private:
+  friend class ThreadPool;
+  Team(ThreadPool* pool, int id, int size) : pool_(pool), id_(id), size_(size) {}
+  ThreadPool* pool_;
+  int id_, size_;
+};
+
+// Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool costs
+// nothing and a neighbour's threads get the cores. Calls from several threads run one after another. After a fork the
+// child starts its own workers on the first call.
+class ThreadPool {
+ public:
+  static ThreadPool& instance();
+  int size() const { return size_; }
+  void resize(int num_threads);  // takes effect at the next run; at least 1
+  void run(const std::function<void(Team&)>& function);
+  ~ThreadPool();
+
+ private:
+  friend class Team;
+  struct Buffer {
+    char* data = nullptr;
+    std::size_t bytes = 0;
+  };
+  ThreadPool();
+  void work(int id, unsigned seen);
+  void start();
+  void stop();
+  void finish();
+
+  int size_ = 1;
+  std::mutex call_;  // one run at a time
+  std::vector<std::thread> threads_;
+  std::vector<Buffer> buffers_;
+  const std::function<void(Team&)>* function_ = nullptr;
+  bool quit_ = false;
+  int process_ = 0;
+
+  alignas(64) std::atomic<unsigned> generation_{0};
+  alignas(64) std::atomic<int> running_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<unsigned> phase_{0};
+  alignas(64) std::atomic<int> counter_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::mutex sleep_;
+  std::condition_variable wake_;
+
+  template <class Ready> void wait(Ready ready);
+  void notify();
+};
+
+int default_num_threads();
+
+}  // namespace kvloom

@@ -1,0 +1,160 @@
+#include "weight.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+
+namespace kvloom {
+
+namespace {
+
+void slices(Product product, int k, int* num_slices, int* slice_elements) {
+  const int most = kTileSliceBytes / activation_bytes(product), per = weight_per(product);
+  *num_slices = (k + most - 1) / most;
+  const int rows = (k + per - 1) / per;
+  *slice_elements = (rows + *num_slices - 1) / *num_slices * per;
+}
+
+}  // namespace
+
+PackedWeight weight_shape(Product product, int n, int k, bool gated) {
+  PackedWeight w;
+  w.product = product;
+  w.n = n;
+  w.k = k;
+  w.gated = gated;
+  w.num_panels = gated ? (n / 2 + 15) / 16 : (n + kPanelColumns - 1) / kPanelColumns;
+  slices(product, k, &w.num_slices, &w.slice_elements);
+  return w;
+}
+
+std::size_t weight_data_bytes(const PackedWeight& weight) {
+  return static_cast<std::size_t>(weight.num_panels) * weight.panel_bytes();
+}
+
+int weight_source_row(const PackedWeight& w, int p, int c) {
+  if (!w.gated) {
+    int row = p * kPanelColumns + c;
+    return row < w.n ? row : -1;
+  }
+  int j = p * 16 + c % 16;
+  return j < w.n / 2 ? (c < 16 ? j : w.n / 2 + j) : -1;
+}
+
+void pack_weight(PackedWeight& w, Element element, const void* source, const float* source_scale) {
+  const Kernels& kernel = kernels();
+  const int per = weight_per(w.product), bytes = weight_bytes(w.product);
+  const std::size_t k = static_cast<std::size_t>(w.k);
+  ThreadPool::instance().run([&](Team& team) {
+    std::vector<float> row(k);
+    std::vector<uint16_t> rounded(k);
+    for (int p; (p = team.next()) < w.num_panels;) {
+      char* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes();
+      std::memset(panel, 0, w.panel_bytes());
+      for (int c = 0; c < kPanelColumns; ++c) {
+        const int from = weight_source_row(w, p, c);
+        const std::size_t at = static_cast<std::size_t>(p) * kPanelColumns + c;
+        if (w.scale) w.scale[at] = 0;
+        if (w.row_sum) w.row_sum[at] = 0;
+        if (from < 0) continue;
+        // Element i of a row lies at row i / per, column c, place i % per.
+        char* out = panel + static_cast<std::size_t>(c) * per * bytes;
+        const std::size_t stride = static_cast<std::size_t>(kPanelColumns) * per * bytes;
+        if (element == Element::kInt8) {
+          const int8_t* codes = static_cast<const int8_t*>(source) + from * k;
+          int sum = 0;
+          for (std::size_t i = 0; i < k; ++i) {
+            out[i / per * stride + i % per] = codes[i];
+            sum += codes[i];
+          }
+          w.scale[at] = source_scale[from];
+          if (w.row_sum) w.row_sum[at] = static_cast<float>(sum);
+          continue;
+        }
+        const std::size_t size = element == Element::kFloat ? 4 : 2;
+        kernel.to_float(element, static_cast<const char*>(source) + from * k * size, row.data(), k);
+        if (w.product == Product::kFloat) {
+          for (std::size_t i = 0; i < k; ++i) std::memcpy(out + i * stride, &row[i], 4);
+        } else if (w.product == Product::kHalf) {
+          kernel.from_float(Element::kHalf, row.data(), rounded.data(), k);
+          for (std::size_t i = 0; i < k; ++i) std::memcpy(out + i * stride, &rounded[i], 2);
+        } else if (w.product == Product::kBf16) {
+          kernel.from_float(Element::kBf16, row.data(), rounded.data(), k);
+          for (std::size_t i = 0; i < k; ++i) std::memcpy(out + i / 2 * stride + i % 2 * 2, &rounded[i], 2);
+        } else {
+          float peak = 0;
+          for (float x : row) peak = std::fabs(x) > peak ? std::fabs(x) : peak;
+          const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
+          int sum = 0;
+          for (std::size_t i = 0; i < k; ++i) {
+            const int code = static_cast<int>(std::nearbyint(row[i] * inverse));
+            out[i / per * stride + i % per] = static_cast<char>(code);
+            sum += code;
+          }
+          w.scale[at] = peak / 127.0f;
+          if (w.row_sum) w.row_sum[at] = static_cast<float>(sum);
+        }
+      }
+    }
+  });
+}
+
+void unpack_row(const PackedWeight& w, int row, float* out) {
+  const Kernels& kernel = kernels();
+  const int per = weight_per(w.product), bytes = weight_bytes(w.product);
+  const std::size_t stride = static_cast<std::size_t>(kPanelColumns) * per * bytes;
+  const char* at = w.data + static_cast<std::size_t>(row / kPanelColumns) * w.panel_bytes() +
+                   static_cast<std::size_t>(row % kPanelColumns) * per * bytes;
+  const int groups = (w.k + per - 1) / per;
+  char unit[4];
+  float value[4];
+  for (int i = 0; i < groups; ++i) {
+    std::memcpy(unit, at + i * stride, static_cast<std::size_t>(per) * bytes);
+    if (bytes == 1)
+      for (int j = 0; j < per; ++j) value[j] = static_cast<float>(static_cast<int8_t>(unit[j])) * w.scale[row];
+    else
+      kernel.to_float(bytes == 4 ? Element::kFloat : w.product == Product::kHalf ? Element::kHalf : Element::kBf16, unit,
+                      value, static_cast<std::size_t>(per));
+    for (int j = 0; j < per && i * per + j < w.k; ++j) out[i * per + j] = value[j];
+  }
+}
+
+Tiles tiles_shape(Product product, int num_rows, int k) {
+  Tiles tiles;
+  tiles.product = product;
+  tiles.num_rows = num_rows;
+  tiles.k = k;
+  const int count = (num_rows + kTileRows - 1) / kTileRows;
+  tiles.tile_rows = (num_rows + count - 1) / count;
+  slices(product, k, &tiles.num_slices, &tiles.slice_elements);
+  return tiles;
+}
+
+void linear(Team& team, const LinearArgs& args) {
+  const Kernels& kernel = kernels();
+  const int panels = args.weight->num_panels, tiles = args.x->num_tiles();
+  if (tiles <= 6) {  // bound by the weight's bytes: long contiguous streams
+    int begin, end;
+    team.share(panels, &begin, &end);
+    if (begin < end) kernel.linear(args, begin, end, 0, tiles, nullptr);
+    return;
+  }
+  // Bound by arithmetic: blocks of rows that stay in the second-level cache while panels pass by.
+  const std::size_t tile_bytes = args.x->tile_bytes();
+  int per_block = static_cast<int>((400u << 10) / tile_bytes);
+  per_block = per_block < 6 ? 6 : per_block > 32 ? 32 : per_block;
+  const int blocks = (tiles + per_block - 1) / per_block;
+  per_block = (tiles + blocks - 1) / blocks;
+  const int chunk = panels / (team.size() * 4) > 8 ? 8 : panels / (team.size() * 4) < 1 ? 1 : panels / (team.size() * 4);
+  const int chunks = (panels + chunk - 1) / chunk;
+  for (int task; (task = team.next()) < blocks * chunks;) {
+    const int block = task / chunks, first = task % chunks * chunk;
+    const int last = first + chunk < panels ? first + chunk : panels;
+    const int end = (block + 1) * per_block < tiles ? (block + 1) * per_block : tiles;
+    kernel.linear(args, first, last, block * per_block, end, nullptr);
+  }
+}
+
+}  // namespace kvloom

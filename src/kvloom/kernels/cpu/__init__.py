@@ -1,0 +1,42 @@
+"""The CPU kernels: C++ over lanes, packed weights and whole decoder steps. No torch inside; pointers go in."""
+
+from kvloom.kernels.cpu.attention import Lanes, LayerShape, append, attention, key_mass
+from kvloom.kernels.cpu.decoder import LayerWeights, StepDecoder
+from kvloom.kernels.cpu.linear import PRODUCTS, PackedWeight, linear
+from kvloom.kernels.cpu.machine import (
+    available_isas,
+    force_isa,
+    isa,
+    num_threads,
+    peak_flops,
+    read_bandwidth,
+    set_num_threads,
+)
+from kvloom.kernels.cpu.rows import argmax, gate, rms_norm
+from kvloom.kernels.cpu.slots import copy_slots, read_slots, write_slots
+
+__all__ = [
+    "PRODUCTS",
+    "Lanes",
+    "LayerShape",
+    "LayerWeights",
+    "PackedWeight",
+    "StepDecoder",
+    "append",
+    "argmax",
+    "attention",
+    "available_isas",
+    "copy_slots",
+    "force_isa",
+    "gate",
+    "isa",
+    "key_mass",
+    "linear",
+    "num_threads",
+    "peak_flops",
+    "read_bandwidth",
+    "read_slots",
+    "rms_norm",
+    "set_num_threads",
+    "write_slots",
+]

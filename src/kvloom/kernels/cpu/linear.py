@@ -1,0 +1,94 @@
+"""Linear layers over one resident packed copy of each weight."""
+
+import torch
+
+from kvloom.errors import InvalidInputError
+from kvloom.kernels.cpu import _ext
+from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
+
+PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5}
+"""Numbers in which a layer multiplies: the weight's, and for int8 ("weight-only") bf16 or float32 activations.
+"w8a8" quantises each row of activations when it arrives. "fp16" has float32 activations. Sums are float32 (int32
+in w8a8)."""
+
+
+class PackedWeight:
+    """A weight [N, K] in panels of 32 outputs; immutable. `gated` packs [gate; up] rows side by side.
+
+    `weight` is a contiguous float tensor [N, K], or int8 codes with `scale` [N] float32 (symmetric per row). Float
+    weights are rounded, or quantised per row to codes in [-127, 127], as `product` asks. `bias` [N] float32.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        product: str,
+        *,
+        gated: bool = False,
+        bias: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        if product not in PRODUCTS:
+            raise InvalidInputError(f"product {product!r} is unknown; one of {', '.join(PRODUCTS)}")
+        contiguous(weight, "weight")
+        if weight.dim() != 2 or (weight.dtype == torch.int8) != (scale is not None):
+            raise InvalidInputError("a packed weight needs a matrix, and a scale exactly if it holds int8 codes")
+        if scale is not None and "8" not in product:
+            raise InvalidInputError(f"int8 codes need an int8 product, got {product!r}")
+        rows = weight.shape[0]
+        for name, vector in (("bias", bias), ("scale", scale)):
+            if vector is not None and contiguous(vector, name, torch.float32).shape != (rows,):
+                raise InvalidInputError(f"{name} has shape {tuple(vector.shape)}; expected ({rows},)")
+        element = 3 if weight.dtype == torch.int8 else element_of(weight, "weight")
+        self.product = product
+        self.gated = gated
+        self.shape = (rows, weight.shape[1])
+        self.packed = _ext.PackedWeight(
+            weight.data_ptr(), element, rows, weight.shape[1], PRODUCTS[product], gated, pointer(scale), pointer(bias)
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident bytes, padding, scales and bias included."""
+        return self.packed.num_bytes
+
+    def row(self, index: int) -> torch.Tensor:
+        """Return row `index` [K] of an ungated weight in float32, as the kernels see it."""
+        if self.gated:
+            raise InvalidInputError("rows of a gated weight cannot be read back")
+        out = torch.empty(self.shape[1])
+        self.packed.read_row(index, out.data_ptr())
+        return out
+
+
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    *,
+    out: torch.Tensor | None = None,
+    add: bool = False,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Return x [T, K] times the weight's transpose, [T, N] in the dtype of `x` (or into `out`).
+
+    `add` adds to a float32 `out` instead. A gated weight needs `activation` and gives activation(gate) * up [T, N / 2].
+    Each output is summed in one order, whatever T and the number of threads.
+    """
+    element = element_of(x, "x")
+    rows, columns = weight.shape
+    if x.dim() != 2 or x.shape[1] != columns or x.stride(1) != 1:
+        raise InvalidInputError(f"x has shape {tuple(x.shape)} and strides {x.stride()}; expected [T, {columns}]")
+    if weight.gated != (activation is not None) or (add and (weight.gated or out is None)):
+        raise InvalidInputError("an activation goes with a gated weight, and add with an ungated one and an `out`")
+    width = rows // 2 if weight.gated else rows
+    if out is None:
+        out = x.new_empty(x.shape[0], width)
+    if out.shape != (x.shape[0], width) or out.stride(1) != 1 or (add and out.dtype != torch.float32):
+        raise InvalidInputError(f"out is {out.dtype} {tuple(out.shape)}; expected [{x.shape[0]}, {width}], float32 to add")
+    finish = 2 if weight.gated else 1 if add else 0
+    code = ACTIVATION[activation] if activation is not None else 0
+    _ext.linear(
+        weight.packed, x.data_ptr(), element, x.shape[0], x.stride(0), out.data_ptr(), element_of(out, "out"),
+        out.stride(0), finish, code,
+    )  # fmt: skip
+    return out

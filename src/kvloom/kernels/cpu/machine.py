@@ -1,0 +1,46 @@
+"""What this processor offers the kernels: instruction set, threads, measured bandwidth and peak."""
+
+import torch
+
+from kvloom.errors import UnsupportedError
+from kvloom.kernels.cpu import _ext
+from kvloom.kernels.cpu.elements import contiguous
+
+PRODUCT_CODE = {"fp32": 0, "bf16": 1, "int8": 4}
+
+
+def isa() -> str:
+    """Return the instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
+    return _ext.isa()
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets that this processor can run, best first. `KVLOOM_CPU_ISA` names the first one used."""
+    return _ext.available_isas()
+
+
+def force_isa(name: str) -> None:
+    """Use `name` from now on in the whole process; raises UnsupportedError if this processor lacks it."""
+    if not _ext.force_isa(name):
+        raise UnsupportedError(f"instruction set {name!r}", [f"this processor offers {', '.join(available_isas())}"])
+
+
+def num_threads() -> int:
+    """Return how many threads the kernels use, `OMP_NUM_THREADS` or all cores unless set."""
+    return _ext.num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Use `count` threads (at least 1) from the next call on."""
+    _ext.set_num_threads(count)
+
+
+def read_bandwidth(memory: torch.Tensor) -> float:
+    """Return bytes per second at which all threads together read contiguous `memory` once."""
+    contiguous(memory, "memory")
+    return _ext.read_bandwidth(memory.data_ptr(), memory.numel() * memory.element_size())
+
+
+def peak_flops(product: str, iterations: int = 20000) -> float:
+    """Return operations per second of register-tile products out of the first cache: "fp32", "bf16" or "int8"."""
+    return _ext.peak_flops(PRODUCT_CODE[product], iterations)

@@ -1,0 +1,51 @@
+"""Row-wise operations: norm with residual, gate, arg max."""
+
+import torch
+
+from kvloom.errors import InvalidInputError
+from kvloom.kernels.cpu import _ext
+from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x [..., D] / rms(x) * weight [D] (float32) in the dtype of `x`.
+
+    With `residual` (same shape and dtype): first residual += x, in place, and the new residual is normed.
+    """
+    contiguous(x, "x")
+    contiguous(weight, "weight", torch.float32)
+    if weight.shape != x.shape[-1:]:
+        raise InvalidInputError(f"weight has shape {tuple(weight.shape)}; expected {tuple(x.shape[-1:])}")
+    if residual is not None and contiguous(residual, "residual", x.dtype).shape != x.shape:
+        raise InvalidInputError(f"residual has shape {tuple(residual.shape)}; expected {tuple(x.shape)}")
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    _ext.rms_norm(
+        x.data_ptr(), pointer(residual), weight.data_ptr(), out.data_ptr(), element_of(x, "x"), x.numel() // width, width,
+        eps,
+    )  # fmt: skip
+    return out
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return activation(gate) * up, both [..., D]; `activation` is "silu" or "gelu_tanh"."""
+    contiguous(gate, "gate")
+    if contiguous(up, "up", gate.dtype).shape != gate.shape:
+        raise InvalidInputError(f"up has shape {tuple(up.shape)}; expected {tuple(gate.shape)}")
+    out = torch.empty_like(gate)
+    width = gate.shape[-1]
+    _ext.gate(
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), element_of(gate, "gate"), gate.numel() // width, width,
+        ACTIVATION[activation],
+    )  # fmt: skip
+    return out
+
+
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """Return the first index of the largest value of each row of x [R, N] float32, as [R] int32."""
+    contiguous(x, "x", torch.float32)
+    out = torch.empty(x.shape[0], dtype=torch.int32)
+    _ext.argmax(x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr())
+    return out

@@ -1,0 +1,73 @@
+"""Single slots of blocks: write, read back, move. Nobody else knows how a block lies inside.
+
+A block of P slots holds K as [Dk / e][P][e] and V as [P / e][Dv][e], with e = 2 in bf16, 4 in int8 and 1 in float32
+and float16; int8 codes are followed by float32 scales, K [P] then V [P]. Keys are so the right-hand side of a
+product over the width, values of a product over the slots, without rearranging.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvloom.kernels.cpu import _ext
+from kvloom.kernels.cpu.elements import STORE_ELEMENT, contiguous, element_of
+
+
+def _int32(x: NDArray[np.integer]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(x, dtype=np.int32)
+
+
+def write_slots(
+    arena: torch.Tensor,
+    store: str,
+    block_size: int,
+    addresses: NDArray[np.integer],
+    within: NDArray[np.integer],
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Encode k [N, Dk] and v [N, Dv] into slots `within` [N] of the blocks at `addresses` [N]; mutates the arena."""
+    contiguous(k, "k")
+    contiguous(v, "v", k.dtype)
+    _ext.write_slots(
+        arena.data_ptr(), STORE_ELEMENT.get(store), block_size, k.shape[1], v.shape[1], _int32(addresses),
+        _int32(within), element_of(k, "k"), k.data_ptr(), v.data_ptr(),
+    )  # fmt: skip
+
+
+def read_slots(
+    arena: torch.Tensor,
+    store: str,
+    block_size: int,
+    addresses: NDArray[np.integer],
+    within: NDArray[np.integer],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K [N, Dk] and V [N, Dv] in `dtype`, decoded from the slots; `widths` are (Dk, Dv)."""
+    k, v = (torch.empty(len(addresses), width, dtype=dtype) for width in widths)
+    _ext.read_slots(
+        arena.data_ptr(), STORE_ELEMENT.get(store), block_size, *widths, _int32(addresses), _int32(within),
+        element_of(k, "k"), k.data_ptr(), v.data_ptr(),
+    )  # fmt: skip
+    return k, v
+
+
+def copy_slots(
+    arena: torch.Tensor,
+    store: str,
+    block_size: int,
+    widths: tuple[int, int],
+    source: tuple[NDArray[np.integer], NDArray[np.integer]],
+    target: tuple[NDArray[np.integer], NDArray[np.integer]],
+    runs: NDArray[np.integer],
+) -> None:
+    """Move encoded slots from `source` to `target`, each (addresses [N], within [N]); mutates the arena.
+
+    Run r is moves runs[r] .. runs[r + 1] - 1, done in order: a lane may be compacted onto itself, front to back.
+    Different runs must not touch the same slots.
+    """
+    _ext.copy_slots(
+        arena.data_ptr(), STORE_ELEMENT.get(store), block_size, *widths, _int32(source[0]), _int32(source[1]),
+        _int32(target[0]), _int32(target[1]), _int32(runs),
+    )  # fmt: skip
