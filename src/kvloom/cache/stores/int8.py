@@ -44,15 +44,22 @@ class Int8Store(Store):
 
     def read(self, addresses: Addresses, k_width: int, v_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return decoded K [N, P, Dk] and V [N, P, Dv]."""
-        size = self.block_size
+        number, size = len(addresses), self.block_size
         content = self.memory.load(addresses, self.block_bytes(k_width, v_width))
         codes = content.view(torch.int8)
         first = size * (k_width + v_width)
         sides = (k_width > 0) + (v_width > 0)
         scales = content[:, first : first + 4 * size * sides].contiguous().view(torch.float32)
-        k = codes[:, : size * k_width].reshape(-1, size, k_width).float() * scales[:, :size, None]
-        v = codes[:, size * k_width : first].reshape(-1, size, v_width).float() * scales[:, -size:, None]
+        k = codes[:, : size * k_width].reshape(number, size, k_width).float() * scales[:, :size, None]
+        v = codes[:, size * k_width : first].reshape(number, size, v_width).float() * scales[:, -size:, None]
         return k.to(self.dtype), v.to(self.dtype)
+
+    def unsupported(self, k_width: int, v_width: int) -> list[str]:
+        """Refuse widths whose scales would not be aligned (see `Store.unsupported`)."""
+        if self.block_size * (k_width + v_width) % 4 == 0:
+            return []
+        codes = f"{self.block_size} x ({k_width} + {v_width})"
+        return [f"int8 scales follow the codes at multiples of 4 bytes; {codes} bytes of codes are none"]
 
 
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ class NativeStore(Store):
     def read(self, addresses: Addresses, k_width: int, v_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies K [N, P, Dk] and V [N, P, Dv] of whole blocks."""
         content = self.memory.load(addresses, self.block_bytes(k_width, v_width)).view(self.dtype)
-        size = self.block_size
-        k = content[:, : size * k_width].reshape(-1, size, k_width)
-        v = content[:, size * k_width : size * (k_width + v_width)].reshape(-1, size, v_width)
+        number, size = len(addresses), self.block_size
+        k = content[:, : size * k_width].reshape(number, size, k_width)
+        v = content[:, size * k_width : size * (k_width + v_width)].reshape(number, size, v_width)
         return k, v

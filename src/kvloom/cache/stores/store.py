@@ -30,3 +30,7 @@ class Store(ABC):
     def block_bytes(self, k_width: int, v_width: int) -> int:
         """Return the bytes of one block."""
         return self.spec.block_bytes(self.block_size, k_width, v_width)
+
+    def unsupported(self, k_width: int, v_width: int) -> list[str]:
+        """Return every reason why lanes of these widths cannot be held; [] means that they can."""
+        return []
