@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError
+from kvloom.models.catalogue import CATALOGUE
 from kvloom.models.config import DecoderConfig
 from kvloom.models.families import Family, family_of_config, family_of_gguf
 from kvloom.models.families.weight import Transform, Weight
+from kvloom.models.hub import download_model, is_hub_id
+from kvloom.models.pull import pull
 from kvloom.models.tensor_file import TensorFile
+from kvloom.registry import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -97,21 +101,33 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
-    """Return the checkpoint that `model` names: a folder with safetensors or a `.gguf` file.
+    """Return the checkpoint that `model` names.
 
-    Raises `ModelNotFoundError`, `CheckpointError` for damaged files and `UnsupportedError` for models that kvloom
-    cannot run, with all reasons.
+    `model` is a folder with safetensors, a `.gguf` file, a name of the catalogue or a Hugging Face id, tried in this
+    order; the last two are fetched if they are not in their caches. `revision` is a branch, tag or commit of the hub.
+    Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError` for damaged files and `UnsupportedError` for models
+    that kvloom cannot run, with all reasons.
     """
     path = Path(model).expanduser()
-    if path.exists() and revision is not None:
-        raise InvalidInputError(f"revision {revision!r} is for models of the hub; {path} is a local path")
+    local = path.exists()
+    if revision is not None and (local or model in CATALOGUE):
+        kind = "a local path" if local else "in the catalogue"
+        raise InvalidInputError(f"revision {revision!r} is for models of the hub; {model} is {kind}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a model; expected a folder with safetensors or a .gguf file")
         return _open_gguf(model, path)
     if path.is_dir():
         return _open_folder(model, path)
-    raise ModelNotFoundError(f"no model {model!r}: it is neither a folder nor a .gguf file here")
+    if model in CATALOGUE:
+        return _open_gguf(model, pull(model))
+    if is_hub_id(model) and path.suffix != ".gguf":
+        return _open_folder(model, download_model(model, revision))
+    hint = nearest(model, list(CATALOGUE))
+    raise ModelNotFoundError(
+        f"no model {model!r}{hint}: there is no such folder or .gguf file here, the catalogue has "
+        f"{', '.join(CATALOGUE)}, and ids of the hub look like owner/name"
+    )
 
 
 def _open_gguf(name: str, path: Path) -> Checkpoint:

@@ -1,6 +1,6 @@
 """Decoder: one transformer decoder for all families; the differences are data in `DecoderConfig`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
 from kvloom.models.config import DecoderConfig, RopeConfig
 from kvloom.models.rope import cos_sin, inverse_frequencies
+
+QueryObserver = Callable[[int, torch.Tensor], None]
+"""Called once a layer with its number and the rotated queries [T, H, D], when K and V of the batch are in the lanes."""
 
 Rotations = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -35,13 +38,28 @@ class Decoder:
         self._theta = [inverse_frequencies(rope, config.head_dim).to(self.device) for rope in ropes]
         self._rope_of = [ropes.index(layer.rope) if layer.rope is not None else None for layer in config.layers]
 
+    def inverse_frequencies(self, layer: int) -> torch.Tensor | None:
+        """Return theta [D / 2] of the layer's rope, None without rope."""
+        rope = self._rope_of[layer]
+        return None if rope is None else self._theta[rope]
+
+    def output_weight(self, layer: int) -> torch.Tensor:
+        """Return the projection after attention, W_O [hidden, H * D], in float32."""
+        return self.weights[f"layers.{layer}.o"].float()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights, tied ones once."""
         return sum(w.numel() * w.element_size() for w in self.weights.values())
 
     @torch.inference_mode()
-    def forward(self, batch: AttentionBatch, cache: KVCache, backend: AttentionBackend) -> torch.Tensor:
+    def forward(
+        self,
+        batch: AttentionBatch,
+        cache: KVCache,
+        backend: AttentionBackend,
+        observer: QueryObserver | None = None,
+    ) -> torch.Tensor:
         """Return the final hidden states [T, hidden], normalised, of the batch; mutates its lanes in `cache`."""
         config = self.config
         x = F.embedding(batch.token_ids, self.embed)
@@ -49,7 +67,7 @@ class Decoder:
             x = x * self.embedding_scale
         rotations = [cos_sin(theta, batch.positions) for theta in self._theta]
         for layer in range(config.num_layers):
-            x = self._attention(layer, x, rotations, batch, cache, backend)
+            x = self._attention(layer, x, rotations, batch, cache, backend, observer)
             x = self._mlp(layer, x)
         return self._norm(x, "final_norm")
 
@@ -72,6 +90,7 @@ class Decoder:
         batch: AttentionBatch,
         cache: KVCache,
         backend: AttentionBackend,
+        observer: QueryObserver | None,
     ) -> torch.Tensor:
         config, at = self.config, f"layers.{layer}."
         normal = self._norm(x, at + "attn_norm")
@@ -84,6 +103,8 @@ class Decoder:
         if rope is not None:
             q, k = (reference.apply_rope(t, *rotations[rope]) for t in (q, k))
         backend.append(layer, k, v, batch, cache)
+        if observer is not None:
+            observer(layer, q)
         out = backend.attend(layer, q, config.query_scale, batch, cache)
         out = self._linear(out.flatten(1), at + "o")
         if config.sandwich_norm:
