@@ -1,4 +1,4 @@
-"""AttentionBackend: what attention over lanes must offer; backends are chosen by what they declare, never by guessing."""
+"""AttentionBackend: what attention over lanes must offer; a backend is chosen by what it declares."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,7 +30,5 @@ class AttentionBackend(Protocol):
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> None:
         """Write k [T, G, Dk] and v [T, G, Dv] of the batch into the lanes of `layer`; mutates the arena."""
 
-    def attend(
-        self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
         """Return attention [T, H, Dv] of q [T, H, Dk] over the lanes of `layer`, the batch's own tokens included."""

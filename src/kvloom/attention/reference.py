@@ -25,20 +25,25 @@ class ReferenceBackend:
         for sequence, start, end in batch.spans():
             cache.append(layer, sequence, k[start:end], v[start:end])
 
-    def attend(
-        self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
         """Return attention [T, H, Dv] (see `AttentionBackend`)."""
         window = cache.layers[layer].window
         out = q.new_empty(q.shape[0], q.shape[1], cache.layers[layer].v_width)
         for sequence, start, end in batch.spans():
             k, v, held = cache.read_layer(layer, sequence)
+            bias = cache.read_log_counts(layer, sequence)
             lanes_held = torch.from_numpy(held).to(q.device)
             for first in range(start, end, QUERY_TILE):
                 last = min(first + QUERY_TILE, end)
                 later = end - last  # newer tokens of this chunk, which these queries do not see
                 slots = k.shape[1] - later
                 out[first:last], _ = reference.attention(
-                    q[first:last], k[:, :slots], v[:, :slots], lanes_held - later, scale, window
+                    q[first:last],
+                    k[:, :slots],
+                    v[:, :slots],
+                    lanes_held - later,
+                    scale,
+                    window,
+                    None if bias is None else bias[:, :slots],
                 )
         return out

@@ -16,6 +16,7 @@ from kvloom.cache.segments import NATIVE
 from kvloom.cache.stores.int8 import Int8Store
 from kvloom.cache.stores.native import NativeStore
 from kvloom.cache.stores.store import Store
+from kvloom.cache.survivors import Survivors
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.store import STORES
@@ -87,7 +88,10 @@ class KVCache:
                 ks.append(k.flatten(0, 1))
                 vs.append(v.flatten(0, 1))
         if not ks:
-            return self.memory.bytes.new_empty(0, kv.k_width), self.memory.bytes.new_empty(0, kv.v_width)
+            dtype, device = self.native.dtype, self.memory.device
+            return torch.empty(0, kv.k_width, dtype=dtype, device=device), torch.empty(
+                0, kv.v_width, dtype=dtype, device=device
+            )
         skip = begin - first * self.spec.block_size
         return torch.cat(ks)[skip : skip + held], torch.cat(vs)[skip : skip + held]
 
@@ -106,8 +110,9 @@ class KVCache:
             addresses = self.lanes.table[sequence, view.first : view.first + view.num_lanes, first:last]
             k, v = self.native.read(addresses.ravel(), view.k_width, view.v_width)
             span = slice(begin - first * size, begin - first * size + int(held[0]))
-            k = k.reshape(view.num_lanes, -1, view.k_width)[:, span]
-            v = v.reshape(view.num_lanes, -1, view.v_width)[:, span]
+            slots = (last - first) * size
+            k = k.reshape(view.num_lanes, slots, view.k_width)[:, span]
+            v = v.reshape(view.num_lanes, slots, view.v_width)[:, span]
             return k, v, held
         longest = int(held.max())
         parts = [self.read_lane(sequence, lane) for lane in lanes]
@@ -115,13 +120,32 @@ class KVCache:
         vs = [torch.nn.functional.pad(v, (0, 0, longest - len(v), 0)) for _, v in parts]
         return torch.stack(ks), torch.stack(vs), held
 
+    def read_log_counts(self, layer: int, sequence: int) -> torch.Tensor | None:
+        """Return what is added to the logits of a layer's slots, [G, S] aligned as in `read_layer`; None for nothing."""
+        if sequence not in self.lanes.log_counts:
+            return None
+        view = self.layers[layer]
+        held = self.lanes.held[sequence, view.first : view.first + view.num_lanes]
+        out = torch.zeros(view.num_lanes, int(held.max()))
+        for head in range(view.num_lanes):
+            begin, count = int(self.lanes.begin[sequence, view.first + head]), int(held[head])
+            values = self.lanes.log_counts[sequence][view.first + head, begin : begin + count]
+            out[head, out.shape[1] - count :] = torch.from_numpy(values)
+        return out.to(self.memory.device)
+
     # ---- forgetting -----------------------------------------------------------------------------------------------
 
-    def compact(self, sequence: int, keep: Mapping[int, NDArray[np.int64]]) -> bool:
+    def compact(
+        self,
+        sequence: int,
+        keep: Mapping[int, NDArray[np.int64]],
+        survivors: Mapping[int, Survivors] | None = None,
+    ) -> bool:
         """Keep only the given live slots (ascending) of each lane in `keep`; the blocks left over are free at once.
 
-        Shared blocks are left as they are for their other owners. False, and no change, when the few fresh blocks
-        that replace shared ones cannot be had now.
+        Lanes in `survivors` get that content instead of what the kept slots held (merging, moved sinks). Shared blocks
+        are left as they are for their other owners. False, and no change, when the few fresh blocks that replace
+        shared ones cannot be had now.
         """
         lanes = np.array(sorted(keep), np.int64)
         if not len(lanes):
@@ -129,12 +153,12 @@ class KVCache:
         self._check_compactable(sequence, keep)
         size = self.spec.block_size
         kept = np.array([len(keep[lane]) for lane in lanes], np.int32)
-        unchanged = np.array([leading_run(keep[lane]) // size for lane in lanes], np.int32)
+        changed = survivors or {}
+        unchanged = np.array([0 if lane in changed else leading_run(keep[lane]) // size for lane in lanes], np.int32)
         repacked = self.lanes.repack(sequence, lanes, kept, unchanged)
         if repacked is None:
             return False
         before, spare = repacked
-        positions = self.lanes.track_positions(sequence)
         for layer in sorted({self.spec.lane_layer[lane] for lane in lanes}):
             kv = self.spec.layers[layer]
             chosen = [i for i, lane in enumerate(lanes) if self.spec.lane_layer[lane] == layer]
@@ -143,11 +167,18 @@ class KVCache:
             rows = np.repeat(np.array(chosen), counts)
             slots = np.concatenate(sources)
             k, v = self._gather(before[rows, slots // size], slots % size, kv.k_width, kv.v_width)
+            for i, start in zip(chosen, np.cumsum(counts) - counts, strict=True):
+                new = changed.get(int(lanes[i]))
+                if new is not None:
+                    k[start : start + len(new.keys)], v[start : start + len(new.keys)] = new.keys, new.values
             target = np.repeat(unchanged[chosen].astype(np.int64) * size, counts) + ragged_arange(counts)
             addresses = self.lanes.table[sequence, lanes[rows], target // size]
             self.native.write(addresses, target % size, k, v)
         for lane in lanes.tolist():
-            positions[lane, : len(keep[lane])] = positions[lane, keep[lane]]
+            self.lanes.keep_slots(sequence, lane, keep[lane])
+            new = changed.get(lane)
+            if new is not None and new.log_count is not None:
+                self.lanes.set_log_counts(sequence, lane, new.log_count.float().numpy())
         self.arena.release(spare)
         return True
 
@@ -184,15 +215,26 @@ class KVCache:
         spec = STORES.get(store)
         size = self.spec.block_size
         needs: dict[int, int] = {}
+        if store not in self.stores or len(set(lanes)) != len(lanes):
+            raise InvalidInputError(
+                f"encode takes each lane once and a store among {sorted(filter(None, self.stores))}; "
+                f"got {store!r} for lanes {list(lanes)}"
+            )
         for lane in lanes:
+            kv = self.spec.layers[self.spec.lane_layer[lane]]
+            reasons = self.stores[store].unsupported(kv.k_width, kv.v_width)
+            if reasons:
+                raise UnsupportedError("encoding", reasons)
             end = int(self.lanes.begin[sequence, lane] + self.lanes.held[sequence, lane])
             if self.lanes.begin[sequence, lane] > first * size or last * size > end or first >= last:
                 raise InvalidInputError(f"columns {first}..{last - 1} of lane {lane} are not all full blocks")
-            if self.spec.layers[self.spec.lane_layer[lane]].window is not None:
+            if kv.window is not None:
                 raise UnsupportedError("encoding", [f"lane {lane} is windowed; small windows stay in 16 bit"])
             for segment in self.lanes.segments.of(sequence, lane):
                 if segment.store and segment.first < last and first < (segment.last or last):
-                    raise UnsupportedError("encoding", [f"lane {lane} has encoded blocks there; a block is encoded once"])
+                    raise UnsupportedError(
+                        "encoding", [f"lane {lane} has encoded blocks there; a block is encoded once"]
+                    )
             cost = self.spec.layer_block_bytes(self.spec.lane_layer[lane], spec.name)
             needs[cost] = needs.get(cost, 0) + last - first
         if not self.pool.ensure(needs):

@@ -20,6 +20,7 @@ from kvloom.cache.arena import Addresses, Move
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixMatch
 from kvloom.cache.segments import SegmentList
+from kvloom.cache.slots import SlotValues
 from kvloom.spec.kv import KVSpec
 
 Ints = NDArray[np.int32]
@@ -43,7 +44,10 @@ class LaneTable:
         self.held: Ints = np.zeros((max_sequences, lanes), np.int32)
         self.seen: NDArray[np.int64] = np.zeros(max_sequences, np.int64)
         self.segments = SegmentList(max_sequences, lanes)
-        self.positions: dict[int, Ints] = {}  # [R, capacity] by slot, for sequences that lost tokens in the middle
+        self.positions: SlotValues[np.int32] = SlotValues(
+            lanes, np.int32
+        )  # of sequences that lost tokens in the middle
+        self.log_counts: SlotValues[np.float32] = SlotValues(lanes, np.float32)  # of sequences with merged tokens
         self.peak_bytes = [0] * max_sequences  # most bytes held since `open`
         self._room = [0] * max_sequences  # tokens that fit without any bookkeeping
         self._free = list(range(max_sequences - 1, -1, -1))
@@ -81,7 +85,8 @@ class LaneTable:
         self.held[sequence] = 0
         self.seen[sequence] = 0
         self.segments.clear(sequence)
-        self.positions.pop(sequence, None)
+        self.positions.drop(sequence)
+        self.log_counts.drop(sequence)
         self._free.append(sequence)
 
     def fork(self, parent: int) -> int:
@@ -91,8 +96,8 @@ class LaneTable:
             array[child] = array[parent]
         self.seen[child] = self.seen[parent]
         self.segments.copy(parent, child)
-        if parent in self.positions:
-            self.positions[child] = self.positions[parent].copy()
+        self.positions.copy(parent, child)
+        self.log_counts.copy(parent, child)
         row = self.table[child]
         self.pool.arena.share(row[row >= 0])
         self._room[parent] = self._room[child] = 0
@@ -120,7 +125,10 @@ class LaneTable:
             return False
         self._room[sequence] -= num_tokens
         if sequence in self.positions:
-            self._append_positions(sequence, num_tokens)
+            end = self.begin[sequence] + self.held[sequence]
+            seen = int(self.seen[sequence])
+            self.positions.append(sequence, end, np.arange(seen, seen + num_tokens, dtype=np.int32))
+            self.log_counts.append(sequence, end, np.zeros(num_tokens, np.float32))
         self.held[sequence] += num_tokens
         self.seen[sequence] += num_tokens
         return True
@@ -137,7 +145,7 @@ class LaneTable:
         have = -(-end // size)
         count = -(-(end + num_tokens) // size) - have
         shared = np.zeros(len(end), np.bool_)
-        partial = np.flatnonzero((end % size != 0) & (self.held[sequence] > 0))
+        partial = np.flatnonzero(end % size != 0)
         if len(partial):
             tails = self.table[sequence, partial, end[partial] // size]
             shared[partial] = self.pool.arena.references(tails) > 1
@@ -286,23 +294,19 @@ class LaneTable:
             return self.positions[sequence][lane, begin : begin + held].copy()
         return np.arange(begin, begin + held, dtype=np.int32)
 
-    def track_positions(self, sequence: int) -> Ints:
-        """Return the explicit positions [R, capacity] of a sequence, made on first use: position = slot until then."""
+    def keep_slots(self, sequence: int, lane: int, slots: NDArray[np.int64]) -> None:
+        """Note that a lane, packed to the front, now holds what was in `slots`; starts explicit positions."""
         if sequence not in self.positions:
             capacity = self.table.shape[2] * self.spec.block_size
-            everywhere = np.arange(capacity, dtype=np.int32)
-            self.positions[sequence] = np.repeat(everywhere[None, :], self.spec.num_lanes, axis=0)
-        return self.positions[sequence]
+            self.positions.start(sequence, np.arange(capacity, dtype=np.int32))  # position = slot until now
+        self.positions.keep(sequence, lane, slots)
+        self.log_counts.keep(sequence, lane, slots)
 
-    def _append_positions(self, sequence: int, num_tokens: int) -> None:
-        end = self.begin[sequence] + self.held[sequence]
-        positions = self.positions[sequence]
-        short = int(end.max()) + num_tokens - positions.shape[1]
-        if short > 0:
-            positions = np.pad(positions, ((0, 0), (0, max(short, positions.shape[1]))))
-            self.positions[sequence] = positions
-        slots = end[:, None] + np.arange(num_tokens)
-        positions[np.arange(len(end))[:, None], slots] = int(self.seen[sequence]) + np.arange(num_tokens)
+    def set_log_counts(self, sequence: int, lane: int, log_count: NDArray[np.float32]) -> None:
+        """Set what is added to the logits of the first slots of a lane that was packed to the front."""
+        if sequence not in self.log_counts:
+            self.log_counts.start(sequence, np.zeros(self.table.shape[2] * self.spec.block_size, np.float32))
+        self.log_counts[sequence][lane, : len(log_count)] = log_count
 
     # ---- holders and checks ---------------------------------------------------------------------------------------
 

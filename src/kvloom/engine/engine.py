@@ -1,22 +1,28 @@
 """Engine: one step at a time over everything that waits or runs."""
 
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.detokenizer import IncrementalDetokenizer
-from kvloom.engine.output import RequestOutput, output_of
+from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Logprob, Request, Sequence, Status
 from kvloom.engine.runner import Runner
 from kvloom.engine.sampler import Sampler
 from kvloom.engine.scheduler import Scheduler, Work
-from kvloom.errors import InvalidInputError
+from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
 from kvloom.models.tokenizer import Tokenizer
+from kvloom.policies.eviction import Eviction, ModelFacts
+from kvloom.policies.policy import Policy
 from kvloom.spec.store import STORES
+
+UNBOUNDED_TOKENS = 1 << 31
+"""Room of a request whose positions are counted in the cache, so that no length of the model ends it."""
 
 LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
 """Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
@@ -43,7 +49,9 @@ class Engine:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         seed: int = 0,
+        kv_policy: str | None = None,
     ) -> None:
+        self.policy = None if kv_policy is None else Policy.parse(kv_policy)
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
@@ -51,10 +59,18 @@ class Engine:
         self.sampler = Sampler(eos_token_ids)
         self.seed = seed
         self.observer: LogitsObserver | None = None
+        decoder = runner.decoder
+        self.model_facts = ModelFacts(
+            num_query_heads=decoder.config.num_heads,
+            query_scale=decoder.config.query_scale,
+            inverse_frequencies=[decoder.inverse_frequencies(i) for i in range(decoder.config.num_layers)],
+            output_weight=decoder.output_weight,
+        )
         self.requests: dict[str, Request] = {}
         self.num_arrived = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.num_evicted_tokens = 0
         self.num_steps = 0
         self.step_seconds = 0.0
         self.last_step = StepFigures(0, 0, 0.0)
@@ -79,12 +95,16 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
         forced_token_ids: Seq[int] | None = None,
+        kv_policy: str | None = None,
     ) -> Request:
-        """Queue a request; raises `InvalidInputError` or `DoesNotFitError` and then leaves nothing behind."""
+        """Queue a request; `kv_policy` is a policy string, None for the engine's own policy.
+
+        Raises `InvalidInputError`, `UnsupportedError` or `DoesNotFitError`, and then leaves nothing behind.
+        """
         name = request_id if request_id is not None else f"request-{self.num_arrived}"
         if name in self.requests:
             raise InvalidInputError(f"request id {name!r} is in use; choose another or leave it out")
-        max_tokens = self.check(prompt_token_ids, params, forced_token_ids)
+        max_tokens = self.check(prompt_token_ids, params, forced_token_ids, kv_policy)
         request = Request(
             name,
             prompt_token_ids,
@@ -97,6 +117,11 @@ class Engine:
             cache_salt=cache_salt,
             forced_token_ids=forced_token_ids,
         )
+        policy = self._policy(kv_policy)
+        if policy is not None:
+            leader = request.sequences[0]
+            leader.eviction = Eviction(policy, self.cache, self.model_facts, len(request.prompt_token_ids))
+            leader.eviction.token_ids = leader.token_ids
         self.scheduler.add(request)
         self._start_text(request.sequences[0])
         self.num_arrived += 1
@@ -104,18 +129,41 @@ class Engine:
         self.requests[name] = request
         return request
 
-    def check(self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None = None) -> int:
+    def check(
+        self,
+        prompt: Seq[int],
+        params: SamplingParams,
+        forced: Seq[int] | None = None,
+        kv_policy: str | None = None,
+    ) -> int:
         """Return how many tokens such a request may generate; changes nothing and may be called from any thread.
 
-        Raises `InvalidInputError` for wrong ids and lengths and `DoesNotFitError` when it could not run even alone.
+        Raises `InvalidInputError` for wrong ids and lengths, `UnsupportedError` with every reason why the policy cannot
+        run, and `DoesNotFitError` when the request could not run even alone.
         """
-        max_tokens = self._max_tokens(prompt, params, forced)
+        policy = self._policy(kv_policy)
+        max_tokens = self._max_tokens(prompt, params, forced, policy)
         if params.n > self.scheduler.max_num_seqs:
             raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
-        self.scheduler.check_fits(len(prompt) + max_tokens, "the request")
+        total = len(prompt) + max_tokens
+        if policy is None:
+            self.scheduler.check_fits(total, "the request")
+            return max_tokens
+        reasons = policy.refusals(self.cache.spec, len(prompt))
+        if reasons:
+            raise UnsupportedError(f"policy {policy.spec}", reasons)
+        eviction = Eviction(policy, self.cache, self.model_facts, len(prompt))
+        self.scheduler.check_bytes(
+            eviction.peak_bytes(total, self.scheduler.max_num_batched_tokens), total, f"the request with {policy.spec}"
+        )
         return max_tokens
 
-    def _max_tokens(self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None) -> int:
+    def _policy(self, kv_policy: str | None) -> Policy | None:
+        return self.policy if kv_policy is None else Policy.parse(kv_policy)
+
+    def _max_tokens(
+        self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None, policy: Policy | None
+    ) -> int:
         vocab = self.runner.decoder.config.vocab_size
         if not len(prompt):
             raise InvalidInputError("the prompt is empty; give at least one token")
@@ -123,6 +171,8 @@ class Engine:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidInputError(f"{token!r} is not a token id; this model has ids 0 to {vocab - 1}")
         room = self.max_model_len - len(prompt)
+        if policy is not None and policy.cache_positions:
+            room = UNBOUNDED_TOKENS  # positions are counted in the cache: text has no end
         if room < 1:
             raise InvalidInputError(
                 f"the prompt has {len(prompt)} tokens; the model's length is {self.max_model_len} and at least one "
@@ -132,6 +182,8 @@ class Engine:
             if not 0 < len(forced) <= room or params.n != 1:
                 raise InvalidInputError(f"a forced continuation has 1 to {room} tokens here and n=1")
             return len(forced)
+        if params.max_tokens is None and room == UNBOUNDED_TOKENS:
+            raise InvalidInputError("a request with positions=cache has no end of its own; give max_tokens")
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
     def _start_text(self, sequence: Sequence) -> None:
@@ -170,6 +222,7 @@ class Engine:
             hidden = self.runner.forward(work)
             self.runner.prompt_logprobs(work, hidden)
             self.scheduler.publish(work)
+            self._evict(work)
             sequences, logits = self._sampling_rows(work, hidden)
             tokens, logprobs = self.sampler.sample(logits, sequences)
             for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
@@ -190,11 +243,28 @@ class Engine:
             if item.sequence.request.timing.started is None:
                 item.sequence.request.timing.started = now
 
+    def _evict(self, work: list[Work]) -> None:
+        """Let the policies that are due forget; what they drop is back in the arena afterwards."""
+        for item in work:
+            sequence = item.sequence
+            if sequence.eviction is None or sequence.row is None or not sequence.eviction.due(sequence.row):
+                continue
+            before = sequence.eviction.evicted_tokens
+            while not sequence.eviction.apply(sequence.row):
+                if not self.scheduler.make_room(sequence):
+                    raise DoesNotFitError(
+                        f"{sequence.request.request_id}: no blocks are left to take the place of shared ones while "
+                        f"evicting with {sequence.eviction.policy.spec}. Raise --kv-cache-memory-bytes"
+                    )
+            self.num_evicted_tokens += sequence.eviction.evicted_tokens - before
+
     def _sampling_rows(self, work: list[Work], hidden: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
         """Return the sequences that get a token and their logits [N, V]; forks requests whose prompt is done."""
         sequences: list[Sequence] = []
         rows: list[int] = []
         for row, item in enumerate(w for w in work if w.samples):
+            if item.sequence.row is None:
+                continue  # preempted by an eviction of this step: it will be computed again
             sequences.append(item.sequence)
             rows.append(row)
             if not item.sequence.request.forked:
@@ -253,7 +323,19 @@ class Engine:
 
     def output(self, request: Request) -> RequestOutput:
         """Return a snapshot of a request, complete or so far."""
+        self._note_bytes(request)
+        return output_of(request, self._bits)
+
+    def kv_usage(self, request: Request) -> KVUsage:
+        """Return what a request holds of the cache, and held at most, without a copy of its tokens."""
+        self._note_bytes(request)
+        return kv_usage_of(request, self._bits)
+
+    @property
+    def _bits(self) -> float:
+        return float(STORES.get(self.cache.spec.store).bits)
+
+    def _note_bytes(self, request: Request) -> None:
         for sequence in request.sequences:
             if sequence.status is Status.RUNNING:
                 self.scheduler.note_bytes(sequence)
-        return output_of(request, float(STORES.get(self.cache.spec.store).bits))

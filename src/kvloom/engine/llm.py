@@ -1,6 +1,7 @@
 """LLM: the Python API. A model, its cache and an engine in one object."""
 
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
@@ -23,18 +24,21 @@ from kvloom.models.decoder import Decoder
 from kvloom.spec.store import NATIVE_STORE
 
 Prompt = str | Mapping[str, Any] | Seq[int]
-"""Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional "cache_salt", "priority"."""
+"""Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional keys.
+
+The keys are "cache_salt", "priority" (lower is earlier), "kv_policy" and "forced_token_ids"."""
 
 Messages = Seq[Mapping[str, Any]]
 """A conversation: {"role": ..., "content": ...} in order."""
 
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids"}
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids", "kv_policy"}
 
 
 class LLM:
     """Loads a model and generates with it, offline or as the engine of a server.
 
-    `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. Raises `KvloomError`s:
+    `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. `kv_policy` is the
+    policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`. Raises `KvloomError`s:
     model not found, checkpoint damaged, unsupported, does not fit.
     """
 
@@ -52,6 +56,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         seed: int = 0,
+        kv_policy: str | None = None,
     ) -> None:
         config = EngineConfig(
             dtype=dtype,
@@ -93,6 +98,7 @@ class LLM:
             max_model_len=length,
             eos_token_ids=checkpoint.config.eos_token_ids,
             seed=seed,
+            kv_policy=kv_policy,
         )
 
     @property
@@ -112,7 +118,7 @@ class LLM:
         Shows a progress bar on stderr (a terminal only) for several prompts unless `use_tqdm` is False. All prompts are
         checked before any runs; on an error or Ctrl-C every request of the call is aborted and its memory is free.
         """
-        several = [prompts] if _is_single(prompts) else list(prompts)
+        several: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             params = [sampling_params or SamplingParams()] * len(several)
         else:
@@ -122,7 +128,7 @@ class LLM:
         requests: list[Request] = []
         try:
             for prompt, chosen in zip(several, params, strict=True):
-                requests.append(self._add(prompt, chosen))  # type: ignore[arg-type]
+                requests.append(self._add(prompt, chosen))
             self._run(requests, use_tqdm and len(requests) > 1)
         except BaseException:
             for request in requests:
@@ -175,6 +181,7 @@ class LLM:
             "prefix_cache_hits": engine.scheduler.prefix_hits,
             "prompt_tokens": engine.num_prompt_tokens,
             "generation_tokens": engine.num_generated_tokens,
+            "evicted_tokens": engine.num_evicted_tokens,
             "steps": engine.num_steps,
             "step_seconds": engine.step_seconds,
         }
@@ -194,7 +201,7 @@ class LLM:
                     f"{sorted(_PROMPT_KEYS - {'prompt', 'prompt_token_ids'})}; got {sorted(prompt)}"
                 )
             text = prompt.get("prompt")
-            ids = list(prompt["prompt_token_ids"]) if text is None else self.tokenizer.encode(text)
+            ids = list(prompt["prompt_token_ids"]) if text is None else self.tokenizer.encode(str(text))
             options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
         elif isinstance(prompt, Seq):
             ids = list(prompt)

@@ -25,6 +25,7 @@ class KVUsage:
 
     `bytes_now` and `bytes_peak` count whole blocks of all its sequences, shared ones once for each sequence;
     `cached_tokens` of the prompt came from the prefix index; `evicted_tokens` sums over lanes what a policy dropped.
+    `method` is the policy in its canonical spelling, `note` says what it kept from happening (an unused prefix).
     """
 
     bytes_now: int
@@ -33,6 +34,10 @@ class KVUsage:
     evicted_tokens: int
     preemptions: int
     bits_per_element: float
+    method: str = "full"
+    shortest_lane: int = 0
+    longest_lane: int = 0
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,24 @@ def completion_of(sequence: Sequence) -> CompletionOutput:
     )
 
 
+def kv_usage_of(request: Request, bits_per_element: float) -> KVUsage:
+    """Return the KV cache usage of `request`, as last noted by the scheduler."""
+    sequences = request.sequences
+    eviction = sequences[0].eviction
+    return KVUsage(
+        bytes_now=sum(s.kv_bytes for s in sequences),
+        bytes_peak=sum(s.kv_peak_bytes for s in sequences),
+        cached_tokens=sequences[0].num_cached_tokens,
+        evicted_tokens=sum(s.eviction.evicted_tokens for s in sequences if s.eviction is not None),
+        preemptions=sum(s.num_preemptions for s in sequences),
+        bits_per_element=bits_per_element,
+        method="full" if eviction is None else str(eviction.policy.spec),
+        shortest_lane=min(s.kv_spread[0] for s in sequences),
+        longest_lane=max(s.kv_spread[1] for s in sequences),
+        note=_note(request),
+    )
+
+
 def output_of(request: Request, bits_per_element: float) -> RequestOutput:
     """Return a snapshot of `request`."""
     return RequestOutput(
@@ -80,14 +103,15 @@ def output_of(request: Request, bits_per_element: float) -> RequestOutput:
         prompt_token_ids=request.prompt_token_ids,
         outputs=[completion_of(s) for s in request.sequences],
         finished=request.finished,
-        kv=KVUsage(
-            bytes_now=sum(s.kv_bytes for s in request.sequences),
-            bytes_peak=sum(s.kv_peak_bytes for s in request.sequences),
-            cached_tokens=request.sequences[0].num_cached_tokens,
-            evicted_tokens=sum(s.evicted_tokens for s in request.sequences),
-            preemptions=sum(s.num_preemptions for s in request.sequences),
-            bits_per_element=bits_per_element,
-        ),
+        kv=kv_usage_of(request, bits_per_element),
         prompt_logprobs=request.prompt_logprobs,
         metrics={name: value for name, value in asdict(request.timing).items() if value is not None},
     )
+
+
+def _note(request: Request) -> str | None:
+    """Return why the prefix cache was not used for this request as far as it could be, None when it was."""
+    eviction = request.sequences[0].eviction
+    if eviction is None or eviction.usable_prefix >= len(request.prompt_token_ids):
+        return None
+    return f"{eviction.policy.spec.selector.name} needs queries that a cached prefix does not have"

@@ -63,7 +63,9 @@ class SamplingParams:
         if self.max_tokens is not None:
             self._range("max_tokens", 1, None)
             if self.min_tokens > self.max_tokens:
-                raise InvalidInputError(f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}")
+                raise InvalidInputError(
+                    f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}"
+                )
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._range(name, 0, MAX_LOGPROBS)

@@ -11,6 +11,7 @@ from kvloom.engine.params import SamplingParams
 
 if TYPE_CHECKING:
     from kvloom.engine.detokenizer import IncrementalDetokenizer
+    from kvloom.policies.eviction import Eviction
 
 
 class Status(enum.Enum):
@@ -45,6 +46,7 @@ class Sequence:
     """One answer: its tokens, its row set in the lane table while it runs, and why it ended.
 
     `token_ids` holds prompt and output; `row` is None unless running. `num_published` blocks are in the prefix index.
+    `eviction` is the cache policy at work on it, if there is one; `kv_spread` its shortest and longest lane.
     """
 
     request: "Request"
@@ -58,7 +60,8 @@ class Sequence:
     num_preemptions: int = 0
     kv_bytes: int = 0
     kv_peak_bytes: int = 0
-    evicted_tokens: int = 0
+    kv_spread: tuple[int, int] = (0, 0)
+    eviction: "Eviction | None" = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None

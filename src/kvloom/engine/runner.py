@@ -10,7 +10,7 @@ from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.request import Logprob
 from kvloom.engine.scheduler import Work
-from kvloom.models.decoder import Decoder
+from kvloom.models.decoder import Decoder, QueryObserver
 
 LOGITS_TILE_BYTES = 64 << 20
 """Float32 logits held at once for prompt log-probabilities (64 rows of a 262k vocabulary)."""
@@ -26,7 +26,26 @@ class Runner:
 
     def forward(self, work: list[Work]) -> torch.Tensor:
         """Process the tokens of `work`; returns final hidden states [T, hidden] and fills the lanes."""
-        return self.decoder.forward(self._batch(work), self.cache, self.backend)
+        return self.decoder.forward(self._batch(work), self.cache, self.backend, self._observer(work))
+
+    def _observer(self, work: list[Work]) -> QueryObserver | None:
+        """Return what shows each policy the queries of its own sequence, None when none wants to see any."""
+        watched = []
+        start = 0
+        for item in work:
+            end = start + item.num_tokens
+            if item.sequence.eviction is not None and item.sequence.eviction.watches:
+                watched.append((item.sequence.eviction, item.sequence.row, slice(start, end)))
+            start = end
+        if not watched:
+            return None
+
+        def observe(layer: int, q: torch.Tensor) -> None:
+            for eviction, row, rows in watched:
+                assert row is not None
+                eviction.observe(layer, row, q[rows])
+
+        return observe
 
     def _batch(self, work: list[Work]) -> AttentionBatch:
         device = self.decoder.device
@@ -80,7 +99,8 @@ def top_logprobs(logits: torch.Tensor, chosen: list[int], count: int) -> list[di
     for row, token in enumerate(chosen):
         scores = (best.values[row] - total[row]).tolist()
         entry = {
-            t: Logprob(s, place + 1) for place, (t, s) in enumerate(zip(best.indices[row].tolist(), scores, strict=True))
+            t: Logprob(s, place + 1)
+            for place, (t, s) in enumerate(zip(best.indices[row].tolist(), scores, strict=True))
         }
         entry.setdefault(token, Logprob(float(own[row] - total[row]), int(ranks[row])))
         found.append(entry)

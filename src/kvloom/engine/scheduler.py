@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Request, Sequence, Status
 from kvloom.errors import DoesNotFitError
+from kvloom.spec.store import SLAB_BYTES
 from kvloom.units import format_bytes
 
 
@@ -47,20 +48,28 @@ class Scheduler:
     # ---- requests come and go -------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a new request; raises `DoesNotFitError` when it could not run even alone."""
-        self.check_fits(len(request.prompt_token_ids) + request.max_tokens, request.request_id)
+        """Queue a new request, which the caller has found to fit (`check_fits`, `check_bytes`)."""
         self._queue(request.sequences[0])
 
     def check_fits(self, num_tokens: int, what: str) -> None:
         """Raise `DoesNotFitError` unless one sequence of `num_tokens` fits into the empty arena."""
         if not self.fits_alone(num_tokens):
-            arena, spec = self.lanes.pool.arena, self.lanes.spec
-            raise DoesNotFitError(
-                f"{what}: {num_tokens} tokens need {format_bytes(self._peak_bytes(num_tokens))} of KV cache; "
-                f"the arena has {format_bytes(arena.num_bytes)}, room for about "
-                f"{spec.max_tokens_in(arena.num_bytes, self.max_num_batched_tokens)} tokens. Shorten the prompt, "
-                "lower max_tokens or raise --kv-cache-memory-bytes"
-            )
+            self._refuse(self._peak_bytes(num_tokens), num_tokens, what)
+
+    def check_bytes(self, needed: int, num_tokens: int, what: str) -> None:
+        """Raise `DoesNotFitError` unless `needed` bytes for `num_tokens` fit into the empty arena."""
+        # one slab of slack, because the last slab of a block size is rarely full
+        if needed > self.lanes.pool.arena.num_bytes - SLAB_BYTES:
+            self._refuse(needed, num_tokens, what)
+
+    def _refuse(self, needed: int, num_tokens: int, what: str) -> None:
+        arena, spec = self.lanes.pool.arena, self.lanes.spec
+        raise DoesNotFitError(
+            f"{what}: {num_tokens} tokens need {format_bytes(needed)} of KV cache; "
+            f"the arena has {format_bytes(arena.num_bytes)}, room for about "
+            f"{spec.max_tokens_in(arena.num_bytes, self.max_num_batched_tokens)} tokens. Shorten the prompt, "
+            "lower max_tokens, raise --kv-cache-memory-bytes or choose a policy that evicts during prefill"
+        )
 
     def fits_alone(self, num_tokens: int) -> bool:
         """Return whether one sequence of `num_tokens` fits into the empty arena, counted in whole slabs."""
@@ -105,6 +114,8 @@ class Scheduler:
         """Bring the KV bytes, now and at peak, of a running sequence up to date."""
         assert sequence.row is not None
         sequence.kv_bytes = self.lanes.sequence_bytes(sequence.row)
+        held = self.lanes.held[sequence.row]
+        sequence.kv_spread = (int(held.min()), int(held.max()))
         sequence.kv_peak_bytes = max(sequence.kv_peak_bytes, self.lanes.peak_bytes[sequence.row], sequence.kv_bytes)
 
     # ---- one step -------------------------------------------------------------------------------------------------
@@ -127,23 +138,61 @@ class Scheduler:
         return len(sequence.token_ids) - int(self.lanes.seen[sequence.row])
 
     def _advance(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
-        """Give `sequence` slots for its next tokens, preempting later ones if need be; returns tokens of budget used."""
+        """Make slots for the next tokens of `sequence`, preempting later ones; returns tokens of budget used."""
         assert sequence.row is not None
         start = int(self.lanes.seen[sequence.row])
-        number = min(len(sequence.token_ids) - start, budget)
+        number = self._next_tokens(sequence, budget)
         returned = 0
         while not self.lanes.extend(sequence.row, number):
-            victim = max(self.running, key=lambda s: (s.request.sort_key, s.index))
+            victim = self._victim(sequence)
             returned += self._preempt(victim, work)
             if victim is sequence:
                 return -returned
         work.append(Work(sequence, start, number, start + number == len(sequence.token_ids)))
         return number - returned
 
+    def _next_tokens(self, sequence: Sequence, budget: int) -> int:
+        """Return how many tokens to process now: within the budget, and not past where a policy must look again."""
+        assert sequence.row is not None
+        start = int(self.lanes.seen[sequence.row])
+        end = min(len(sequence.token_ids), start + budget)
+        boundary = None if sequence.eviction is None else sequence.eviction.next_boundary(start)
+        return (end if boundary is None else min(end, boundary)) - start
+
+    def _victim(self, sequence: Sequence) -> Sequence:
+        """Return whose blocks give way to `sequence`: the last to be served, itself included.
+
+        A sequence that has lost tokens is never a victim, since computing it again would give other tokens; admission
+        has kept room for all of its kind, so they never run short of each other.
+        """
+        able = [s for s in self.running if not self.is_lossy(s)]
+        assert able, "sequences that cannot be preempted were admitted beyond the arena"
+        return max(able, key=lambda s: (s.request.sort_key, s.index))
+
+    def is_lossy(self, sequence: Sequence) -> bool:
+        """Return whether a policy has dropped tokens of this sequence."""
+        return sequence.row is not None and sequence.row in self.lanes.positions
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """Free blocks for a policy that must replace shared ones; False when nothing more can be done.
+
+        First the prefix index lets go of this sequence's own blocks, then others are preempted.
+        """
+        if sequence.num_published:
+            self.lanes.pool.index.forget(sequence.chain.digests[: sequence.num_published])
+            sequence.num_published = 0
+            return True
+        able = [s for s in self.running if s is not sequence and not self.is_lossy(s)]
+        if able:
+            self._preempt(max(able, key=lambda s: (s.request.sort_key, s.index)), [])
+        return bool(able)
+
     def _preempt(self, victim: Sequence, work: list[Work]) -> int:
         """Take the blocks of a running sequence; it waits again. Returns the tokens it had been given in this step."""
         self.running.remove(victim)
         self._close(victim)
+        if victim.eviction is not None:
+            victim.eviction.restart()
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self._queue(victim)
@@ -162,7 +211,7 @@ class Scheduler:
             sequence.row = self.lanes.open()
             self._adopt_prefix(sequence)
             start = int(self.lanes.seen[sequence.row])
-            number = min(len(sequence.token_ids) - start, budget)
+            number = self._next_tokens(sequence, budget)
             roomy = not self.running or self._has_room(sequence)
             if not roomy or not self.lanes.extend(sequence.row, number):
                 self.lanes.close(sequence.row)
@@ -181,18 +230,23 @@ class Scheduler:
         return sum(s.request.params.n - 1 for s in self.running if s.index == 0 and not s.request.forked)
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Return whether the rest of the prompt fits beside what the running prefills still need."""
+        """Return whether the rest of the prompt fits beside what running prefills and unpreemptible ones still need."""
         assert sequence.row is not None
-        needed = sum(
-            self._bytes_to_come(s) for s in [*self.running, sequence] if self._pending(s) > 1 or s is sequence
-        )
+        counted = [s for s in self.running if self._pending(s) > 1 or self.is_lossy(s)]
+        needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
         arena, index = self.lanes.pool.arena, self.lanes.pool.index
         free = arena.num_bytes - arena.used_bytes
         return needed <= free or needed <= free + index.idle_bytes
 
     def _bytes_to_come(self, sequence: Sequence) -> int:
         assert sequence.row is not None
-        total = self._peak_bytes(len(sequence.token_ids) + 1)
+        if sequence.eviction is None:
+            total = self._peak_bytes(len(sequence.token_ids) + 1)
+        elif self.is_lossy(sequence):
+            remaining = sequence.request.max_tokens - sequence.num_output_tokens
+            total = sequence.eviction.future_bytes(sequence.row, len(sequence.token_ids) + remaining)
+        else:
+            total = sequence.eviction.peak_bytes(len(sequence.token_ids) + 1, self.max_num_batched_tokens)
         return max(0, total - self.lanes.sequence_bytes(sequence.row))
 
     def _adopt_prefix(self, sequence: Sequence) -> None:
@@ -201,7 +255,10 @@ class Scheduler:
         if not wanted:
             return
         index = self.lanes.pool.index
-        match = index.match(sequence.token_ids, sequence.chain, len(sequence.token_ids) - 1)
+        limit = len(sequence.token_ids) - 1
+        if sequence.eviction is not None:
+            limit = min(limit, sequence.eviction.usable_prefix)
+        match = index.match(sequence.token_ids, sequence.chain, limit)
         if match.num_blocks:
             assert sequence.row is not None
             self.lanes.adopt(sequence.row, match)
@@ -227,6 +284,7 @@ class Scheduler:
             child.num_cached_tokens = leader.num_cached_tokens
             child.num_published = leader.num_published
             child.chain.digests = list(leader.chain.digests)
+            child.eviction = None if leader.eviction is None else leader.eviction.fork()
             self.running.append(child)
             children.append(child)
         return children

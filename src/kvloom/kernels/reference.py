@@ -40,12 +40,14 @@ def attention(
     held: torch.Tensor,
     scale: float,
     window: int | None = None,
+    log_count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the n newest tokens of one sequence over its lanes of one layer.
 
     q [n, H, D], k [G, S, D], v [G, S, Dv]; lane g holds its `held[g]` tokens in slots S - held[g] .. S - 1, in
     chronological order, the newest n included. Returns out [n, H, Dv] in the dtype of q and the log-sum-exp of the
-    scaled scores [n, H] in float32. Query head h reads lane h // r. Arithmetic is float32 or wider.
+    scaled scores [n, H] in float32. Query head h reads lane h // r. `log_count` [G, S] is added to the scaled scores:
+    ln c of a merged entry that stands for c tokens. Arithmetic is float32 or wider.
     """
     n, heads, width = q.shape
     lanes, slots, _ = k.shape
@@ -55,8 +57,44 @@ def attention(
     group = heads // lanes
     query = q.float().view(n, lanes, group, width).permute(1, 2, 0, 3).reshape(lanes, group * n, width)
     scores = torch.bmm(query, k.float().transpose(1, 2)) * scale
-    scores = scores.view(lanes, group, n, slots).masked_fill(~seen[:, None], float("-inf"))
+    scores = scores.view(lanes, group, n, slots)
+    if log_count is not None:
+        scores = scores + log_count[:, None, None, :]
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse[..., None]).view(lanes, group * n, slots)
     out = torch.bmm(weights, v.float()).view(lanes, group, n, -1)
     return out.permute(2, 0, 1, 3).reshape(n, heads, -1).to(q.dtype), lse.permute(2, 0, 1).reshape(n, heads)
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return softmax weights [H, n, S] in float32 of q [n, H, D] over k [G, S, D] where seen [G, n, S] is True.
+
+    Rows that see nothing are zero.
+    """
+    heads, lanes = q.shape[1], k.shape[0]
+    query = q.float().transpose(0, 1).reshape(lanes, heads // lanes, *q.shape[::2])
+    scores = torch.einsum("grnd,gsd->grns", query, k.float()) * scale
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(torch.isinf(lse), torch.zeros_like(lse), lse))
+    return weights.flatten(0, 1)
+
+
+def key_mass(q: torch.Tensor, k: torch.Tensor, held: torch.Tensor, scale: float, tile: int = 256) -> torch.Tensor:
+    """Return for each key the softmax weight summed over the n newest queries, mean over the group: [G, S] float32.
+
+    Shapes and alignment as in `attention`. A_ij = exp(s_ij - lse_i), so the sum over i needs the log-sum-exp of every
+    row but never the n x n matrix: queries pass in tiles.
+    """
+    n, slots = q.shape[0], k.shape[1]
+    mass = torch.zeros(k.shape[0], slots, dtype=torch.float32, device=q.device)
+    first_held = slots - held[:, None, None]
+    for start in range(0, n, tile):
+        rows = q[start : start + tile]
+        query = torch.arange(slots - n + start, slots - n + start + len(rows), device=q.device)
+        slot = torch.arange(slots, device=q.device)
+        seen = (slot[None, None, :] <= query[None, :, None]) & (slot[None, None, :] >= first_held)
+        weights = attention_weights(rows, k, seen, scale)
+        mass += weights.view(k.shape[0], -1, len(rows), slots).sum(2).mean(1)
+    return mass

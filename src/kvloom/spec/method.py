@@ -166,7 +166,7 @@ for _spec in (
     MethodSpec("threshold", "budget", "keeps every token that scores above a value, at most the budget",
                (Parameter("above", "float", 0.0),), ragged=True, paper="arXiv 2601.07891"),
     MethodSpec("prefill", "trigger", "once, when the prompt is complete"),
-    MethodSpec("chunk", "trigger", "after every chunk of the prompt"),
+    MethodSpec("chunk", "trigger", "after every chunk of the prompt", (_count("tokens", 512, 1),)),
     MethodSpec("every", "trigger", "after every so many generated tokens", (_count("tokens", 128, 1),)),
     MethodSpec("slack", "trigger", "when a lane exceeds its budget by so many tokens", (_count("tokens", 64, 0),)),
     MethodSpec("step", "trigger", "at every generated token"),

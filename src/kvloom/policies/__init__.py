@@ -1,0 +1,1 @@
+"""What to forget: scorer x budget x trigger x action. No model class, no engine."""

@@ -1,0 +1,83 @@
+"""ScoreContext: one layer of one sequence as a scorer sees it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvloom.kernels import reference
+
+
+@dataclass(frozen=True)
+class QueryMoments:
+    """Mean [H, D] and covariance [H, D, D] of a layer's unrotated queries, float64, over `count` prompt tokens."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """What is held in the G lanes of one layer, in S slots; shorter lanes are padded in front (`valid` False).
+
+    keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32
+    positions  [G, S]     int64, ascending where valid          valid   [G, S]      bool
+    queries    [w, H, D]  newest queries, float32, with query_positions [w]; None unless needed
+    key_mass   [G, S]     attention summed over all queries so far, mean over the query group; None unless needed
+    inverse_frequencies   theta [D / 2] of the layer's rope, None without rope
+    output_weight         W_O [hidden, H * Dv], float32; None unless needed
+    """
+
+    layer: int
+    num_layers: int
+    num_query_heads: int
+    scale: float
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor
+    seen: int
+    prompt_tokens: int
+    budget: int
+    request_seed: int = 0
+    queries: torch.Tensor | None = None
+    query_positions: torch.Tensor | None = None
+    key_mass: torch.Tensor | None = None
+    query_moments: QueryMoments | None = None
+    inverse_frequencies: torch.Tensor | None = None
+    output_weight: torch.Tensor | None = None
+    replay_scores: torch.Tensor | None = None
+    token_ids: Sequence[int] | None = None
+
+    @property
+    def num_lanes(self) -> int:
+        """G."""
+        return self.keys.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per lane, r = H / G."""
+        return self.num_query_heads // self.num_lanes
+
+    def by_lane(self, per_head: torch.Tensor) -> torch.Tensor:
+        """Reshape [H, ...] to [G, r, ...]: query head h reads lane h // r."""
+        return per_head.reshape(self.num_lanes, self.group_size, *per_head.shape[1:])
+
+    def window_attention(self, window: int) -> torch.Tensor:
+        """Return the weights [H, w, S] of the newest `window` queries (fewer if there are fewer) over all held keys.
+
+        Causal by position, softmax over everything held; never larger than the window of rows.
+        """
+        assert self.queries is not None and self.query_positions is not None, "the scorer did not declare queries"
+        queries, places = self.queries[-window:], self.query_positions[-window:]
+        seen = self.valid[:, None, :] & (self.positions[:, None, :] <= places[None, :, None])
+        return reference.attention_weights(queries, self.keys, seen, self.scale)
+
+    def newest(self, count: int) -> torch.Tensor:
+        """Return [G, S] bool: the tokens among the newest `count` seen, by position."""
+        return self.valid & (self.positions >= self.seen - count)
+
+    def first(self, count: int) -> torch.Tensor:
+        """Return [G, S] bool: the tokens at positions below `count`."""
+        return self.valid & (self.positions < count)

@@ -1,0 +1,122 @@
+"""Policy: a policy string turned into the objects that carry it out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvloom.errors import UnsupportedError
+from kvloom.policies import actions, refinements, scorers
+from kvloom.policies.action import ACTIONS, Action
+from kvloom.policies.budgets import BUDGETS, Adaptive, Budget, Global
+from kvloom.policies.needs import Needs
+from kvloom.policies.refinement import REFINEMENTS, Refinement
+from kvloom.policies.scorer import RULES, Rule, Scorer, Selector
+from kvloom.policies.triggers import Triggers
+from kvloom.spec.kv import KVSpec
+from kvloom.spec.policy import PolicySpec
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Scorer (or selector) x budget x trigger x action of one policy string; immutable and shared by requests."""
+
+    spec: PolicySpec
+    rule: Rule
+    refinements: tuple[Refinement, ...]
+    budget: Budget
+    triggers: Triggers
+    action: Action
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy | None":
+        """Return the policy that `text` spells, None when it keeps everything as it is.
+
+        Raises `InvalidInputError` for what cannot be read and `UnsupportedError` for what cannot be combined.
+        """
+        return _parse(text)
+
+    @property
+    def needs(self) -> Needs:
+        """Everything that rule, refinements and action together must be shown."""
+        needs = self.rule.needs.union(self.action.needs)
+        for refinement in self.refinements:
+            needs = needs.union(refinement.needs)
+        return needs
+
+    @property
+    def cache_positions(self) -> bool:
+        """True when positions are counted in the cache (StreamingLLM's own convention), so that text has no end."""
+        return self.spec.selector.get("positions") == "cache"
+
+    def num_protected(self, budget: int) -> int:
+        """Return the most tokens of a lane that stay whatever their score."""
+        if isinstance(self.rule, Selector):
+            return 0
+        return self.rule.num_protected(budget) + sum(r.num_protected() for r in self.refinements)
+
+    def tokens(self, prompt_tokens: int) -> int:
+        """Return the budget in tokens a lane for a prompt of this length; a selector's bound is the prompt."""
+        found = self.spec.tokens_kept(prompt_tokens)
+        kept = self.spec.tokens_kept(1 << 40)
+        if found is None:
+            return prompt_tokens
+        return found if self.spec.selector.get("keep") is not None or kept is None else kept
+
+    def acts_on(self, kv: KVSpec, layer: int) -> bool:
+        """Return whether the policy touches this layer: it has lanes of its own, no window, and is not skipped."""
+        own = kv.layers[layer]
+        return own.source is None and own.window is None and not self.rule.layer_skipped(layer)
+
+    def refusals(self, kv: KVSpec, prompt_tokens: int) -> list[str]:
+        """Return every reason why this policy cannot run on such a request; [] when it can."""
+        reasons = []
+        if not any(self.acts_on(kv, layer) for layer in range(len(kv.layers))):
+            reasons.append("every layer of this model has a window or is skipped, so there is nothing to evict")
+        budget = self.tokens(prompt_tokens)
+        protected = self.num_protected(budget)
+        if isinstance(self.rule, Scorer) and budget < prompt_tokens and protected > budget:
+            reasons.append(f"{protected} tokens are protected but the budget is {budget}; raise the budget")
+        if any(kv.layers[i].source is not None for i in range(len(kv.layers))):
+            reasons.append("layers share the lanes of other layers; evicting from those is not supported")
+        return reasons
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> Policy | None:
+    for package in (scorers, refinements, actions):
+        package.load_all()
+    spec = PolicySpec.parse(text)
+    if spec.store is not None:
+        raise UnsupportedError(f"policy {text!r}", [f"store {spec.store.name} cannot be served yet; leave it out"])
+    if not spec.evicts:
+        return None
+    rule = RULES.get(spec.selector.name)(dict(spec.selector.args))
+    policy = Policy(
+        spec=spec,
+        rule=rule,
+        refinements=tuple(REFINEMENTS.get(term.name)(dict(term.args)) for term in spec.refinements),
+        budget=BUDGETS.get(spec.budget.name)(dict(spec.budget.args)),
+        triggers=Triggers.of(spec),
+        action=ACTIONS.get(spec.action.name)(dict(spec.action.args)),
+    )
+    reasons = _conflicts(policy)
+    if reasons:
+        raise UnsupportedError(f"policy {text!r}", reasons)
+    return policy
+
+
+def _conflicts(policy: Policy) -> Sequence[str]:
+    """Return every reason why the parts of a policy do not go together."""
+    reasons = []
+    name = policy.spec.selector.name
+    if policy.triggers.chunk is not None and not policy.rule.per_chunk:
+        reasons.append(f"{name} scores whole prompts; it cannot act per chunk")
+    if policy.triggers.while_decoding and not policy.rule.decodes:
+        reasons.append(f"{name} is defined at the end of the prompt; it cannot act while generating")
+    if isinstance(policy.rule, Selector) and policy.refinements:
+        reasons.append(f"{name} chooses tokens itself; there is no score to refine")
+    if policy.cache_positions and isinstance(policy.budget, Adaptive | Global):
+        reasons.append("positions=cache needs lanes of equal length")
+    if policy.cache_positions and policy.spec.action.name != "drop":
+        reasons.append("positions=cache rewrites the sinks; it cannot be combined with merging")
+    return reasons

@@ -1,0 +1,42 @@
+"""Refinement: changes what another method's scores lead to (VATP weighs them, CriticalKV chooses in two stages)."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from kvloom.policies.context import ScoreContext
+from kvloom.policies.needs import Needs
+from kvloom.policies.selection import keep_best
+from kvloom.registry import Registry
+from kvloom.spec.method import Value
+
+
+class Refinement:
+    """A modifier of any scorer; the default changes nothing. Instances are immutable.
+
+    `chooses` says that `choose` replaces taking the best scores; at most one refinement of a policy may.
+    """
+
+    needs: Needs = Needs()
+    chooses: bool = False
+
+    def reweigh(self, scores: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+        """Return changed scores [G, S]; budgets are divided by these."""
+        return scores
+
+    def protected(self, context: ScoreContext) -> torch.Tensor:
+        """Return [G, S] bool: further tokens that stay."""
+        return torch.zeros_like(context.valid)
+
+    def num_protected(self) -> int:
+        """Return the most tokens of a lane that `protected` can name."""
+        return 0
+
+    def choose(
+        self, scores: torch.Tensor, protected: torch.Tensor, counts: torch.Tensor, context: ScoreContext
+    ) -> torch.Tensor:
+        """Return [G, S] bool with `counts` [G] True in each lane (called only where `chooses`)."""
+        return keep_best(scores, protected, context.valid, counts)
+
+
+REFINEMENTS: Registry[Callable[[Mapping[str, Value]], Refinement]] = Registry("refinement")

@@ -1,0 +1,64 @@
+"""Scorer: says of every held token how much it deserves to stay. The one class to write for a new eviction method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+
+from kvloom.policies.context import ScoreContext
+from kvloom.policies.needs import Needs
+from kvloom.registry import Registry
+from kvloom.spec.method import Value
+
+
+class Scorer(ABC):
+    """A published scoring rule. Instances are immutable and shared by requests; state lives in the context.
+
+    `needs` declares what must be gathered; `comparable` says that scores of different heads are on one scale (each
+    head's sum to the same total), so that budgets may be shared between them as they are; others are standardised
+    first. `per_chunk` says that the rule may be applied in the middle of a prompt; `decodes` that it may be applied
+    while generating.
+    """
+
+    needs: Needs = Needs()
+    comparable: bool = True
+    per_chunk: bool = False
+    decodes: bool = False
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> torch.Tensor:
+        """Return scores [G, S], higher = keep; values at padding do not matter. Mutates nothing."""
+
+    def protected(self, context: ScoreContext) -> torch.Tensor:
+        """Return [G, S] bool: tokens that stay whatever their score. By default none: many methods protect none."""
+        return torch.zeros_like(context.valid)
+
+    def num_protected(self, budget: int) -> int:
+        """Return the most tokens of a lane that `protected` can name with this budget (for checks at admission)."""
+        return 0
+
+    def layer_skipped(self, layer: int) -> bool:
+        """Return whether the method leaves this layer whole."""
+        return False
+
+
+class Selector(ABC):
+    """A rule that decides score and budget together (FastGen, DuoAttention): it names the tokens to keep itself."""
+
+    needs: Needs = Needs()
+    per_chunk: bool = False
+    decodes: bool = False
+
+    @abstractmethod
+    def keep(self, context: ScoreContext) -> torch.Tensor:
+        """Return [G, S] bool: the tokens of each lane that stay. Mutates nothing."""
+
+    def layer_skipped(self, layer: int) -> bool:
+        """Return whether the method leaves this layer whole."""
+        return False
+
+
+Rule = Scorer | Selector
+
+RULES: Registry[Callable[[Mapping[str, Value]], Rule]] = Registry("eviction method")
+"""Constructors by the method's name in policy strings; each takes the method's arguments."""

@@ -1,0 +1,40 @@
+"""Knorm: keys of small L2 norm attract attention (Devoto et al., arXiv 2406.11430)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from kvloom.policies.context import ScoreContext
+from kvloom.policies.scorer import RULES, Scorer
+from kvloom.spec.method import Value
+
+
+class Knorm(Scorer):
+    """Keeps the lowest ||k||_2 in float32; rotation preserves norms, so cached keys serve.
+
+    The first `skip_layers` layers are left whole, as in the authors' code, because there norms say little. Nothing is
+    protected.
+    """
+
+    comparable = False
+    per_chunk = True
+    decodes = True
+
+    def __init__(self, skip_layers: int) -> None:
+        self.skip_layers = skip_layers
+
+    def score(self, context: ScoreContext) -> torch.Tensor:
+        """Return minus the norm."""
+        norms: torch.Tensor = torch.linalg.vector_norm(context.keys, dim=-1)
+        return -norms
+
+    def layer_skipped(self, layer: int) -> bool:
+        """Leave the first layers whole."""
+        return layer < self.skip_layers
+
+
+def _knorm(args: Mapping[str, Value]) -> Knorm:
+    return Knorm(int(args["skip_layers"]))
+
+
+RULES.register("knorm", _knorm)

@@ -1,0 +1,43 @@
+"""StreamingLLM and the plain window: what is first and what is new stays (Xiao et al., arXiv 2309.17453)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from kvloom.policies.context import ScoreContext
+from kvloom.policies.scorer import RULES, Scorer
+from kvloom.spec.method import Value
+
+
+class Streaming(Scorer):
+    """Keeps the first `sinks` positions and the newest tokens; 0 sinks is the plain window."""
+
+    per_chunk = True
+    decodes = True
+
+    def __init__(self, sinks: int) -> None:
+        self.sinks = sinks
+
+    def score(self, context: ScoreContext) -> torch.Tensor:
+        """Return the position: newer is better."""
+        return context.positions.double()
+
+    def protected(self, context: ScoreContext) -> torch.Tensor:
+        """Protect the sinks."""
+        return context.first(self.sinks)
+
+    def num_protected(self, budget: int) -> int:
+        """Return the number of sinks."""
+        return self.sinks
+
+
+def _streaming(args: Mapping[str, Value]) -> Streaming:
+    return Streaming(int(args["sinks"]))
+
+
+def _window(args: Mapping[str, Value]) -> Streaming:
+    return Streaming(0)
+
+
+RULES.register("streaming", _streaming)
+RULES.register("window", _window)
