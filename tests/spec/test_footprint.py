@@ -58,7 +58,7 @@ def test_bytes_of_given_lengths_equal_the_walk_over_lanes(store, block_size, see
 
 
 KNOWN = st.sampled_from(
-    ["full", "snapkv(budget=64)", "knorm(keep=0.5)", "streaming(window=40)", "snapkv(budget=64)+pyramid"]
+    ["full", "snapkv(budget=64)", "random(keep=0.5)", "streaming(window=40)", "snapkv(budget=64)+pyramid"]
 )
 
 
@@ -78,7 +78,7 @@ def test_known_lengths_are_planned_exactly_after_the_prompt(selector, store, blo
 
 @settings(deadline=None)
 @given(
-    st.sampled_from(["full", "snapkv(budget=64)", "knorm(keep=0.5)"]), STORES, st.integers(1, 200), st.integers(1, 90)
+    st.sampled_from(["full", "snapkv(budget=64)", "random(keep=0.5)"]), STORES, st.integers(1, 200), st.integers(1, 90)
 )
 def test_lanes_that_only_grow_are_planned_exactly_to_the_last_token(selector, store, prompt, output):
     kv = KVSpec(TINY, 32, "bf16")
@@ -115,7 +115,7 @@ def divide(draw, total, lanes, floor, most):
 def test_bounds_hold_for_every_way_in_which_heads_divide_a_budget(modifier, store, prompt, output, data):
     layers = (LayerKV(3, 16, 16), LayerKV(3, 16, 16))
     kv = KVSpec(layers, 32, "bf16")
-    policy = PolicySpec.parse(f"knorm(keep=0.5)+{modifier}{store}")
+    policy = PolicySpec.parse(f"random(keep=0.5)+{modifier}{store}")
     average = policy.tokens_kept(prompt)
     floor = int(average * policy.budget.get("floor"))
     if modifier == "global":
@@ -141,7 +141,9 @@ def test_bounds_hold_at_every_step_of_lanes_that_are_compacted_while_generating(
     goal = 40 if "keep" not in selector else policy.tokens_kept(prompt)
     slack = 9 if "slack" in selector else 0
     planned = request_footprint(kv, policy, prompt, output, 512)
-    held = policy.tokens_kept(prompt)
+    held = prompt if prompt <= goal + slack else goal
+    if "slack" not in selector:
+        held = min(prompt, goal)
     for seen in range(prompt, prompt + output):
         held += 1
         assert walk(kv, policy, [held] * kv.num_lanes, seen + 1) <= planned.peak.high
@@ -170,3 +172,22 @@ def test_a_store_with_groups_refuses_a_block_size_that_cuts_them():
     kv = catalogue_spec("smollm2").kv_spec(16, "bf16")
     with pytest.raises(InvalidInputError, match="--block-size 32"):
         request_footprint(kv, PolicySpec.parse("kivi2"), 100, 10, 512)
+
+
+def test_layers_that_a_policy_skips_keep_all_their_tokens():
+    kv = catalogue_spec("smollm2").kv_spec(16, "bf16")
+    planned = request_footprint(kv, PolicySpec.parse("knorm(budget=512,skip_layers=2)"), 2048, 64, 2048)
+    assert planned.settled.high == (2 * 2048 + 28 * 512) * 23_040 // 30
+
+
+def test_a_policy_that_acts_per_chunk_never_holds_the_whole_prompt():
+    kv = catalogue_spec("smollm2").kv_spec(16, "bf16")
+    planned = request_footprint(kv, PolicySpec.parse("h2o(budget=512)+chunk(tokens=256)+slack"), 20_000, 64, 2048)
+    assert planned.peak.high == (512 + 256) * 23_040
+
+
+def test_a_policy_that_waits_for_generated_tokens_keeps_the_prompt_until_then():
+    kv = catalogue_spec("smollm2").kv_spec(16, "bf16")
+    planned = request_footprint(kv, PolicySpec.parse("h2o(budget=512)+every(tokens=32)"), 1024, 64, 2048)
+    assert planned.settled.high == 1024 * 23_040
+    assert planned.peak.high == (1024 + 32) * 23_040

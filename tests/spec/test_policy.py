@@ -86,9 +86,8 @@ def test_a_mistake_is_named_with_what_would_be_right(text, words):
 
 
 def test_tokens_kept_never_exceed_the_prompt():
-    assert [PolicySpec.parse(t).tokens_kept(100) for t in ("h2o(budget=1024)", "h2o(keep=0.25)", "streaming", "full")] == [
-        100, 25, 100, 100,
-    ]  # fmt: skip
+    texts = ("h2o(budget=1024)", "h2o(keep=0.25)", "streaming", "full")
+    assert [PolicySpec.parse(text).tokens_kept(100) for text in texts] == [100, 25, 100, 100]
 
 
 def test_lengths_that_the_data_decides_are_not_known():

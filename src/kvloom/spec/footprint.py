@@ -39,14 +39,15 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Footprint:
-    """KV bytes of one request at four moments, all in arena bytes (whole blocks of whole granules).
+    """KV bytes of one request at several moments, all in arena bytes (whole blocks of whole granules).
 
-    `prefill` is the most while the prompt is processed, `settled` after it was evicted and encoded, `end` after the
-    last generated token, `peak` the most at any time: what admission must count.
+    `prefill` is the most while the prompt is processed, `settled` after it was evicted and encoded, `decode` the most
+    while tokens are generated, `end` after the last one, `peak` the most at any time: what admission must count.
     """
 
     prefill: Bounds
     settled: Bounds
+    decode: Bounds
     end: Bounds
     peak: Bounds
 
@@ -143,15 +144,35 @@ def request_footprint(kv: KVSpec, policy: PolicySpec, prompt: int, output: int, 
         raise InvalidInputError(f"prompt {prompt}, output {output}, chunk {chunk}; they must be at least 1, 0 and 1")
     zero = Bounds(0, 0)
     prefill, settled, end, decode = zero, zero, zero, zero
-    for group in kv.groups:
+    for group, rule in _parts(kv, policy):
         moments = _windowed if group.window is not None else _evicting
-        a, b, c, d = moments(kv, policy, group, prompt, output, chunk)
+        a, b, c, d = moments(kv, rule, group, prompt, output, chunk)
         prefill, settled, end, decode = prefill + a, settled + b, end + c, decode + d
     peak = prefill.union(settled).union(decode)
     if not policy.evicts and policy.store is None:
         whole = kv.request_bytes(prompt + output, chunk)
         peak = Bounds(whole, whole)
-    return Footprint(prefill, settled, end, peak)
+    return Footprint(prefill, settled, decode, end, peak)
+
+
+def _parts(kv: KVSpec, policy: PolicySpec) -> list[tuple[LaneGroup, PolicySpec]]:
+    """Return the lane groups with the policy that rules them: layers that it skips keep all their tokens."""
+    skipped = policy.selector.get("skip_layers")
+    first = skipped if isinstance(skipped, int) else 0
+    parts: list[tuple[LaneGroup, PolicySpec]] = []
+    for group in kv.groups:
+        for whole in (True, False):
+            layers = tuple(layer for layer in group.layers if (layer < first) is whole)
+            lanes = tuple(lane for lane in group.lanes if kv.lane_layer[lane] in layers)
+            if layers:
+                rule = PolicySpec(store=policy.store) if whole else policy
+                parts.append((LaneGroup(layers, lanes, group.window, group.block_bytes), rule))
+    return parts
+
+
+def _acting(kv: KVSpec, policy: PolicySpec) -> list[LaneGroup]:
+    """Return the lane groups from which the policy evicts."""
+    return [group for group, rule in _parts(kv, policy) if rule.evicts and group.window is None]
 
 
 _Moments = tuple[Bounds, Bounds, Bounds, Bounds]
@@ -181,8 +202,9 @@ def _evicting(
     end, decode = grown.bounds(kv, group, store), grown.highest(kv, group, store)
     streaming = policy.store is not None and policy.store.get("encode") == "streaming"
     writing = store if streaming else LaneStore(kv.block_size, group.block_bytes, None)
-    if policy.has_trigger("chunk") and prompt > chunk:
-        most = kept.plus(chunk, prompt, lanes).highest(kv, group, writing)
+    parts = [term.number("tokens") for term in policy.triggers if term.name == "chunk"]
+    if parts and prompt > parts[0]:
+        most = kept.plus(parts[0], prompt, lanes).highest(kv, group, writing)
     else:
         tail = group.block_bytes * (-(-chunk // kv.block_size) + 1) if streaming else 0
         dense = group.block_bytes * -(-prompt // kv.block_size)
@@ -237,9 +259,18 @@ class _Kept:
 
 def _slack(policy: PolicySpec) -> int | None:
     """Return by how many tokens a lane may exceed its budget while generating; None when nothing is evicted then."""
-    limits = [1 if term.name == "step" else term.number("tokens") + 1
+    limits = [1 if term.name == "step" else term.number("tokens") + (term.name == "slack")
               for term in policy.triggers if term.name in ("step", "slack", "every")]
     return min(limits, default=None)
+
+
+def _settled(policy: PolicySpec, prompt: int, goal: int) -> int:
+    """Return what a lane with a budget of `goal` keeps of a prompt when the prompt is complete."""
+    if policy.has_trigger("prefill") or policy.has_trigger("chunk"):
+        return min(prompt, goal)
+    slack = _slack(policy)
+    lazy = all(term.name == "every" for term in policy.triggers)
+    return prompt if lazy or slack is None or prompt - goal < slack else min(prompt, goal)
 
 
 def _kept(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: int) -> _Kept:
@@ -249,23 +280,23 @@ def _kept(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: i
     average = policy.tokens_kept(prompt)
     lanes = len(group.lanes)
     if average is None or policy.budget.name == "threshold":
-        most = seen if average is None else min(seen, average + (output if slack is None else slack))
+        most = seen if average is None else min(seen, _settled(policy, prompt, average) + (slack or output))
         least = 0 if slack is not None else output
         return _Kept((), (), lanes * least, lanes * most, least, most)
     goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else average
     assert goal is not None
     if not policy.evicts:
         goal = seen
-    if METHODS.get(policy.budget.name).ragged and goal < seen:
-        return _ragged(kv, policy, group, average, goal, prompt, seen, slack)
+    if METHODS.get(policy.budget.name).ragged and goal < (prompt if slack is None else seen):
+        return _ragged(kv, policy, group, _settled(policy, prompt, goal), goal, prompt, seen, slack)
     if policy.budget.name == "pyramid" and prompt > average:
-        protected = policy.selector.get("window")
-        order = sorted(layer for g in kv.groups if g.window is None for layer in g.layers)
-        sizes = pyramid_budgets(average, protected if isinstance(protected, int) else 0, len(order), prompt,
+        order = sorted(layer for g in _acting(kv, policy) for layer in g.layers)
+        sizes = pyramid_budgets(average, min(average, policy.tokens_protected(average)), len(order), prompt,
                                 float(policy.budget.get("beta") or 20.0))
-        starts = goals = [sizes[order.index(layer)] for layer in layers]
+        goals = [sizes[order.index(layer)] for layer in layers]
     else:
-        starts, goals = [average] * len(layers), [goal] * len(layers)
+        goals = [goal] * len(layers)
+    starts = [_settled(policy, prompt, n) if policy.evicts else prompt for n in goals]
     if slack is None:
         high = tuple(start + output for start in starts)
         low = high
@@ -281,11 +312,11 @@ def _ragged(
     kv: KVSpec, policy: PolicySpec, group: LaneGroup, average: int, goal: int, prompt: int, seen: int, slack: int | None
 ) -> _Kept:
     lanes, output = len(group.lanes), seen - prompt
-    floor = int(average * float(policy.budget.get("floor") or 0.0))
+    floor = min(average, int(goal * float(policy.budget.get("floor") or 0.0)))
     grown = output if slack is None else min(output, max(0, goal - average) + slack)
     low_total = high_total = lanes * average
     if policy.budget.name == "global":
-        others = sum(len(g.lanes) for g in kv.groups if g.window is None) - lanes
+        others = sum(len(g.lanes) for g in _acting(kv, policy)) - lanes
         whole = (others + lanes) * average
         low_total, high_total = max(lanes * floor, whole - others * prompt), min(lanes * prompt, whole - others * floor)
     steady = output if slack is None else 0

@@ -63,7 +63,8 @@ class MethodSpec:
     """One method: `params` in the order in which they are printed, and facts for planner, docs and checks.
 
     Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
-    to the data (`ragged`). `triggers` are used when the policy names none. `query_aware` says that the question
+    to the data (`ragged`); `protected(args, budget)` counts what stays whatever its score. `triggers` are used when
+    the policy names none. `query_aware` says that the question
     must be in the prompt for the published quality.
     """
 
@@ -74,6 +75,7 @@ class MethodSpec:
     budgeted: bool = False
     ragged: bool = False
     fixed_tokens: Callable[[dict[str, Value]], int] | None = None
+    protected: Callable[[dict[str, Value], int], int] | None = None
     triggers: tuple[str, ...] = ()
     query_aware: bool = False
     paper: str = ""
@@ -109,8 +111,14 @@ def _pooling(window: int, kernel: int) -> tuple[Parameter, ...]:
 def _selector(name: str, summary: str, *params: Parameter, **facts: object) -> None:
     budgeted = facts.pop("budgeted", True)
     lead = (BUDGET, KEEP) if budgeted else ()
-    spec = MethodSpec(name, "selector", summary, (*lead, *params), budgeted=bool(budgeted), **facts)  # type: ignore[arg-type]
+    spec = MethodSpec(name, "selector", summary, (*lead, *params), budgeted=bool(budgeted), **facts)  # type:
+    ignore[arg-type]
     METHODS.register(name, spec)
+
+
+def _arg(name: str) -> Callable[[dict[str, Value], int], int]:
+    """Return a rule by which as many tokens are protected as the argument `name` says."""
+    return lambda args, budget: int(args[name])
 
 
 _PREFILL, _ALWAYS = ("prefill",), ("chunk", "step")
@@ -121,22 +129,24 @@ _selector("window", "keeps the newest tokens", _count("size", 1024, 1), budgeted
 _selector("streaming", "keeps the first and the newest tokens", _count("sinks", 4), _count("window", 1020, 1),
           Parameter("positions", "choice", "true", choices=("true", "cache"), doc="as seen, or in the cache"),
           budgeted=False, triggers=_ALWAYS, paper="arXiv 2309.17453",
-          fixed_tokens=lambda args: int(args["sinks"]) + int(args["window"]))
+          fixed_tokens=lambda args: int(args["sinks"]) + int(args["window"]), protected=_arg("sinks"))
 _selector("h2o", "keeps heavy hitters of all queries so far and the newest tokens",
           Parameter("recent", "float", 0.5, 0, 1, doc="share of the budget for the newest tokens"),
-          triggers=("prefill", "step"), paper="arXiv 2306.14048")
+          triggers=("prefill", "step"), paper="arXiv 2306.14048",
+          protected=lambda args, budget: int(float(args["recent"]) * budget))
 _selector("tova", "keeps what the newest query attends to", triggers=("prefill", "step"), paper="arXiv 2401.06104")
 _selector("scissorhands", "keeps what a window of queries attends to persistently", _count("window", 400, 1),
-          _count("recent", 10), triggers=("prefill", "step"), paper="arXiv 2305.17118")
+          _count("recent", 10), triggers=("prefill", "step"), paper="arXiv 2305.17118", protected=_arg("recent"))
 _selector("snapkv", "keeps what the end of the prompt attends to", *_pooling(32, 5), triggers=_PREFILL,
-          query_aware=True, paper="arXiv 2404.14469")
+          query_aware=True, paper="arXiv 2404.14469", protected=_arg("window"))
 _selector("knorm", "keeps keys of small norm", _count("skip_layers", 2), triggers=_PREFILL, paper="arXiv 2406.11430")
 _selector("keydiff", "keeps keys unlike the mean key", triggers=_PREFILL, paper="arXiv 2504.15364")
 _selector("expected", "keeps what a Gaussian of future queries is expected to attend to", _count("horizon", 512, 1),
-          _count("sinks", 4), Parameter("eps", "float", 0.0, 0), triggers=_PREFILL, paper="arXiv 2510.00636")
+          _count("sinks", 4), Parameter("eps", "float", 0.0, 0), triggers=_PREFILL, paper="arXiv 2510.00636",
+          protected=_arg("sinks"))
 _selector("kvzip", "keeps what is needed to repeat the context", _count("chunk", 2048, 1), _count("sinks", 4),
           Parameter("normalised", "bool", False, doc="weigh by the norm of the value's output (KVzip+)"),
-          triggers=_PREFILL, paper="arXiv 2505.23416")
+          triggers=_PREFILL, paper="arXiv 2505.23416", protected=_arg("sinks"))
 _selector("fastgen", "chooses a cheap policy for each head that still recovers its attention",
           Parameter("recovery", "float", 0.95, 0, 1), Parameter("recent", "float", 0.3, 0, 1),
           Parameter("frequent", "float", 0.3, 0, 1), budgeted=False, ragged=True, triggers=_PREFILL,
@@ -146,7 +156,7 @@ _selector("duo", "keeps everything on retrieval heads, sinks and newest tokens o
           _count("sinks", 4), _count("window", 256, 1), budgeted=False, ragged=True, triggers=_ALWAYS,
           paper="arXiv 2410.10819")
 _selector("random", "keeps tokens at random: the floor of every comparison", _count("sinks", 0), _count("seed", 0),
-          triggers=_PREFILL)
+          triggers=_PREFILL, protected=_arg("sinks"))
 
 for _spec in (
     MethodSpec("vatp", "refine", "weighs scores by the norm of the value", (_count("sinks", 20),),

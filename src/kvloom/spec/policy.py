@@ -143,6 +143,12 @@ class PolicySpec:
             return max(1, fraction.numerator * prompt // fraction.denominator)
         return None
 
+    def tokens_protected(self, budget: int) -> int:
+        """Return the most tokens of a lane that stay whatever their score, for a budget of that many."""
+        rule = METHODS.get(self.selector.name).protected
+        found = 0 if rule is None else rule(dict(self.selector.args), budget)
+        return found + sum(t.number("sinks") for t in self.refinements if t.name == "vatp")
+
     @property
     def lengths_known(self) -> bool:
         """True when every lane's length follows from the prompt's length alone."""

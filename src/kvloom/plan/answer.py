@@ -1,0 +1,188 @@
+"""The plan: everything that one question comes to, as figures, ready for a terminal or for JSON."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from kvloom.plan.advice import Advice, advise
+from kvloom.plan.compare import Row, per_token
+from kvloom.plan.explain import Explanation
+from kvloom.plan.figure import LABELS, Figure
+from kvloom.plan.measured import Measurements
+from kvloom.plan.memory import MOST_TOKENS, Memory
+from kvloom.plan.question import Question
+from kvloom.plan.recommend import Recommendation
+from kvloom.plan.roofline import Roofline
+from kvloom.spec.format import runs
+
+SCHEMA = "kvloom.plan/1"
+
+USERS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Users of the table; the asked number is added."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answers to a `Question`, with whatever was asked beside it."""
+
+    question: Question
+    measurements: Measurements | None = None
+    comparisons: dict[str, list[Row]] = field(default_factory=dict)
+    explanations: tuple[Explanation, ...] = ()
+    recommendation: Recommendation | None = None
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Memory of one device."""
+        return Memory(self.question)
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """Work and least times."""
+        return Roofline(self.question)
+
+    @cached_property
+    def advice(self) -> list[Advice]:
+        """What to change when it does not fit; empty when it does."""
+        return advise(self.question)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What the figures do not say by themselves."""
+        asked, found = self.question, list(self.question.model.notes)
+        store = asked.policy.store
+        if store is not None and not runs(store.name):
+            found.append(f"store {store.name} is planned only; no such store runs yet")
+        longest = asked.model.max_position
+        if longest is not None and asked.context > longest:
+            found.append(f"the model was made for {longest} tokens; {asked.context} are asked")
+        if self.measurements is not None and self.measurements.model not in ("", asked.model.name):
+            found.append(f"measurements are of {self.measurements.model}, the plan is of {asked.model.name}")
+        return tuple(found)
+
+    @cached_property
+    def sizes(self) -> dict[str, Figure]:
+        """Bytes by what they are for, on one device unless the name says otherwise."""
+        memory, asked = self.memory, self.question
+        found = {
+            "weights": memory.weights,
+            "kv_per_token": per_token(asked, asked.policy.store),
+            "kv_per_request": memory.kv_of_request,
+            "kv_total": memory.kv,
+            "activations": memory.activations,
+            "runtime": memory.runtime,
+            "total": memory.total,
+            "usable": memory.usable,
+        }
+        if asked.model.state_bytes:
+            found["state_per_request"] = memory.state
+        if asked.model.file_bytes is not None:
+            found["weights_on_disk"] = Figure(asked.model.file_bytes, "bytes", "exact", "as the files store them")
+        return found
+
+    @cached_property
+    def limits(self) -> dict[str, Figure]:
+        """The largest batch for the context and the longest context for the batch."""
+        users, context = self.memory.max_users(), self.memory.max_context()
+        unlimited = "memory does not limit it" if context is not None and context >= MOST_TOKENS else ""
+        return {
+            "max_users": Figure(users, "users", "assumed", f"of {self.question.context} tokens each"),
+            "max_context": Figure(context, "tokens", "assumed", unlimited or f"for {self.question.users} users"),
+        }
+
+    @cached_property
+    def speeds(self) -> dict[str, Figure]:
+        """Lower bounds of time, the work behind them, and what was measured where there are measurements."""
+        roof, asked = self.roofline, self.question
+        tpot = roof.tpot()
+        found = {
+            "ttft_lower_bound": roof.ttft(),
+            "tpot_lower_bound": tpot,
+            "decode_weight_bytes": Figure(roof.weight_bytes(asked.users), "bytes", "exact", "read per step and device"),
+            "decode_kv_bytes": Figure(asked.users * roof.kv_read_bytes(asked.prompt, max(0, asked.output - 1)), "bytes",
+                                      "exact", "read per step and device at the full context"),
+            "decode_flops": Figure(asked.users * roof.decode_flops(asked.prompt, max(0, asked.output - 1)), "FLOP",
+                                   "exact", "per step, all devices"),
+            "prefill_flops": Figure(roof.prefill_flops(asked.prompt), "FLOP", "exact", "per prompt, all devices"),
+            "kv_bound_context": Figure(roof.kv_bound_context, "tokens", "exact",
+                                       "from here on a step reads more KV than weights" if roof.kv_bound_context
+                                       else "never: weights always outweigh the KV"),
+        }
+        if roof.weight_bytes(asked.users, expected=True) != roof.weight_bytes(asked.users):
+            found["tpot_uniform_routing"] = Figure(roof.tpot(expected=True).value, "s", "assumed",
+                                                   "were experts chosen uniformly at random")
+        if tpot.value:
+            found["tokens_per_s_at_best"] = Figure(asked.users / tpot.value, "tokens/s", tpot.label, "all users "
+                                                                                                     "together")
+        measured = self.measurements.of(asked.policy) if self.measurements else None
+        if measured is not None:
+            where = f"{measured.context} tokens"
+            if measured.tpot_s is not None:
+                found["tpot_measured"] = Figure(measured.tpot_s, "s", "measured", where)
+            if measured.ttft_s is not None:
+                found["ttft_measured"] = Figure(measured.ttft_s, "s", "measured", where)
+            found["loss_measured"] = Figure(measured.loss, "share", "measured", f"{measured.metric}, {where}")
+        return found
+
+    @cached_property
+    def targets(self) -> dict[str, bool | None]:
+        """Whether the asked latencies are possible at all: False means that no implementation can reach them here."""
+        found: dict[str, bool | None] = {}
+        for name, target in (("ttft", self.question.target_ttft), ("tpot", self.question.target_tpot)):
+            if target is not None:
+                least = self.speeds[f"{name}_lower_bound"].value
+                found[name] = None if least is None else least <= target
+        return found
+
+    @cached_property
+    def grid(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[tuple[int, bool | None], ...], ...]]:
+        """Contexts, users, and for each pair the total bytes of a device and whether they fit."""
+        longest = max(self.question.context, self.question.model.max_position or 32768)
+        contexts = {self.question.context}
+        size = 1024
+        while size <= min(longest, 1 << 20):
+            contexts.add(size)
+            size *= 4 if longest > 65536 else 2
+        users = tuple(sorted({*USERS, self.question.users}))
+        rows = tuple(sorted(contexts))
+        return rows, users, tuple(tuple(self.memory.cell(context, n) for n in users) for context in rows)
+
+    def json(self) -> dict[str, Any]:
+        """Return the plan as the JSON object that schema `kvloom.plan/1` describes."""
+        asked = self.question
+        contexts, users, cells = self.grid
+        device = asked.device
+        return {
+            "schema": SCHEMA,
+            "model": {
+                "name": asked.model.name, "family": asked.model.family, "attention": asked.model.attention_kind,
+                "layers": asked.model.num_layers, "parameters": asked.model.num_params,
+                "active_parameters": asked.model.active_params, "source": asked.model.source,
+            },
+            "question": {
+                "device": device.name, "devices": asked.devices, "prompt": asked.prompt, "output": asked.output,
+                "context": asked.context, "users": asked.users, "kv_policy": str(asked.policy), "dtype": asked.dtype,
+                "block_size": asked.block_size, "max_num_batched_tokens": asked.chunk,
+                "gpu_memory_utilization": asked.utilization,
+            },
+            "device": {
+                "name": device.name, "memory_bytes": device.memory_bytes, "bandwidth": device.bandwidth,
+                "peak": device.peak(asked.dtype), "source": device.source, "as_of": device.as_of,
+                "label": "measured" if device.measured else "assumed",
+            },
+            "fits": self.memory.fits,
+            "memory": {name: figure.json() for name, figure in self.sizes.items()},
+            "limits": {name: figure.json() for name, figure in self.limits.items()},
+            "speed": {name: figure.json() for name, figure in self.speeds.items()},
+            "targets": self.targets,
+            "table": [
+                {"context": context, "users": n, "bytes": cell[0], "fits": cell[1]}
+                for context, row in zip(contexts, cells, strict=True) for n, cell in zip(users, row, strict=True)
+            ],
+            "advice": [advice.json() for advice in self.advice],
+            "comparisons": {what: [row.json() for row in rows] for what, rows in self.comparisons.items()},
+            "explanations": [explanation.json() for explanation in self.explanations],
+            "recommendation": None if self.recommendation is None else self.recommendation.json(),
+            "warnings": list(self.warnings),
+            "labels": dict(LABELS),
+        }  # fmt: skip

@@ -1,0 +1,84 @@
+"""Results that `kvloom measure` saved: what each policy cost this model in quality and gave it in speed.
+
+Schema `kvloom.measure/1`: {"schema", "model", "machine", "results": [{"policy", "context", "loss", "loss_high",
+"metric", "tpot_s", "ttft_s"}]}. `loss` is relative (0.01 is 1 %), `loss_high` the upper end of its interval.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvloom.errors import InvalidInputError
+from kvloom.spec.policy import PolicySpec
+
+SCHEMA = "kvloom.measure/1"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured policy: `loss` against the full cache, `loss_high` the upper end of its interval; times in s."""
+
+    policy: PolicySpec
+    context: int
+    loss: float
+    loss_high: float
+    metric: str
+    tpot_s: float | None = None
+    ttft_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All results of one file, of one model on one machine."""
+
+    model: str
+    machine: str
+    results: tuple[Measurement, ...]
+
+    def of(self, policy: PolicySpec) -> Measurement | None:
+        """Return the measurement of `policy` at its longest context, or None."""
+        found = [result for result in self.results if result.policy == policy]
+        return max(found, key=lambda result: result.context, default=None)
+
+
+def read_measurements(path: Path) -> Measurements:
+    """Return the results in `path`; raises `InvalidInputError` saying which entry is wrong."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidInputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, Mapping) else None
+        raise InvalidInputError(f"{path} has schema {found!r}; expected {SCHEMA!r}, as `kvloom measure` saves it")
+    results = data.get("results")
+    if not isinstance(results, list) or not results:
+        raise InvalidInputError(f"{path} holds no results")
+    found = tuple(_measurement(path, index, entry) for index, entry in enumerate(results))
+    return Measurements(str(data.get("model", "")), str(data.get("machine", "")), found)
+
+
+def _measurement(path: Path, index: int, entry: Any) -> Measurement:
+    where = f"result {index} of {path}"
+    if not isinstance(entry, Mapping):
+        raise InvalidInputError(f"{where} is no object")
+    policy = entry.get("policy")
+    if not isinstance(policy, str):
+        raise InvalidInputError(f"{where} names no policy")
+
+    def number(key: str, required: bool = True) -> float | None:
+        value = entry.get(key)
+        if value is None and not required:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidInputError(f"{key} of {where} is {value!r}; it must be a number")
+        return float(value)
+
+    loss, context = number("loss"), number("context")
+    assert loss is not None and context is not None
+    high = number("loss_high", required=False)
+    return Measurement(PolicySpec.parse(policy), int(context), loss, loss if high is None else high,
+                       str(entry.get("metric", "loss")), number("tpot_s", False), number("ttft_s", False))

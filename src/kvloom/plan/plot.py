@@ -1,0 +1,55 @@
+"""Memory over context, a line for each method, as PNG or SVG. Needs matplotlib, which is an extra."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.plan.memory import Memory
+from kvloom.plan.question import Question
+from kvloom.spec.policy import PolicySpec
+from kvloom.units import GIB
+
+SUFFIXES = (".png", ".svg")
+
+
+def contexts_of(asked: Question, points: int = 24) -> list[int]:
+    """Return contexts from 256 tokens to the asked one, evenly spread on a logarithmic scale, each once."""
+    low, high = min(256, asked.context), asked.context
+    return sorted({round(low * (high / low) ** (i / (points - 1))) for i in range(points)} | {high})
+
+
+def memory_curves(asked: Question, policies: list[PolicySpec]) -> dict[str, list[tuple[int, int]]]:
+    """Return (context, bytes on one device) for each policy, all users together."""
+    curves: dict[str, list[tuple[int, int]]] = {}
+    for policy in policies:
+        changed = replace(asked, policy=policy)
+        memory = Memory(changed)
+        curves[str(policy)] = [(n, memory.cell(n, asked.users)[0]) for n in contexts_of(asked) if n > 1]
+    return curves
+
+
+def draw(asked: Question, policies: list[PolicySpec], path: Path) -> None:
+    """Write the plot; raises `InvalidInputError` for another suffix, `UnsupportedError` without matplotlib."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InvalidInputError(f"--plot writes {' or '.join(SUFFIXES)}; {path} is neither")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError("cannot draw", ["matplotlib is not installed; pip install matplotlib"]) from error
+    figure: Any = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in memory_curves(asked, policies).items():
+        axes.plot([n for n, _ in points], [size / GIB for _, size in points], label=name)
+    usable = Memory(asked).usable.value
+    if usable is not None:
+        axes.axhline(usable / GIB, color="black", linestyle="--", linewidth=1, label=f"usable on {asked.device.name}")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("memory of one device (GiB)")
+    axes.set_title(f"{asked.model.name}, {asked.users} users")
+    axes.legend(fontsize="small")
+    figure.savefig(path)

@@ -1,0 +1,103 @@
+"""Question: what a plan is asked about, checked once and complete."""
+
+from dataclasses import dataclass, replace
+
+from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.registry import nearest
+from kvloom.spec.hardware import DeviceSpec
+from kvloom.spec.kv import KVSpec
+from kvloom.spec.layer import Attention, Latent
+from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+from kvloom.spec.policy import PolicySpec
+from kvloom.spec.store import NATIVE_STORE
+
+FULL = PolicySpec()
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_CHUNK = 2048
+DEFAULT_UTILIZATION = 0.9
+
+
+@dataclass(frozen=True)
+class Question:
+    """A model on `devices` equal devices, `users` requests at once of `prompt` + `output` tokens each.
+
+    `chunk` is the most tokens that one step processes, `utilization` the share of a device's memory that may be used,
+    `target_ttft` and `target_tpot` are seconds. Raises `InvalidInputError` for numbers that make no sense and
+    `UnsupportedError` when the model cannot be divided over the devices.
+    """
+
+    model: ModelSpec
+    device: DeviceSpec
+    prompt: int
+    output: int
+    users: int = 1
+    policy: PolicySpec = FULL
+    dtype: str = "bfloat16"
+    devices: int = 1
+    block_size: int = DEFAULT_BLOCK_SIZE
+    chunk: int = DEFAULT_CHUNK
+    utilization: float = DEFAULT_UTILIZATION
+    target_ttft: float | None = None
+    target_tpot: float | None = None
+
+    def __post_init__(self) -> None:
+        least_of = {"prompt": 1, "output": 0, "users": 1, "devices": 1, "block_size": 1, "chunk": 1}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise InvalidInputError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.utilization <= 1:
+            raise InvalidInputError(f"--gpu-memory-utilization is {self.utilization}; it must be above 0, at most 1")
+        for name in ("target_ttft", "target_tpot"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidInputError(f"--{name.replace('_', '-')} is {value}; it must be above 0 seconds")
+        if self.dtype not in DTYPE_BYTES:
+            hint = nearest(self.dtype, list(DTYPE_BYTES))
+            raise InvalidInputError(f"unknown dtype {self.dtype!r}{hint}; known: {', '.join(DTYPE_BYTES)}")
+        if self.devices > 1:
+            self._check_division()
+
+    def _check_division(self) -> None:
+        reasons: list[str] = []
+        for layer in self.model.layers:
+            mixer = layer.mixer
+            if not isinstance(mixer, (Attention, Latent)):
+                continue
+            if mixer.num_heads % self.devices:
+                reasons.append(f"{mixer.num_heads} query heads are not divisible by {self.devices}")
+            heads = mixer.num_kv_heads if isinstance(mixer, Attention) else 1
+            if heads % self.devices and self.devices % heads:
+                reasons.append(f"{heads} KV heads neither divide {self.devices} nor are divided by it")
+        if reasons:
+            what = f"cannot run {self.model.name} with tensor parallelism over {self.devices} devices"
+            raise UnsupportedError(what, list(dict.fromkeys(reasons)))
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request, prompt and output."""
+        return self.prompt + self.output
+
+    @property
+    def native_store(self) -> str:
+        """The store that holds K and V as the model computes them; 8-bit weights compute in bfloat16."""
+        return NATIVE_STORE.get(self.dtype, "bf16")
+
+    @property
+    def whole_kv(self) -> KVSpec | None:
+        """Lanes of the whole model, None when it has no keys and values."""
+        return self.model.kv_spec(self.block_size, self.native_store) if self.model.kv_layers else None
+
+    @property
+    def device_kv(self) -> KVSpec | None:
+        """Lanes that one device holds: KV heads are divided, and replicated where there are fewer than devices."""
+        whole = self.whole_kv
+        if whole is None or self.devices == 1:
+            return whole
+        layers = tuple(replace(kv, num_lanes=max(1, kv.num_lanes // self.devices)) for kv in whole.layers)
+        return KVSpec(layers, self.block_size, self.native_store)
+
+    def with_context(self, context: int) -> "Question":
+        """Return the question for requests of `context` tokens, the output kept where it still leaves a prompt."""
+        output = min(self.output, context - 1)
+        return replace(self, prompt=context - output, output=output)

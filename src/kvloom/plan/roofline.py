@@ -1,0 +1,210 @@
+"""The roofline: bytes and operations of prefill and decode, and the least time that a device needs for them.
+
+A step takes at least `max(bytes / bandwidth, operations / peak)`. Every count is what must be moved or computed once,
+so that the times are lower bounds: no real run is faster on that bandwidth and peak.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvloom.plan.figure import Figure, Label
+from kvloom.plan.memory import device_params
+from kvloom.plan.question import Question
+from kvloom.spec.format import store_format
+from kvloom.spec.kv import LayerKV
+from kvloom.spec.layer import Attention, Experts, Latent, Recurrent
+from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+
+
+def causal_pairs(tokens: int, window: int | None) -> int:
+    """Return the (query, key) pairs of `tokens` causal queries, each reading at most `window` keys and itself first."""
+    if window is None or window >= tokens:
+        return tokens * (tokens + 1) // 2
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def bytes_per_weight(model: ModelSpec, dtype: str, experts: bool) -> float:
+    """Return the stored bytes of one weight, of routed experts or of the rest of the layers."""
+    if model.weight_format is not None and dtype == model.dtype and model.weight_bytes is None:
+        covered = experts or model.weight_format.covers == "layers"
+        return model.weight_format.bits / 8 if covered else DTYPE_BYTES[dtype]
+    return model.stored_weight_bytes(dtype) / model.num_params
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Work and least times of a `Question`, per device."""
+
+    question: Question
+
+    @cached_property
+    def _share(self) -> float:
+        asked = self.question
+        return 1.0 if asked.devices == 1 else device_params(asked.model, asked.devices) / asked.model.num_params
+
+    def weight_bytes(self, batch: int, expected: bool = False) -> float:
+        """Return the weight bytes that one step of `batch` tokens reads on one device.
+
+        Of experts, at least those of one token; when `expected`, those that a uniform choice touches on average.
+        """
+        asked, model = self.question, self.question.model
+        routed = 0.0
+        for layer in model.layers:
+            if isinstance(layer.mlp, Experts):
+                mlp = layer.mlp
+                touched = float(mlp.per_token)
+                if expected:
+                    touched = mlp.num_experts * (1 - (1 - mlp.per_token / mlp.num_experts) ** batch)
+                routed += touched * mlp.expert_params(model.hidden_size)
+        per_token = sum(
+            layer.mlp.per_token * layer.mlp.expert_params(model.hidden_size)
+            for layer in model.layers
+            if isinstance(layer.mlp, Experts)
+        )
+        rest = (model.layer_matrix_params - per_token) * bytes_per_weight(model, asked.dtype, False)
+        head = model.head_params * (DTYPE_BYTES[asked.dtype] if model.weight_bytes is None
+                                    else bytes_per_weight(model, asked.dtype, False))
+        return (routed * bytes_per_weight(model, asked.dtype, True) + rest + head) * self._share
+
+    def held(self, prompt: int, generated: int) -> float:
+        """Return the tokens that a lane without a window holds on average after `generated` tokens."""
+        policy = self.question.policy
+        kept = policy.tokens_kept(prompt)
+        if kept is None:
+            return float(prompt + generated)
+        if not policy.evicts or not any(term.name in ("step", "slack", "every") for term in policy.triggers):
+            return float(kept + generated)
+        goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else kept
+        return float(min(kept + generated, max(kept, goal or kept)))
+
+    def kv_read_bytes(self, prompt: int, generated: int) -> float:
+        """Return the KV bytes that one token of one request reads on one device; shared K/V is read by each reader."""
+        kv = self.question.device_kv
+        if kv is None:
+            return float(self.question.model.state_bytes)
+        held, seen = self.held(prompt, generated), prompt + generated
+        total = 0.0
+        for layer in kv.layers:
+            origin = layer if layer.source is None else kv.layers[layer.source]
+            if layer.window is not None:
+                total += layer.num_lanes * min(seen, layer.window) * self._token_bytes(origin, encoded=False)
+                continue
+            native = held
+            if self.question.policy.store is not None:
+                term = self.question.policy.store
+                native = min(held, term.number("sinks") + term.number("residual"))
+            total += layer.num_lanes * (
+                native * self._token_bytes(origin, encoded=False)
+                + (held - native) * self._token_bytes(origin, encoded=True)
+            )
+        return total + self.question.model.state_bytes
+
+    def _token_bytes(self, layer: LayerKV, encoded: bool) -> float:
+        name = self.question.native_store
+        if encoded and self.question.policy.store is not None:
+            name = self.question.policy.store.name
+        block = 32
+        return store_format(name).payload_bytes(block, layer.k_width, layer.v_width) / block
+
+    def decode_flops(self, prompt: int, generated: int) -> float:
+        """Return the operations of one generated token of one request, all devices together."""
+        model = self.question.model
+        held, seen = self.held(prompt, generated), prompt + generated
+        attention = 0.0
+        for layer in model.layers:
+            keys = held if layer.window is None else float(min(seen, layer.window))
+            attention += layer.mixer.attention_flops(keys)
+        return 2.0 * (model.layer_matrix_params + model.head_params) + attention
+
+    def prefill_flops(self, prompt: int) -> float:
+        """Return the operations of one prompt, logits of its last token only, all devices together."""
+        model = self.question.model
+        attention = 0.0
+        for layer in model.layers:
+            pairs = causal_pairs(prompt, layer.window)
+            if isinstance(layer.mixer, Latent):
+                attention += layer.mixer.expanded_flops(1) * pairs
+            elif isinstance(layer.mixer, Attention):
+                attention += layer.mixer.attention_flops(1) * pairs
+            elif isinstance(layer.mixer, Recurrent):
+                attention += layer.mixer.attention_flops(1) * prompt
+        return 2.0 * (model.layer_matrix_params * prompt + model.head_params) + attention
+
+    @property
+    def speed_label(self) -> Label:
+        """How the device's speed is known."""
+        return "measured" if self.question.device.measured else "assumed"
+
+    def tpot(self, batch: int | None = None, expected: bool = False) -> Figure:
+        """Return the least seconds per generated token at the full context, for `batch` requests at once."""
+        asked = self.question
+        batch = batch or asked.users
+        generated = max(0, asked.output - 1)
+        moved = self.weight_bytes(batch, expected) + batch * self.kv_read_bytes(asked.prompt, generated)
+        work = batch * self.decode_flops(asked.prompt, generated) / asked.devices
+        return self._time(moved, work)
+
+    def ttft(self) -> Figure:
+        """Return the least seconds to the first token of one prompt that has the devices to itself."""
+        asked = self.question
+        return self._time(self.weight_bytes(1), self.prefill_flops(asked.prompt) / asked.devices)
+
+    def _time(self, moved: float, work: float) -> Figure:
+        device = self.question.device
+        peak = device.peak(self.question.dtype)
+        if device.bandwidth is None or peak is None:
+            note = f"no peak for {self.question.dtype} in the device table"
+            if device.kind == "cpu":
+                note = "speed of the device not known; `kvloom plan --probe` measures this machine"
+            return Figure(None, "s", "assumed", note)
+        memory, arithmetic = moved / device.bandwidth, work / peak
+        bound = "bandwidth" if memory >= arithmetic else "arithmetic"
+        return Figure(max(memory, arithmetic), "s", self.speed_label, f"lower bound, set by {bound}")
+
+    @cached_property
+    def kv_bound_context(self) -> int | None:
+        """Context from which a step of all users reads more KV than weights; None when it never does.
+
+        Search by doubling and halving: reads never shrink with the context.
+        """
+        asked = self.question
+        weights = self.weight_bytes(asked.users)
+        if asked.users * self.kv_read_bytes(1 << 30, 0) <= weights:
+            return None
+        low, high = 0, 1
+        while asked.users * self.kv_read_bytes(high, 0) <= weights:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if asked.users * self.kv_read_bytes(middle, 0) <= weights:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def intensity(self, batch: int) -> float:
+        """Return the operations per byte of a decode step of `batch` requests at the full context, on one device."""
+        asked = self.question
+        generated = max(0, asked.output - 1)
+        moved = self.weight_bytes(batch) + batch * self.kv_read_bytes(asked.prompt, generated)
+        return batch * self.decode_flops(asked.prompt, generated) / asked.devices / moved
+
+    @property
+    def ridge(self) -> float | None:
+        """Operations per byte above which the device is bound by arithmetic; None when its speed is not known."""
+        peak, bandwidth = self.question.device.peak(self.question.dtype), self.question.device.bandwidth
+        return None if peak is None or not bandwidth else peak / bandwidth
+
+    @cached_property
+    def compute_bound_batch(self) -> int | None:
+        """Fewest requests at which decode is bound by arithmetic; None when KV reads keep it from ever being so."""
+        ridge = self.ridge
+        if ridge is None or self.intensity(1 << 30) < ridge:
+            return None
+        low, high = 0, 1
+        while self.intensity(high) < ridge:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.intensity(middle) < ridge else (low, middle)
+        return high
