@@ -5,7 +5,7 @@ Registering a method here gives it a spelling; its mathematics lives with the po
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry, nearest
@@ -108,12 +108,10 @@ def _pooling(window: int, kernel: int) -> tuple[Parameter, ...]:
     )
 
 
-def _selector(name: str, summary: str, *params: Parameter, **facts: object) -> None:
-    budgeted = facts.pop("budgeted", True)
-    lead = (BUDGET, KEEP) if budgeted else ()
-    spec = MethodSpec(name, "selector", summary, (*lead, *params), budgeted=bool(budgeted), **facts)  # type:
-    ignore[arg-type]
-    METHODS.register(name, spec)
+def _selector(name: str, summary: str, *params: Parameter, **facts: Any) -> None:
+    facts.setdefault("budgeted", True)
+    lead = (BUDGET, KEEP) if facts["budgeted"] else ()
+    METHODS.register(name, MethodSpec(name, "selector", summary, (*lead, *params), **facts))
 
 
 def _arg(name: str) -> Callable[[dict[str, Value], int], int]:
