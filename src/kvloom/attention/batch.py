@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 
@@ -11,16 +10,18 @@ from numpy.typing import NDArray
 class AttentionBatch:
     """T packed tokens of B sequences; their slots exist already (`LaneTable.extend`), their K and V do not.
 
-    token_ids     [T] int64 tensor
-    positions     [T] int64 tensor: index of each token in its sequence, which is what rope sees
-    sequences     [B] int32 array: row sets of the lane table
-    cu_seqlens_q  [B + 1] int32 array: tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 belong to sequence b
+    All are int32 arrays, so that any device or language can take them.
+
+    token_ids     [T]
+    positions     [T]      index of each token in its sequence, which is what rope sees
+    sequences     [B]      row sets of the lane table
+    cu_seqlens_q  [B + 1]  tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 belong to sequence b
 
     `begin` and `held` of every lane are read from the lane table, the new tokens included.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
     sequences: NDArray[np.int32]
     cu_seqlens_q: NDArray[np.int32]
 

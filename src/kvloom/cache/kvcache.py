@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from kvloom.cache.survivors import Survivors
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.store import STORES
+
+Layout = Literal["rows", "cpu"]
+"""How tokens lie inside a block: row by row for torch, or interleaved for the CPU kernels."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         extra_stores: Sequence[str] = ("int8",),
+        layout: Layout = "rows",
     ) -> None:
+        """Set up an empty cache; `layout` is how tokens lie inside a block, which backend and stores must agree on."""
         self.spec = spec
         sizes = {spec.layer_block_bytes(layer) for layer in range(len(spec.layers))}
         sizes |= {spec.layer_block_bytes(layer, name) for layer in range(len(spec.layers)) for name in extra_stores}
@@ -53,14 +59,24 @@ class KVCache:
         self.index = PrefixIndex(spec, self.arena)
         self.pool = BlockPool(self.arena, self.index, self.memory.copy)
         self.lanes = LaneTable(spec, self.pool, max_sequences)
-        self.native = NativeStore(dtype, self.memory, spec.block_size)
-        self.stores: dict[str, Store] = {NATIVE: self.native, self.native.spec.name: self.native}
-        if "int8" in extra_stores:
-            self.stores["int8"] = Int8Store(dtype, self.memory, spec.block_size)
+        self.layout = layout
+        self.native = self._store(spec.store, dtype)
+        self.stores: dict[str, Store] = {NATIVE: self.native, spec.store: self.native}
+        for name in extra_stores:
+            self.stores[name] = self._store(name, dtype)
         self.layers = [
             LayerView(spec.lane_offset[i], kv.num_lanes, kv.k_width, kv.v_width, kv.window)
             for i, kv in enumerate(spec.layers)
         ]
+
+    def _store(self, name: str, dtype: torch.dtype) -> Store:
+        if self.layout == "cpu":
+            from kvloom.cache.stores.cpu import CPUStore  # needs the compiled extension
+
+            return CPUStore(name, dtype, self.memory, self.spec.block_size)
+        if name == "int8":
+            return Int8Store(dtype, self.memory, self.spec.block_size)
+        return NativeStore(dtype, self.memory, self.spec.block_size)
 
     # ---- reading and writing --------------------------------------------------------------------------------------
 
@@ -121,7 +137,7 @@ class KVCache:
         return torch.stack(ks), torch.stack(vs), held
 
     def read_log_counts(self, layer: int, sequence: int) -> torch.Tensor | None:
-        """Return what is added to the logits of a layer's slots, [G, S] aligned as in `read_layer`; None for nothing."""
+        """Return what is added to a layer's logits, [G, S] by slot aligned as in `read_layer`; None for nothing."""
         if sequence not in self.lanes.log_counts:
             return None
         view = self.layers[layer]

@@ -11,6 +11,11 @@ from kvloom.spec.store import SLAB_BYTES
 from kvloom.units import GIB, format_bytes
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+BACKENDS = ("auto", "cpu", "eager")
+"""cpu: whole steps in C++ over packed weights; eager: torch, operation by operation; auto: cpu where it can."""
+
+QUANTIZATIONS = ("int8", "w8a8")
+"""int8: int8 weights with a scale per row, activations as they are; w8a8: activations in int8 as well."""
 MAX_KV_BYTES_BY_DEFAULT = 4 * GIB
 
 
@@ -30,11 +35,21 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     seed: int = 0
+    backend: str = "auto"
+    quantization: str | None = None
+    kv_policy: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            hint = nearest(str(self.dtype), list(DTYPES))
-            raise InvalidInputError(f"unknown dtype {self.dtype!r}{hint}; known: {', '.join(DTYPES)}")
+        for kind, value, known in (
+            ("dtype", self.dtype, DTYPES),
+            ("backend", self.backend, BACKENDS),
+            ("quantization", self.quantization, (None, *QUANTIZATIONS)),
+        ):
+            if value not in known:
+                names = [name for name in known if name is not None]
+                raise InvalidInputError(
+                    f"unknown {kind} {value!r}{nearest(str(value), names)}; known: {', '.join(names)}"
+                )
         for name, least in (
             ("max_model_len", 2),
             ("kv_cache_memory_bytes", SLAB_BYTES),

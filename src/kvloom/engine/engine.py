@@ -16,6 +16,7 @@ from kvloom.engine.runner import Runner
 from kvloom.engine.sampler import Sampler
 from kvloom.engine.scheduler import Scheduler, Work
 from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
+from kvloom.models.model import StepOutput
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.policies.eviction import Eviction, ModelFacts
 from kvloom.policies.policy import Policy
@@ -59,12 +60,12 @@ class Engine:
         self.sampler = Sampler(eos_token_ids)
         self.seed = seed
         self.observer: LogitsObserver | None = None
-        decoder = runner.decoder
+        model = runner.model
         self.model_facts = ModelFacts(
-            num_query_heads=decoder.config.num_heads,
-            query_scale=decoder.config.query_scale,
-            inverse_frequencies=[decoder.inverse_frequencies(i) for i in range(decoder.config.num_layers)],
-            output_weight=decoder.output_weight,
+            num_query_heads=model.config.num_heads,
+            query_scale=model.config.query_scale,
+            inverse_frequencies=[model.inverse_frequencies(i) for i in range(model.config.num_layers)],
+            output_weight=model.output_weight,
         )
         self.requests: dict[str, Request] = {}
         self.num_arrived = 0
@@ -164,7 +165,7 @@ class Engine:
     def _max_tokens(
         self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None, policy: Policy | None
     ) -> int:
-        vocab = self.runner.decoder.config.vocab_size
+        vocab = self.runner.model.config.vocab_size
         if not len(prompt):
             raise InvalidInputError("the prompt is empty; give at least one token")
         for token in (*prompt, *(forced or ()), *params.logit_bias, *params.stop_token_ids):
@@ -219,12 +220,12 @@ class Engine:
             return []
         self._note_started(work)
         try:
-            hidden = self.runner.forward(work)
-            self.runner.prompt_logprobs(work, hidden)
+            output = self.runner.run(work, logits=self._needs_logits(work))
+            self.runner.prompt_logprobs(work, output.hidden)
             self.scheduler.publish(work)
             self._evict(work)
-            sequences, logits = self._sampling_rows(work, hidden)
-            tokens, logprobs = self.sampler.sample(logits, sequences)
+            sequences, greedy, logits = self._sampling_rows(work, output)
+            tokens, logprobs = self.sampler.sample(greedy, logits, sequences)
             for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
                 self._append(sequence, token, logprob)
         except BaseException:
@@ -258,8 +259,18 @@ class Engine:
                     )
             self.num_evicted_tokens += sequence.eviction.evicted_tokens - before
 
-    def _sampling_rows(self, work: list[Work], hidden: torch.Tensor) -> tuple[list[Sequence], torch.Tensor]:
-        """Return the sequences that get a token and their logits [N, V]; forks requests whose prompt is done."""
+    def _needs_logits(self, work: list[Work]) -> bool:
+        if self.observer is not None:
+            return True
+        return any(item.samples and self.sampler.needs_logits(item.sequence) for item in work)
+
+    def _sampling_rows(
+        self, work: list[Work], output: StepOutput
+    ) -> tuple[list[Sequence], list[int], torch.Tensor | None]:
+        """Return the N sequences that get a token, their best tokens [N] and logits [N, V] if they were computed.
+
+        Forks requests whose prompt is done.
+        """
         sequences: list[Sequence] = []
         rows: list[int] = []
         for row, item in enumerate(w for w in work if w.samples):
@@ -272,12 +283,13 @@ class Engine:
                     self._start_text(child)
                     sequences.append(child)
                     rows.append(row)
-        logits = self.runner.last_rows(work, hidden)
-        if len(rows) != len(logits):
+        logits = output.logits
+        if logits is not None and len(rows) != len(logits):
             logits = logits[rows]
         if self.observer is not None and sequences:
+            assert logits is not None
             self.observer(sequences, logits)
-        return sequences, logits
+        return sequences, [output.greedy[row] for row in rows], logits
 
     def _append(self, sequence: Sequence, token: int, logprob: dict[int, Logprob] | None) -> None:
         """Add a token to a sequence and end it if it should end."""

@@ -8,8 +8,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvloom.attention.backend import AttentionRequest
-from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.engine import Engine
@@ -18,9 +16,9 @@ from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
-from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.errors import InvalidInputError
 from kvloom.models.checkpoint import open_checkpoint
-from kvloom.models.decoder import Decoder
+from kvloom.models.loader import load_model
 from kvloom.spec.store import NATIVE_STORE
 
 Prompt = str | Mapping[str, Any] | Seq[int]
@@ -56,6 +54,8 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         seed: int = 0,
+        backend: str = "auto",
+        quantization: str | None = None,
         kv_policy: str | None = None,
     ) -> None:
         config = EngineConfig(
@@ -67,6 +67,9 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
+            backend=backend,
+            quantization=quantization,
+            kv_policy=kv_policy,
         )
         checkpoint = open_checkpoint(model, revision=revision)
         self.model = checkpoint.name
@@ -77,14 +80,10 @@ class LLM:
         kv_bytes = config.resolve_kv_bytes(spec, checkpoint.config.max_position)
         length = config.resolve_max_model_len(spec, checkpoint.config.max_position, kv_bytes)
         self.tokenizer = checkpoint.tokenizer() if tokenizer is None else open_checkpoint(tokenizer).tokenizer()
-        backend = ReferenceBackend()
-        reasons = backend.unsupported(
-            AttentionRequest(frozenset({checkpoint.config.head_dim}), torch_dtype, "cpu", frozenset({spec.store}))
+        runnable = load_model(
+            checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization
         )
-        if reasons:
-            raise UnsupportedError(f"{self.model} on backend {backend.name}", reasons)
-        decoder = Decoder(checkpoint.config, dict(checkpoint.tensors(torch_dtype)))
-        cache = KVCache(spec, kv_bytes, max_num_seqs, torch_dtype)
+        cache = KVCache(spec, kv_bytes, max_num_seqs, torch_dtype, layout=runnable.layout)
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
@@ -92,13 +91,13 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
         )
         self.engine = Engine(
-            Runner(decoder, cache, backend),
+            Runner(runnable, cache),
             scheduler,
             self.tokenizer,
             max_model_len=length,
             eos_token_ids=checkpoint.config.eos_token_ids,
             seed=seed,
-            kv_policy=kv_policy,
+            kv_policy=config.kv_policy,
         )
 
     @property
@@ -166,9 +165,9 @@ class LLM:
         return {
             "model": self.model,
             "dtype": self.dtype,
-            "backend": engine.runner.backend.name,
+            "backend": engine.runner.model.name,
             "max_model_len": engine.max_model_len,
-            "weight_bytes": engine.runner.decoder.num_bytes,
+            "weight_bytes": engine.runner.model.num_bytes,
             "kv_cache_bytes": cache.arena.num_bytes,
             "kv_bytes_in_use": cache.bytes_in_use,
             "kv_bytes_cached": cache.index.idle_bytes,
@@ -204,7 +203,7 @@ class LLM:
             ids = list(prompt["prompt_token_ids"]) if text is None else self.tokenizer.encode(str(text))
             options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
         elif isinstance(prompt, Seq):
-            ids = list(prompt)
+            ids = [*prompt]
         else:
             raise InvalidInputError(f"a prompt is text, token ids or a dict, not {type(prompt).__name__}")
         return self.engine.add(ids, params, prompt=text, **options)

@@ -4,77 +4,88 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kvloom.attention.backend import AttentionBackend
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.request import Logprob
 from kvloom.engine.scheduler import Work
-from kvloom.models.decoder import Decoder, QueryObserver
+from kvloom.models.model import Model, StepOutput, StepWanted
 
 LOGITS_TILE_BYTES = 64 << 20
 """Float32 logits held at once for prompt log-probabilities (64 rows of a 262k vocabulary)."""
 
 
 class Runner:
-    """The model, its cache and its attention backend; owns no request state."""
+    """The model and its cache; owns no request state."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, backend: AttentionBackend) -> None:
-        self.decoder = decoder
+    def __init__(self, model: Model, cache: KVCache) -> None:
+        self.model = model
         self.cache = cache
-        self.backend = backend
 
-    def forward(self, work: list[Work]) -> torch.Tensor:
-        """Process the tokens of `work`; returns final hidden states [T, hidden] and fills the lanes."""
-        return self.decoder.forward(self._batch(work), self.cache, self.backend, self._observer(work))
+    def run(self, work: list[Work], *, logits: bool) -> StepOutput:
+        """Process the tokens of `work`; one row of output for every item that samples, in order.
 
-    def _observer(self, work: list[Work]) -> QueryObserver | None:
-        """Return what shows each policy the queries of its own sequence, None when none wants to see any."""
-        watched = []
-        start = 0
-        for item in work:
-            end = start + item.num_tokens
-            if item.sequence.eviction is not None and item.sequence.eviction.watches:
-                watched.append((item.sequence.eviction, item.sequence.row, slice(start, end)))
-            start = end
-        if not watched:
-            return None
+        Policies are shown the queries that they watch. `logits` says whether the best tokens alone would do.
+        """
+        starts = np.cumsum([0, *(w.num_tokens for w in work)])
+        watched: list[tuple[Work, int]] = []
+        rows: list[NDArray[np.int32]] = []
+        for item, start in zip(work, starts.tolist(), strict=False):
+            if item.sequence.eviction is not None:
+                first = item.sequence.eviction.first_watched(item.start, item.num_tokens)
+                if first is not None:
+                    watched.append((item, item.num_tokens - first))
+                    rows.append(np.arange(start + first, start + item.num_tokens, dtype=np.int32))
+        output = self.model.step(
+            self._batch(work, starts.astype(np.int32)),
+            self.cache,
+            StepWanted(
+                logit_rows=np.array([e - 1 for e, w in zip(starts[1:], work, strict=True) if w.samples], np.int32),
+                logits=logits,
+                hidden=any(self._wants_prompt_logprobs(w) for w in work),
+                query_rows=np.concatenate(rows) if rows else None,
+            ),
+        )
+        self._show_queries(watched, output)
+        return output
 
-        def observe(layer: int, q: torch.Tensor) -> None:
-            for eviction, row, rows in watched:
-                assert row is not None
-                eviction.observe(layer, row, q[rows])
-
-        return observe
-
-    def _batch(self, work: list[Work]) -> AttentionBatch:
-        device = self.decoder.device
+    def _batch(self, work: list[Work], starts: NDArray[np.int32]) -> AttentionBatch:
         ids: list[int] = []
         for item in work:
             ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
-        positions = np.concatenate([np.arange(w.start, w.start + w.num_tokens) for w in work])
         return AttentionBatch(
-            token_ids=torch.tensor(ids, device=device),
-            positions=torch.from_numpy(positions).to(device),
+            token_ids=np.array(ids, np.int32),
+            positions=np.concatenate([np.arange(w.start, w.start + w.num_tokens, dtype=np.int32) for w in work]),
             sequences=np.array([w.sequence.row for w in work], np.int32),
-            cu_seqlens_q=np.cumsum([0, *(w.num_tokens for w in work)], dtype=np.int32),
+            cu_seqlens_q=starts,
         )
 
-    def last_rows(self, work: list[Work], hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits [N, vocab] float32 of the last token of every item that samples, in order."""
-        ends = np.cumsum([w.num_tokens for w in work]) - 1
-        rows = [int(end) for end, item in zip(ends, work, strict=True) if item.samples]
-        return self.decoder.logits(hidden[rows])
+    def _show_queries(self, watched: list[tuple[Work, int]], output: StepOutput) -> None:
+        """Hand each policy the queries [n, H, D] of its own sequence, layer by layer."""
+        first = 0
+        for item, count in watched:
+            assert output.queries is not None and item.sequence.eviction is not None and item.sequence.row is not None
+            for layer, queries in enumerate(output.queries[:, first : first + count]):
+                item.sequence.eviction.observe(layer, item.sequence.row, queries)
+            first += count
 
-    def prompt_logprobs(self, work: list[Work], hidden: torch.Tensor) -> None:
+    @staticmethod
+    def _wants_prompt_logprobs(item: Work) -> bool:
+        found = item.sequence.request.prompt_logprobs
+        return found is not None and len(found) < len(item.sequence.request.prompt_token_ids)
+
+    def prompt_logprobs(self, work: list[Work], hidden: torch.Tensor | None) -> None:
         """Append to `prompt_logprobs` of the requests that want them; the whole logits matrix never exists."""
+        if hidden is None:
+            return
         start = 0
         for item in work:
             rows = hidden[start : start + item.num_tokens]
             start += item.num_tokens
             request = item.sequence.request
             wanted = request.prompt_logprobs
-            if wanted is None or len(wanted) >= len(request.prompt_token_ids):
+            if wanted is None or not self._wants_prompt_logprobs(item):
                 continue
             targets = request.prompt_token_ids[item.start + 1 : item.start + item.num_tokens + 1]
             skip = len(wanted) - 1 - item.start  # rows that an earlier run of a preempted request has done
@@ -82,9 +93,9 @@ class Runner:
                 wanted.extend(top_logprobs(tile, ids, request.params.prompt_logprobs or 0))
 
     def _tiles(self, hidden: torch.Tensor, targets: list[int]) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        step = max(1, LOGITS_TILE_BYTES // (4 * self.decoder.config.vocab_size))
+        step = max(1, LOGITS_TILE_BYTES // (4 * self.model.config.vocab_size))
         for first in range(0, len(targets), step):
-            yield self.decoder.logits(hidden[first : first + step]), targets[first : first + step]
+            yield self.model.logits(hidden[first : first + step]), targets[first : first + step]
 
 
 def top_logprobs(logits: torch.Tensor, chosen: list[int], count: int) -> list[dict[int, Logprob]]:

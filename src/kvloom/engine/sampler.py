@@ -14,46 +14,62 @@ class Sampler:
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self.eos_token_ids = eos_token_ids
 
+    def needs_logits(self, sequence: Sequence) -> bool:
+        """Return whether more than the most likely token must be known to choose the next one."""
+        request = sequence.request
+        if request.params.logprobs is not None:
+            return True
+        if request.forced_token_ids is not None:
+            return False
+        return not request.params.greedy or self._changes(sequence)
+
     @torch.inference_mode()
     def sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
+        self, greedy: list[int], logits: torch.Tensor | None, sequences: list[Sequence]
     ) -> tuple[list[int], list[dict[int, Logprob] | None]]:
-        """Return the next token of each of N sequences from logits [N, V] float32, and its log-probabilities.
+        """Return the next token of each of N sequences, and its log-probabilities.
 
+        `greedy` [N] are the most likely tokens; logits [N, V] float32 may be None when nobody needs them.
         Log-probabilities are those of the raw logits. Forced tokens are taken as given.
         """
-        adjusted = [self._adjusted(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
-        greedy = torch.argmax(logits, dim=-1).tolist()
-        tokens = []
+        tokens: list[int] = []
+        found: list[dict[int, Logprob] | None] = []
         for row, sequence in enumerate(sequences):
-            forced = sequence.request.forced_token_ids
+            forced, params = sequence.request.forced_token_ids, sequence.request.params
             if forced is not None:
                 tokens.append(forced[sequence.num_output_tokens])
-            elif sequence.request.params.greedy:
-                changed = adjusted[row]
-                tokens.append(greedy[row] if changed is None else int(torch.argmax(changed)))
+            elif params.greedy and not self._changes(sequence):
+                tokens.append(greedy[row])
             else:
-                changed = adjusted[row]
-                tokens.append(self._draw(logits[row] if changed is None else changed, sequence))
-        return tokens, [
-            None
-            if sequence.request.params.logprobs is None
-            else top_logprobs(logits[row : row + 1], [tokens[row]], sequence.request.params.logprobs)[0]
-            for row, sequence in enumerate(sequences)
-        ]
+                assert logits is not None
+                tokens.append(self._choose(logits[row], sequence))
+            if params.logprobs is None:
+                found.append(None)
+            else:
+                assert logits is not None
+                found.append(top_logprobs(logits[row : row + 1], [tokens[row]], params.logprobs)[0])
+        return tokens, found
 
-    def _adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor | None:
-        """Return a changed copy of logits [V], or None when nothing applies to this sequence."""
+    def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
+        logits = self._adjusted(logits, sequence)
+        return int(torch.argmax(logits)) if sequence.request.params.greedy else self._draw(logits, sequence)
+
+    def _changes(self, sequence: Sequence) -> bool:
+        """Return whether bias, penalties or forbidden tokens apply to the next token."""
         params = sequence.request.params
-        forbidden = self._forbidden(sequence)
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        if not (params.logit_bias or forbidden or penalised):
-            return None
+        return bool(params.logit_bias or penalised or sequence.num_output_tokens < params.min_tokens)
+
+    def _adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        """Return logits [V] after penalties, bias and forbidden tokens; a copy where anything applies."""
+        if not self._changes(sequence):
+            return logits
+        params = sequence.request.params
         changed = logits.clone()
-        if penalised:
-            penalise(changed, sequence)
+        penalise(changed, sequence)
         for token, bias in params.logit_bias.items():
             changed[token] += bias
+        forbidden = self._forbidden(sequence)
         if forbidden:
             changed[forbidden] = float("-inf")
         return changed

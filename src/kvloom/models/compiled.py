@@ -1,101 +1,242 @@
-"""CompiledDecoder: the weights of a `DecoderConfig` packed once for the CPU kernels, which run whole steps."""
+"""CompiledModel: weights packed once for the CPU kernels, which run a whole step in one call."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kvloom.errors import InvalidInputError, UnsupportedError
-from kvloom.kernels.cpu import LayerShape, LayerWeights, PackedWeight, StepDecoder
+from kvloom.attention.batch import AttentionBatch
+from kvloom.cache.kvcache import KVCache, Layout
+from kvloom.errors import UnsupportedError
+from kvloom.kernels.cpu import Lanes, LayerShape, LayerWeights, PackedWeight, StepDecoder, linear
 from kvloom.models.config import DecoderConfig, RopeConfig
+from kvloom.models.model import StepOutput, StepWanted
 from kvloom.models.rope import inverse_frequencies
 
 PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Numbers in which a model of that dtype multiplies when it is not quantised."""
 
+BLOCK_SLOTS = 16
+"""Blocks must hold a multiple of this many tokens."""
 
-def unsupported(config: DecoderConfig) -> list[str]:
+
+def unsupported(config: DecoderConfig, block_size: int) -> list[str]:
     """Return every reason why the CPU kernels cannot run `config`; [] means that they can."""
     reasons = []
     if config.head_dim % 16 or config.head_dim > 384:
         reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
     if config.activation not in ("silu", "gelu_tanh"):
         reasons.append(f"activation {config.activation!r} is not one of silu, gelu_tanh")
+    if block_size % BLOCK_SLOTS:
+        reasons.append(f"block_size is {block_size}; the kernels take multiples of {BLOCK_SLOTS}")
     return reasons
 
 
-def compile_decoder(
-    config: DecoderConfig, weights: Mapping[str, torch.Tensor], quantization: str | None = None
-) -> StepDecoder:
-    """Pack canonical `weights` of `config` and return a decoder that steps in one call.
+class CompiledModel:
+    """A decoder whose weights exist once, packed, and whose steps are single calls (see `Model`).
 
-    `quantization` None keeps the checkpoint's dtype; "int8" stores int8 weights with a scale per row and bf16 (float32
-    for other dtypes) activations; "w8a8" also quantises activations. Embedding and output layer keep the dtype of the
-    checkpoint in "w8a8" and are int8 in "int8". Raises UnsupportedError.
+    `tensors` are the canonical weights in any order; each is packed and let go as soon as its layer is complete, so
+    that loading needs one layer beside the packed model. `quantization` "int8" stores all weights in int8 with a scale
+    per row, "w8a8" also quantises activations and leaves embedding and output layer in `dtype`; None changes nothing.
     """
-    reasons = unsupported(config)
-    if reasons:
-        raise UnsupportedError("CPU kernels", reasons)
-    dtype = weights["embed"].dtype
-    native = PRODUCT_OF[dtype]
-    if quantization is None:
-        product = native
-    elif quantization == "int8":
-        product = "int8" if dtype == torch.bfloat16 else "int8_fp32"
-    elif quantization == "w8a8":
-        product = "w8a8"
-    else:
-        raise InvalidInputError(f"quantization {quantization!r} is unknown; expected int8 or w8a8")
-    output_product = native if product == "w8a8" else product
 
-    embedding = PackedWeight(weights["embed"], output_product)
-    output = PackedWeight(weights["lm_head"], output_product) if "lm_head" in weights else embedding
-    decoder = StepDecoder(
-        embedding,
-        output,
-        weights["final_norm"],
-        config.norm_eps,
-        bf16=dtype == torch.bfloat16,
-        embedding_scale=float(torch.tensor(config.embedding_scale, dtype=dtype)),
-    )
-    ropes: list[RopeConfig] = []  # the distinct ones; a model has one or two
-    offsets = config.kv_spec(16, "fp32").lane_offset
-    for index, layer in enumerate(config.layers):
-        at = f"layers.{index}."
-        rope = -1
-        if layer.rope is not None:
-            if layer.rope not in ropes:
-                ropes.append(layer.rope)
-                decoder.add_rope(inverse_frequencies(layer.rope, config.head_dim))
-            rope = ropes.index(layer.rope)
-        shape = LayerShape(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, offsets[index], layer.window or 0
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        dtype: torch.dtype,
+        quantization: str | None = None,
+    ) -> None:
+        reasons = unsupported(config, BLOCK_SLOTS)
+        if reasons:
+            raise UnsupportedError("CPU kernels", reasons)
+        self.name = "cpu"
+        self.layout: Layout = "cpu"
+        self.config = config
+        self.device = torch.device("cpu")
+        self._native = PRODUCT_OF[dtype]
+        self._product = {
+            None: self._native,
+            "int8": "int8" if dtype == torch.bfloat16 else "int8_fp32",
+            "w8a8": "w8a8",
+        }[quantization]
+        self._packed: dict[str, PackedWeight] = {}
+        self._norms: dict[str, torch.Tensor] = {}
+        self._pack_all(tensors)
+        self._output = self._packed.get("lm_head", self._packed["embed"])
+        self._decoder = StepDecoder(
+            self._packed["embed"],
+            self._output,
+            self._norms["final_norm"],
+            config.norm_eps,
+            bf16=dtype == torch.bfloat16,
+            embedding_scale=float(torch.tensor(config.embedding_scale, dtype=dtype)),
         )
-        decoder.add_layer(
-            LayerWeights(
-                shape=shape,
-                qkv=PackedWeight(
-                    torch.cat([weights[at + name] for name in "qkv"]),
-                    product,
-                    bias=torch.cat([weights[f"{at}{name}_bias"].float() for name in "qkv"])
-                    if config.attention_bias
-                    else None,
-                ),
-                o=PackedWeight(
-                    weights[at + "o"].contiguous(),
-                    product,
-                    bias=weights[at + "o_bias"].float() if config.output_bias else None,
-                ),
-                gate_up=PackedWeight(torch.cat((weights[at + "gate"], weights[at + "up"])), product, gated=True),
-                down=PackedWeight(weights[at + "down"].contiguous(), product),
-                attention_norm=weights[at + "attn_norm"],
-                mlp_norm=weights[at + "mlp_norm"],
-                post_attention_norm=weights[at + "post_attn_norm"] if config.sandwich_norm else None,
-                post_mlp_norm=weights[at + "post_mlp_norm"] if config.sandwich_norm else None,
-                q_norm=weights[at + "q_norm"] if config.qk_norm else None,
-                k_norm=weights[at + "k_norm"] if config.qk_norm else None,
-                rope=rope,
-                scale=config.query_scale,
-                activation=config.activation,
+        self._theta: list[torch.Tensor] = []
+        self._rope_of: list[int] = []
+        self._add_layers()
+        self._lanes: Lanes | None = None
+        self._end: NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self._seen_table: NDArray[np.int32] | None = None
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    def _pack_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Pack every weight; norm vectors are kept as they are."""
+        pending: dict[str, torch.Tensor] = {}
+        before = ""
+        output_product = self._native if self._product == "w8a8" else self._product
+        for name, tensor in tensors:
+            if name in ("embed", "lm_head"):
+                self._packed[name] = PackedWeight(tensor.contiguous(), output_product)
+                continue
+            if name.endswith("norm"):
+                self._norms[name] = tensor
+                continue
+            layer = name.rpartition(".")[0] + "."
+            if layer != before:
+                self._pack_layer(before, pending)
+                before = layer
+            pending[name] = tensor
+        for index in range(self.config.num_layers):
+            self._pack_layer(f"layers.{index}.", pending)
+        assert not pending, f"unknown weights: {sorted(pending)}"
+
+    def _pack_layer(self, at: str, pending: dict[str, torch.Tensor]) -> None:
+        """Pack the products of one layer if all their parts are pending; removes them from `pending`."""
+        config = self.config
+        parts: dict[str, tuple[str, ...]] = {
+            "qkv": ("q", "k", "v"),
+            "o": ("o",),
+            "gate_up": ("gate", "up"),
+            "down": ("down",),
+        }
+        biases = {"qkv": config.attention_bias, "o": config.output_bias}
+        needed = [n for names in parts.values() for n in names]
+        needed += [f"{n}_bias" for product, there in biases.items() if there for n in parts[product]]
+        if any(at + name not in pending for name in needed):
+            return
+        for product, names in parts.items():
+            weight = torch.cat([pending.pop(at + n) for n in names])
+            bias = torch.cat([pending.pop(f"{at}{n}_bias").float() for n in names]) if biases.get(product) else None
+            self._packed[at + product] = PackedWeight(weight, self._product, gated=product == "gate_up", bias=bias)
+
+    def _add_layers(self) -> None:
+        config = self.config
+        ropes: list[RopeConfig] = []  # the distinct ones; a model has one or two
+        offsets = config.kv_spec(BLOCK_SLOTS, "fp32").lane_offset
+        heads, lanes, width = config.num_heads, config.num_kv_heads, config.head_dim
+        for index, layer in enumerate(config.layers):
+            at = f"layers.{index}."
+            rope = -1
+            if layer.rope is not None:
+                if layer.rope not in ropes:
+                    ropes.append(layer.rope)
+                    self._theta.append(inverse_frequencies(layer.rope, width))
+                    self._decoder.add_rope(self._theta[-1])
+                rope = ropes.index(layer.rope)
+            self._rope_of.append(rope)
+            self._decoder.add_layer(
+                LayerWeights(
+                    shape=LayerShape(heads, lanes, width, width, offsets[index], layer.window or 0),
+                    qkv=self._packed[at + "qkv"],
+                    o=self._packed[at + "o"],
+                    gate_up=self._packed[at + "gate_up"],
+                    down=self._packed[at + "down"],
+                    attention_norm=self._norms[at + "attn_norm"],
+                    mlp_norm=self._norms[at + "mlp_norm"],
+                    post_attention_norm=self._norms.get(at + "post_attn_norm"),
+                    post_mlp_norm=self._norms.get(at + "post_mlp_norm"),
+                    q_norm=self._norms.get(at + "q_norm"),
+                    k_norm=self._norms.get(at + "k_norm"),
+                    rope=rope,
+                    scale=config.query_scale,
+                    activation=config.activation,
+                )
             )
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
+        """Process the batch in one call of the kernels (see `Model`)."""
+        config, count = self.config, len(wanted.logit_rows)
+        lanes = self._view(batch, cache)
+        greedy = np.empty(count, np.int32)
+        logits = np.empty((count, config.vocab_size), np.float32) if wanted.logits else None
+        hidden = np.empty((batch.num_tokens, config.hidden_size), np.float32) if wanted.hidden else None
+        queries = None
+        if wanted.query_rows is not None:
+            shape = (config.num_layers, len(wanted.query_rows), config.num_heads * config.head_dim)
+            queries = np.empty(shape, np.float32)
+        self._decoder.step(
+            lanes,
+            batch.token_ids,
+            batch.positions,
+            batch.cu_seqlens_q,
+            batch.sequences,
+            wanted.logit_rows,
+            logits=logits,
+            greedy=greedy,
+            hidden=hidden,
+            query_rows=wanted.query_rows,
+            queries=queries,
+            bias=self._bias(batch, cache),
         )
-    return decoder
+        return StepOutput(
+            greedy=greedy.tolist(),
+            logits=None if logits is None else torch.from_numpy(logits),
+            hidden=None if hidden is None else torch.from_numpy(hidden),
+            queries=None
+            if queries is None
+            else torch.from_numpy(queries).view(*queries.shape[:2], config.num_heads, config.head_dim),
+        )
+
+    def _view(self, batch: AttentionBatch, cache: KVCache) -> Lanes:
+        """Return the kernels' view of the lane table, which is made again only when the table itself was."""
+        table = cache.lanes.table
+        if self._lanes is None or self._seen_table is not table:
+            self._end = np.zeros(table.shape[:2], np.int32)
+            self._lanes = Lanes(
+                cache.memory.bytes, table, cache.lanes.begin, self._end, cache.spec.block_size, cache.spec.store
+            )
+            self._seen_table = table
+        rows = batch.sequences
+        self._end[rows] = cache.lanes.begin[rows] + cache.lanes.held[rows]
+        encoded = [int(row) for row in rows if cache.lanes.segments.any_encoded(int(row))]
+        if encoded:
+            raise UnsupportedError("CPU kernels", ["lanes with encoded segments are not served by whole steps yet"])
+        return self._lanes
+
+    def _bias(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.float32] | None:
+        """Return what is added to scores [sequences, lanes, slots] where tokens were merged, None for nothing."""
+        merged = [int(row) for row in batch.sequences if int(row) in cache.lanes.log_counts]
+        if not merged:
+            return None
+        bias = np.zeros((*cache.lanes.table.shape[:2], cache.lanes.table.shape[2] * cache.spec.block_size), np.float32)
+        for row in merged:
+            values = cache.lanes.log_counts[row]
+            width = min(values.shape[1], bias.shape[2])
+            bias[row, :, :width] = values[:, :width]
+        return bias
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, vocab] float32 of normalised hidden states (see `Model`)."""
+        out = torch.empty(len(hidden), self.config.vocab_size)
+        return linear(hidden.contiguous(), self._output, out=out)
+
+    def inverse_frequencies(self, layer: int) -> torch.Tensor | None:
+        """Return theta [D / 2] of the layer's rope (see `Model`)."""
+        rope = self._rope_of[layer]
+        return None if rope < 0 else self._theta[rope]
+
+    def output_weight(self, layer: int) -> torch.Tensor:
+        """Return W_O [hidden, H * D] in float32 as the kernels see it (see `Model`)."""
+        packed = self._packed[f"layers.{layer}.o"]
+        return torch.stack([packed.row(i) for i in range(packed.shape[0])])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights (see `Model`)."""
+        norms = sum(w.numel() * w.element_size() for w in self._norms.values())
+        return norms + sum(packed.num_bytes for packed in self._packed.values())

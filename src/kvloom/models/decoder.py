@@ -62,10 +62,12 @@ class Decoder:
     ) -> torch.Tensor:
         """Return the final hidden states [T, hidden], normalised, of the batch; mutates its lanes in `cache`."""
         config = self.config
-        x = F.embedding(batch.token_ids, self.embed)
+        token_ids = torch.from_numpy(batch.token_ids).to(self.device, torch.int64)
+        positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
+        x = F.embedding(token_ids, self.embed)
         if config.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        rotations = [cos_sin(theta, batch.positions) for theta in self._theta]
+        rotations = [cos_sin(theta, positions) for theta in self._theta]
         for layer in range(config.num_layers):
             x = self._attention(layer, x, rotations, batch, cache, backend, observer)
             x = self._mlp(layer, x)

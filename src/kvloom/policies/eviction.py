@@ -54,8 +54,19 @@ class Eviction:
         """True when `observe` must be called with the queries of every layer."""
         return self.policy.needs.watches_queries
 
+    def first_watched(self, start: int, count: int) -> int | None:
+        """Return from which of the `count` tokens that begin at `start` on queries are wanted, None for none."""
+        needs = self.policy.needs
+        if not self.watches:
+            return None
+        if needs.key_mass or (needs.query_moments and start < self.prompt_tokens):
+            return 0
+        done = self.prompt_tokens if not self.policy.triggers.while_decoding else start + count
+        first = max(0, count - needs.queries)
+        return first if needs.queries and start < done else None
+
     def observe(self, layer: int, row: int, q: torch.Tensor) -> None:
-        """Take in the rotated queries q [n, H, D] of the newest n tokens of a layer, keys already in the lanes."""
+        """Take in the rotated queries q [n, H, D] of the newest n tokens of a layer, after the step."""
         if layer in self.layers:
             first = int(self.cache.lanes.seen[row]) - len(q)
             prompt_rows = min(len(q), max(0, self.prompt_tokens - first))

@@ -20,8 +20,7 @@ class Int8Store(Store):
     """Per-token symmetric int8; decodes to `dtype`."""
 
     def __init__(self, dtype: torch.dtype, memory: ArenaMemory, block_size: int) -> None:
-        super().__init__("int8", memory, block_size)
-        self.dtype = dtype
+        super().__init__("int8", dtype, memory, block_size)
         self._codes = memory.elements(torch.int8)
         self._scales = memory.elements(torch.float32)
 

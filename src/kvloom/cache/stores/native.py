@@ -17,8 +17,7 @@ class NativeStore(Store):
     """Lossless storage in bfloat16, float16 or float32."""
 
     def __init__(self, dtype: torch.dtype, memory: ArenaMemory, block_size: int) -> None:
-        super().__init__(NATIVE_STORE[str(dtype).removeprefix("torch.")], memory, block_size)
-        self.dtype = dtype
+        super().__init__(NATIVE_STORE[str(dtype).removeprefix("torch.")], dtype, memory, block_size)
         self._elements = memory.elements(dtype)
         self._scale = GRANULE_BYTES // dtype.itemsize
 

@@ -14,8 +14,10 @@ from kvloom.spec.store import STORES, StoreSpec
 class Store(ABC):
     """Encodes tokens into blocks and decodes blocks; `spec` says what that costs in bytes."""
 
-    def __init__(self, name: str, memory: ArenaMemory, block_size: int) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, memory: ArenaMemory, block_size: int) -> None:
+        """Store by the format called `name`; `dtype` is what `read` returns."""
         self.spec: StoreSpec = STORES.get(name)
+        self.dtype = dtype
         self.memory = memory
         self.block_size = block_size
 

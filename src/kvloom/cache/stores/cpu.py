@@ -1,0 +1,34 @@
+"""CPUStore: the inner layout of blocks that the CPU kernels read fastest; `kernels.cpu.slots` draws it."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvloom.cache.arena import Addresses
+from kvloom.cache.memory import ArenaMemory
+from kvloom.cache.stores.store import Store
+from kvloom.kernels import cpu
+
+
+class CPUStore(Store):
+    """Any store that the CPU kernels know, by name; decodes to `dtype`. Same bytes a block as everywhere."""
+
+    def write(self, addresses: Addresses, slots: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Encode token i into slot `slots[i]` of the block at `addresses[i]` (see `Store.write`)."""
+        cpu.write_slots(
+            self.memory.bytes, self.spec.name, self.block_size, addresses, slots, k.contiguous(), v.contiguous()
+        )
+
+    def read(self, addresses: Addresses, k_width: int, v_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K [N, P, Dk] and V [N, P, Dv] of whole blocks (see `Store.read`)."""
+        size, number = self.block_size, len(addresses)
+        k, v = cpu.read_slots(
+            self.memory.bytes,
+            self.spec.name,
+            size,
+            np.repeat(addresses, size),
+            np.tile(np.arange(size, dtype=np.int32), number),
+            (k_width, v_width),
+            self.dtype,
+        )
+        return k.view(number, size, k_width), v.view(number, size, v_width)

@@ -1,0 +1,47 @@
+"""EagerModel: the decoder run operation by operation in torch, over any attention backend."""
+
+import torch
+
+from kvloom.attention.backend import AttentionBackend
+from kvloom.attention.batch import AttentionBatch
+from kvloom.cache.kvcache import KVCache, Layout
+from kvloom.models.decoder import Decoder
+from kvloom.models.model import StepOutput, StepWanted
+
+
+class EagerModel:
+    """`Decoder` and a backend as one `Model`; the definition that faster models are compared with."""
+
+    def __init__(self, decoder: Decoder, backend: AttentionBackend) -> None:
+        self.decoder = decoder
+        self.backend = backend
+        self.name = backend.name
+        self.layout: Layout = "rows"
+        self.config = decoder.config
+        self.device = decoder.device
+        self.inverse_frequencies = decoder.inverse_frequencies
+        self.output_weight = decoder.output_weight
+        self.logits = decoder.logits
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights (see `Model`)."""
+        return self.decoder.num_bytes
+
+    def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
+        """Process the batch (see `Model`)."""
+        queries: list[torch.Tensor] = []
+        rows = wanted.query_rows
+
+        def collect(layer: int, q: torch.Tensor) -> None:
+            assert rows is not None
+            queries.append(q[torch.from_numpy(rows).to(q.device, torch.int64)])
+
+        hidden = self.decoder.forward(batch, cache, self.backend, None if rows is None else collect)
+        logits = self.decoder.logits(hidden[torch.from_numpy(wanted.logit_rows).to(hidden.device, torch.int64)])
+        return StepOutput(
+            greedy=torch.argmax(logits, dim=-1).tolist(),
+            logits=logits,
+            hidden=hidden if wanted.hidden else None,
+            queries=torch.stack(queries) if rows is not None else None,
+        )

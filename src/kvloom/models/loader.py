@@ -1,0 +1,45 @@
+"""Loading: a checkpoint's weights in the form that runs best here, or in the form that was asked for."""
+
+import importlib.util
+
+import torch
+
+from kvloom.attention.reference import ReferenceBackend
+from kvloom.errors import UnsupportedError
+from kvloom.models.checkpoint import Checkpoint
+from kvloom.models.decoder import Decoder
+from kvloom.models.eager import EagerModel
+from kvloom.models.model import Model
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    block_size: int,
+    backend: str = "auto",
+    quantization: str | None = None,
+) -> Model:
+    """Return the model of `checkpoint` in `dtype`; raises `UnsupportedError` with every reason against `backend`.
+
+    "auto" falls back to eager where the kernels cannot run the model, but never drops a quantization that is asked for.
+    """
+    reasons = cpu_reasons(checkpoint, block_size)
+    if backend == "cpu" or quantization is not None or (backend == "auto" and not reasons):
+        if backend == "eager":
+            reasons = [*reasons, "the eager backend has no quantised weights; leave out --quantization or --backend"]
+        if reasons:
+            raise UnsupportedError(f"{checkpoint.name} on the CPU kernels", reasons)
+        from kvloom.models.compiled import CompiledModel
+
+        return CompiledModel(checkpoint.config, checkpoint.tensors(dtype), dtype, quantization)
+    return EagerModel(Decoder(checkpoint.config, dict(checkpoint.tensors(dtype))), ReferenceBackend())
+
+
+def cpu_reasons(checkpoint: Checkpoint, block_size: int) -> list[str]:
+    """Return every reason why the CPU kernels cannot run this checkpoint; [] means that they can."""
+    if importlib.util.find_spec("kvloom.kernels.cpu._ext") is None:
+        return ["the CPU kernels were not built; install kvloom with a C++17 compiler at hand"]
+    from kvloom.models.compiled import unsupported
+
+    return unsupported(checkpoint.config, block_size)

@@ -1,0 +1,70 @@
+"""Model: what the engine needs of a model, however it is computed."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvloom.attention.batch import AttentionBatch
+from kvloom.cache.kvcache import KVCache, Layout
+from kvloom.models.config import DecoderConfig
+
+Rows = NDArray[np.int32]
+"""Indices of tokens in a batch."""
+
+
+@dataclass(frozen=True)
+class StepWanted:
+    """What to hand back from a step over T tokens, besides filling the lanes.
+
+    logit_rows   tokens whose next token is chosen; N of them
+    logits       their logits are wanted, not only the best token
+    hidden       all final hidden states are wanted
+    query_rows   tokens whose rotated queries are wanted in every layer; Q of them
+    """
+
+    logit_rows: Rows
+    logits: bool = True
+    hidden: bool = False
+    query_rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What `StepWanted` asked for.
+
+    greedy [N] the most likely next tokens; logits [N, vocab] float32; hidden [T, hidden], normalised; queries
+    [L, Q, H, D], rotated and unscaled.
+    """
+
+    greedy: list[int]
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+    queries: torch.Tensor | None
+
+
+class Model(Protocol):
+    """A decoder-only transformer over lanes."""
+
+    name: str
+    layout: Layout
+    config: DecoderConfig
+    device: torch.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights, tied ones once."""
+
+    def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
+        """Process the batch, whose slots exist already; mutates its lanes in `cache`."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, vocab] in float32 of normalised hidden states [N, hidden]."""
+
+    def inverse_frequencies(self, layer: int) -> torch.Tensor | None:
+        """Return theta [D / 2] of the layer's rope, None without rope."""
+
+    def output_weight(self, layer: int) -> torch.Tensor:
+        """Return the projection after attention, W_O [hidden, H * D], in float32."""
