@@ -73,6 +73,7 @@ class LLM:
         )
         checkpoint = open_checkpoint(model, revision=revision)
         self.model = checkpoint.name
+        self.generation_config = checkpoint.generation_config
         self.config = config
         self.dtype = config.resolve_dtype()
         torch_dtype = getattr(torch, self.dtype)
