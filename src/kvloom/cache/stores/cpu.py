@@ -5,7 +5,6 @@ import torch
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses
-from kvloom.cache.memory import ArenaMemory
 from kvloom.cache.stores.store import Store
 from kvloom.kernels import cpu
 
