@@ -1,0 +1,127 @@
+"""`kvloom serve [MODEL]`: the OpenAI API around one model, until a signal ends it."""
+
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from kvloom.cli.command import Command, Flag
+from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
+from kvloom.cli.prompt import choose_model
+from kvloom.cli.values import ByteCount, Text
+from kvloom.server.settings import SCHEDULING_POLICIES, ServerConfig
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(ServerConfig)}
+
+
+def _flag(name: str, help: str, section: str = "Server", **attributes: Any) -> Flag:
+    """Return the flag of one field of `ServerConfig`, with the field's default unless `attributes` has another."""
+    field = name.removeprefix("--").split("/")[0].replace("-", "_")
+    attributes.setdefault("default", _DEFAULTS[field])
+    return Flag([name], section=section, help=help, **attributes)
+
+
+SERVER_FLAGS = [
+    _flag("--host", "Address to listen on; others than loopback should have an --api-key.", type=Text()),
+    _flag("--port", "Port to listen on; 0 takes a free one.", type=int),
+    _flag("--root-path", "Path under which a proxy shows the server, e.g. /llm.", type=Text()),
+    _flag(
+        "--served-model-name",
+        "Name by which clients ask for the model; may be repeated. Without it: MODEL as given.",
+        type=Text(),
+        multiple=True,
+        default=None,
+    ),
+    _flag(
+        "--api-key",
+        "Key that clients must send; may be repeated, and KVLOOM_API_KEY may be a JSON list.",
+        type=Text(),
+        multiple=True,
+        default=None,
+    ),
+    _flag("--isolate-by-key", "Never share cached prefixes between API keys.", is_flag=True),
+    _flag(
+        "--scheduling-policy",
+        "Order of service: by arrival, or by the `priority` that requests send (lower first).",
+        type=click.Choice(SCHEDULING_POLICIES),
+    ),
+    Flag(
+        ["--generation-config"],
+        section="Server",
+        type=Text(),
+        metavar="auto|vllm|FOLDER",
+        default="auto",
+        help="Defaults of sampling: auto takes the model's generation_config.json, vllm takes none of it.",
+    ),
+    Flag(
+        ["--chat-template"],
+        section="Server",
+        type=Text(),
+        metavar="FILE|TEXT",
+        help="Jinja template of conversations in place of the model's own.",
+    ),
+    _flag(
+        "--shutdown-timeout", "Time for running answers to finish after SIGTERM.", type=float, metavar="SECONDS"
+    ),
+]
+LIMIT_FLAGS = [
+    _flag("--max-num-queued-reqs", "Most prompts that wait; more are refused with 429.", "Limits", type=int),
+    _flag("--max-concurrent-requests", "Most HTTP requests at once; more are refused with 503.", "Limits", type=int),
+    _flag("--max-body-bytes", "Largest body of a request.", "Limits", type=ByteCount(), metavar="BYTES"),
+    _flag("--max-sequences-per-request", "Most prompts times answers of one request.", "Limits", type=int),
+    _flag("--max-logprobs", "Most log-probabilities a token.", "Limits", type=int),
+    _flag(
+        "--client-timeout",
+        "Cut off a client that sends or takes nothing for so long.",
+        "Limits",
+        type=float,
+        metavar="SECONDS",
+    ),
+]
+LOG_FLAGS = [
+    _flag("--enable-log-requests", "Log the options of each request; never its text.", "Logs", is_flag=True),
+    _flag("--disable-log-stats", "Do not log the load every ten seconds.", "Logs", is_flag=True),
+    _flag(
+        "--otlp-traces-endpoint",
+        "Send OpenTelemetry traces there (OTLP over HTTP); needs kvloom[otel].",
+        "Logs",
+        type=Text(),
+        metavar="URL",
+    ),
+]
+
+
+def run(
+    argument: str | None, model: str, generation_config: str, chat_template: str | None, **values: Any
+) -> None:
+    """Check the flags, load the model and serve it; raises `KvloomError`."""
+    name = choose_model(click.get_current_context(), argument, model)
+    names = {entry.name for entry in fields(ServerConfig)}
+    given = {key: value for key, value in values.items() if key in names and value is not None}
+    for several in ("served_model_name", "api_key"):
+        given[several] = tuple(given.get(several, ()))
+    config = ServerConfig(**given)
+
+    from kvloom.server.serve import serve as serve_model
+
+    options = engine_arguments(values)
+    serve_model(name, config, options, generation_config=generation_config, chat_template=chat_template)
+
+
+serve = Command(
+    "serve",
+    callback=run,
+    short_help="Answer OpenAI clients.",
+    help="""Serve MODEL (default: the catalogue's smollm2, fetched on first use) behind OpenAI's API at
+    http://HOST:PORT/v1, with streaming, log-probabilities, token-id prompts and figures at /metrics.
+
+    Admission is by bytes of KV cache: what can never fit is refused, what cannot fit now waits.""",
+    params=[
+        click.Argument(["argument"], required=False, metavar="[MODEL]"),
+        MODEL_FLAG,
+        *ENGINE_FLAGS,
+        *SERVER_FLAGS,
+        *LIMIT_FLAGS,
+        *LOG_FLAGS,
+    ],
+)

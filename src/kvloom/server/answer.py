@@ -1,0 +1,50 @@
+"""What the engine's thread tells the event loop about a request: growing answers, and how it ended."""
+
+from dataclasses import dataclass, field
+
+from kvloom.engine.output import KVUsage
+from kvloom.engine.request import Logprob
+from kvloom.server.refusal import Refusal
+
+
+@dataclass
+class Delta:
+    """What one answer gained since the last delta."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, later: "Delta") -> None:
+        """Append a later delta of the same answer; mutates self."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason or self.finish_reason
+        self.stop_reason = later.stop_reason if later.stop_reason is not None else self.stop_reason
+
+
+@dataclass
+class Update:
+    """News of request number `place` of a body: deltas by answer, its KV cache so far, whether it ended, or why not."""
+
+    place: int
+    deltas: dict[int, Delta] = field(default_factory=dict)
+    kv: KVUsage | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    ended: bool = False
+    error: Refusal | None = None
+
+    def add(self, later: "Update") -> None:
+        """Merge later news of the same request; mutates self."""
+        for index, delta in later.deltas.items():
+            if index in self.deltas:
+                self.deltas[index].add(delta)
+            else:
+                self.deltas[index] = delta
+        self.kv = later.kv or self.kv
+        self.prompt_logprobs = later.prompt_logprobs or self.prompt_logprobs
+        self.ended |= later.ended
+        self.error = later.error or self.error

@@ -1,0 +1,278 @@
+"""/v1/chat/completions: conversations through the model's chat template, with tools where it has them."""
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from kvloom.engine.params import SamplingParams
+from kvloom.server.answer import Delta
+from kvloom.server.completions import FIRST_NEWS_PATIENCE, adopt
+from kvloom.server.eventstream import EventStream, event, primed
+from kvloom.server.exchange import Context, context_of, json_response, read_json, unless_gone
+from kvloom.server.fields import CHAT, Body, read_body
+from kvloom.server.logprobs import LogprobFormat
+from kvloom.server.refusal import bad_field
+from kvloom.server.service import Service
+from kvloom.server.ticket import Ticket
+from kvloom.server.tools import ToolCallReader, offered_tools
+from kvloom.server.usage import Usage
+
+OWN_VARIABLES = ("messages", "tools", "documents", "self", "bos_token", "eos_token")
+"""Variables of a template that chat_template_kwargs may not set."""
+
+
+@dataclass
+class Message:
+    """One answer as it is put together."""
+
+    reader: ToolCallReader | None
+    content: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    begun: bool = False
+
+    def take(self, delta: Delta) -> None:
+        """Hold what `delta` alone brings, as content and calls; mutates self."""
+        self.token_ids, self.logprobs = delta.token_ids, delta.logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if self.reader is None:
+            self.content, self.calls = delta.text, []
+            return
+        self.content, self.calls = self.reader.read(delta.text, delta.finish_reason is not None)
+        if self.finish_reason == "stop" and self.reader.calls:
+            self.finish_reason = "tool_calls"
+
+
+class ChatJob:
+    """One body of /v1/chat/completions, from its fields to the choices of the answer."""
+
+    def __init__(self, service: Service, context: Context, body: Body) -> None:
+        self.service = service
+        self.context = context
+        self.body = body
+        self.model = service.check_model(body)
+        self.created = int(time.time())
+        self.n: int = body.get("n", 1)
+        self.stream = bool(body.get("stream", False))
+        self.show_ids = bool(body.get("return_token_ids", False))
+        self.tools = offered_tools(body, service.tokenizer.chat_template)
+        self.logprobs = self._num_logprobs()
+        self.params = self._params()
+        self.names = LogprobFormat(
+            service.tokenizer,
+            count=self.logprobs or 0,
+            as_ids=bool(body.get("return_tokens_as_token_ids", False)),
+            skip_special=self.params.skip_special_tokens,
+        )
+
+    def _num_logprobs(self) -> int | None:
+        wanted = bool(self.body.get("logprobs", False))
+        if "top_logprobs" in self.body and not wanted and self.body.get("top_logprobs"):
+            raise bad_field("top_logprobs", "top_logprobs needs logprobs=true")
+        return int(self.body.get("top_logprobs", 0)) if wanted else None
+
+    def _params(self) -> SamplingParams:
+        kind = self.body.get("response_format", {}).get("type", "text")
+        if kind != "text":
+            raise bad_field("response_format", f"response_format {kind!r} is not supported: answers follow no schema")
+        max_tokens = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
+        if max_tokens == 0:
+            raise bad_field("max_tokens", "max_tokens is 0; ask for at least 1 token")
+        return self.service.limits.params(self.body, n=self.n, max_tokens=max_tokens, logprobs=self.logprobs)
+
+    # ---- the prompt -----------------------------------------------------------------------------------------------
+
+    async def tickets(self) -> list[Ticket]:
+        """Return the checked ticket of the conversation; template and tokenisation run in the pool."""
+        self.service.check_open(1)
+        ids = await self.service.offload(self._encoded)
+        return self.service.tickets(self.context, self.body, [(ids, None)], self.params)
+
+    def _encoded(self) -> list[int]:
+        """Return the conversation's token ids, checked against the model; for a thread of the pool."""
+        ids = self.service.truncated(conversation_ids(self.service, self.body, self.tools), self.body, self.params)
+        if not ids:
+            raise bad_field("messages", "the conversation comes to no token at all")
+        self.service.check_prompt(ids, self.params, self.body)
+        return ids
+
+    # ---- the answer -----------------------------------------------------------------------------------------------
+
+    def _message(self) -> Message:
+        only_first = self.body.get("parallel_tool_calls") is False
+        return Message(ToolCallReader(only_first) if self.tools is not None else None)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        name = f"chatcmpl-{self.context.request_id}"
+        return {"id": name, "object": kind, "created": self.created, "model": self.model}
+
+    def _note(self, usage: Usage, reasons: set[str]) -> None:
+        self.context.facts.update(
+            prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, finish_reasons=sorted(reasons)
+        )
+
+    async def answer(self, tickets: list[Ticket]) -> dict[str, Any]:
+        """Run the conversation to its end and return the whole body."""
+        (ticket,) = tickets
+        usage = self.service.usage(tickets)
+        whole = [Delta() for _ in range(self.n)]
+        prompt = None
+        feed = self.service.submit(tickets)
+        try:
+            async for updates in feed:
+                for update in updates:
+                    usage.count(update)
+                    prompt = update.prompt_logprobs or prompt
+                    for index, delta in update.deltas.items():
+                        whole[index].add(delta)
+        finally:
+            self.service.release(tickets)
+        choices = []
+        for index, delta in enumerate(whole):
+            message = self._message()
+            message.take(delta)
+            choices.append(self._choice(index, message))
+        self._note(usage, {str(choice["finish_reason"]) for choice in choices})
+        extra: dict[str, Any] = {}
+        if prompt is not None:
+            extra["prompt_logprobs"] = self.names.prompt(prompt)
+        if self.show_ids:
+            extra["prompt_token_ids"] = ticket.prompt_token_ids
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage.body(), **extra}
+
+    def _choice(self, index: int, message: Message) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
+        if message.calls:
+            said["content"] = message.content or None
+            said["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in message.calls]
+        return {"index": index, "message": said, **self._ending(message)}
+
+    def _ending(self, message: Message) -> dict[str, Any]:
+        shown = None if self.logprobs is None else self.names.chat(message.token_ids, message.logprobs)
+        body = {"logprobs": shown, "finish_reason": message.finish_reason, "stop_reason": message.stop_reason}
+        return {**body, "token_ids": message.token_ids} if self.show_ids else body
+
+    # ---- streaming ------------------------------------------------------------------------------------------------
+
+    async def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
+        """Yield the answer event by event; closing the generator aborts what is left."""
+        options = self.body.get("stream_options", {})
+        with_usage = bool(options.get("include_usage", False))
+        live_usage = bool(options.get("continuous_usage_stats", False))
+        usage = self.service.usage(tickets)
+        messages = [self._message() for _ in range(self.n)]
+        head = self._head("chat.completion.chunk")
+        feed = self.service.submit(tickets)
+        reasons: set[str] = set()
+        try:
+            async for updates in feed:
+                for update in updates:
+                    usage.count(update)
+                    for index, delta in update.deltas.items():
+                        messages[index].take(delta)
+                        if delta.finish_reason is not None:
+                            reasons.add(delta.finish_reason)
+                        for body in self._chunks(index, messages[index]):
+                            extra = {"usage": usage.body() if live_usage else None} if with_usage else {}
+                            yield event({**head, "choices": [body], **extra})
+        finally:
+            self.service.release(tickets)
+            self._note(usage, reasons)
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage.body()})
+
+    def _chunks(self, index: int, message: Message) -> list[dict[str, Any]]:
+        """Return the choices of the next events: who speaks, what is said, and how it ended."""
+        bodies: list[dict[str, Any]] = []
+        if not message.begun:
+            message.begun = True
+            role = {"role": "assistant", "content": ""}
+            bodies.append({"index": index, "delta": role, "logprobs": None, "finish_reason": None})
+        delta: dict[str, Any] = {"content": message.content} if message.content or not message.calls else {}
+        if message.calls:
+            delta["tool_calls"] = message.calls
+        shown = message.content or message.calls or message.finish_reason or self.logprobs is not None or self.show_ids
+        if shown:
+            bodies.append({"index": index, "delta": delta, **self._ending(message)})
+        return bodies
+
+
+def conversation_ids(service: Service, body: Body, tools: list[dict[str, Any]] | None) -> list[int]:
+    """Return the token ids of a body's conversation; raises `Refusal` and `ChatTemplateError`. For any thread."""
+    messages = [_plain(message, number) for number, message in enumerate(body.get("messages"))]
+    options = dict(body.get("chat_template_kwargs", {}))
+    by_default = options.pop("add_generation_prompt", not body.get("continue_final_message"))
+    begin = body.get("add_generation_prompt", by_default)
+    for name in options:
+        if name in OWN_VARIABLES:
+            raise bad_field("chat_template_kwargs", f"chat_template_kwargs may not set {name!r}")
+    if tools is not None:
+        options["tools"] = tools
+    for name in ("documents", "reasoning_effort"):
+        if name in body:
+            if name not in (service.tokenizer.chat_template or ""):
+                raise bad_field(name, f"{name} has no place in this model's chat template; leave it out")
+            options[name] = body.get(name)
+    if not body.get("continue_final_message", False):
+        return service.tokenizer.encode_chat(messages, bool(begin), **options)
+    if begin:
+        raise bad_field("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
+    text = service.tokenizer.apply_chat_template(messages, False, **options)
+    final = str(messages[-1].get("content") or "").strip()
+    place = text.rfind(final)
+    if not final or place < 0:
+        raise bad_field("continue_final_message", "the last message has no text in the prompt to go on from")
+    return service.tokenizer.encode(text[: place + len(final)], add_special_tokens=False)
+
+
+def _plain(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return a message whose content is one string; raises `Refusal` for parts that are not text.
+
+    Arguments of earlier tool calls become objects, which is what templates expect.
+    """
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = str(part.get("type"))[:40]
+                raise bad_field("messages", f"message {number} has a part of type {kind!r}; only text is supported")
+        plain["content"] = "".join(part["text"] for part in content)
+    elif content is None:
+        plain["content"] = ""
+    calls = plain.get("tool_calls")
+    if isinstance(calls, list):
+        plain["tool_calls"] = [_readable(call) for call in calls]
+    return plain
+
+
+def _readable(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (ValueError, RecursionError):
+        return call
+
+
+async def respond(request: Request, service: Service) -> ASGIApp:
+    """Answer POST /v1/chat/completions."""
+    context = context_of(request)
+    config = service.config
+    body = read_body(await read_json(request, config.max_body_bytes, config.client_timeout), CHAT)
+    adopt(context, body, config)
+    job = ChatJob(service, context, body)
+    tickets = await unless_gone(request.receive, job.tickets())
+    if job.stream:
+        events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
+        return EventStream(events, config.client_timeout)
+    return json_response(await unless_gone(request.receive, job.answer(tickets)))

@@ -1,0 +1,54 @@
+"""EngineStats: a snapshot of the engine's counters and the cache's bytes, made by the engine's thread for others."""
+
+from dataclasses import dataclass
+
+from kvloom.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and what is in use now. `kv_bytes_in_use` are held by requests, `_cached` only by
+    the prefix index, `_stranded` by partly filled slabs."""
+
+    running: int
+    waiting: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    step_seconds: float
+    kv_bytes: int
+    kv_bytes_in_use: int
+    kv_bytes_cached: int
+    kv_bytes_peak: int
+    kv_bytes_stranded: int
+    store: str
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the arena that requests hold, 0 to 1."""
+        return self.kv_bytes_in_use / self.kv_bytes
+
+
+def read_stats(engine: Engine) -> EngineStats:
+    """Return a snapshot; only for the thread that runs the engine."""
+    scheduler, cache = engine.scheduler, engine.cache
+    return EngineStats(
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        preemptions=scheduler.num_preemptions,
+        prefix_queries=scheduler.prefix_queries,
+        prefix_hits=scheduler.prefix_hits,
+        prompt_tokens=engine.num_prompt_tokens,
+        generation_tokens=engine.num_generated_tokens,
+        steps=engine.num_steps,
+        step_seconds=engine.step_seconds,
+        kv_bytes=cache.arena.num_bytes,
+        kv_bytes_in_use=cache.bytes_in_use,
+        kv_bytes_cached=cache.index.idle_bytes,
+        kv_bytes_peak=cache.arena.peak_bytes,
+        kv_bytes_stranded=cache.arena.stranded_bytes,
+        store=cache.spec.store,
+    )

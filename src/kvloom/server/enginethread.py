@@ -1,0 +1,262 @@
+"""EngineThread: the only thread that touches the engine. Commands come in by a queue, news leaves once a step."""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from kvloom.engine.engine import Engine
+from kvloom.engine.params import SamplingParams
+from kvloom.errors import KvloomError
+from kvloom.server.answer import Update
+from kvloom.server.enginestats import EngineStats, read_stats
+from kvloom.server.metrics import ServerMetrics
+from kvloom.server.refusal import Refusal, refusal_of
+from kvloom.server.ticket import Ledger, Ticket
+
+logger = logging.getLogger("kvloom.engine")
+
+STATS_INTERVAL = 0.5
+"""Seconds between two counts of the cache's bytes while the engine is busy; it also counts when it goes idle."""
+
+FAILURES_BEFORE_PROBE = 3
+MAX_IDLE_STEPS = 100
+
+DEAD = "the engine has stopped after an error; restart the server"
+
+
+@dataclass(frozen=True)
+class _Mail:
+    """News for one feed."""
+
+    ticket: Ticket
+    update: Update
+
+
+class EngineThread:
+    """Runs `Engine.step` while there is work. All methods may be called from any thread; none waits for a step.
+
+    A step that fails fails its requests (500). When three steps in a row fail, everything is failed and one token is
+    generated as a probe; if that fails too, or the cache's books no longer agree, the engine is dead and
+    `alive` is False for good.
+    """
+
+    def __init__(self, engine: Engine, metrics: ServerMetrics) -> None:
+        self.engine = engine
+        self.metrics = metrics
+        self.alive = True
+        self.error: BaseException | None = None
+        self.stats: EngineStats = read_stats(engine)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ledgers: dict[str, Ledger] = {}
+        self._mail: list[_Mail] = []
+        self._failures = 0
+        self._idle_steps = 0
+        self._counted = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- for other threads ----------------------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to run; news is delivered on `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the current step; what still runs is aborted. Waits for the thread."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Hand over the prompts of one body; raises `Refusal` 503 when the engine is dead."""
+        if not self.alive:
+            raise Refusal(503, DEAD, code="engine_dead")
+        self._commands.put(lambda: self._admit(tickets))
+
+    def abort(self, tickets: Sequence[Ticket]) -> None:
+        """End what is left of `tickets` before the next step begins; their blocks are free then."""
+        self._commands.put(lambda: self._abort(tickets))
+
+    def fail_all(self, refusal: Refusal) -> None:
+        """End everything that runs or waits, before the next step, with `refusal`."""
+        self._commands.put(lambda: self._fail(list(self._ledgers.values()), refusal, "abort"))
+
+    def call(self, function: Callable[[Engine], Any]) -> "Future[Any]":
+        """Run `function` between two steps and return its future result."""
+        done: Future[Any] = Future()
+        if not self.alive:
+            done.set_exception(Refusal(503, DEAD, code="engine_dead"))
+            return done
+
+        def command() -> None:
+            try:
+                done.set_result(function(self.engine))
+            except Exception as error:
+                done.set_exception(error)
+
+        self._commands.put(command)
+        return done
+
+    # ---- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self.engine.has_work:
+                    self._step()
+                self._count()
+                self._post()
+            for request_id in list(self._ledgers):
+                self.engine.abort(request_id)
+        except BaseException as error:
+            self._die(error)
+
+    def _take_commands(self) -> bool:
+        """Carry out what is queued, waiting for a first command when there is nothing else to do; False to end."""
+        if not self.engine.has_work:
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _admit(self, tickets: Sequence[Ticket]) -> None:
+        """Queue all of `tickets` in the engine, or none and report why."""
+        if not self.alive:
+            self._tell(tickets[0], self._obituary(tickets[0]))
+            return
+        added: list[Ticket] = []
+        for ticket in tickets:
+            try:
+                ticket.request = self.engine.add(
+                    ticket.prompt_token_ids,
+                    ticket.params,
+                    request_id=ticket.request_id,
+                    prompt=ticket.prompt,
+                    priority=ticket.priority,
+                    cache_salt=ticket.cache_salt,
+                    kv_policy=ticket.kv_policy,
+                )
+            except KvloomError as error:
+                self._abort(added)
+                self._tell(ticket, Update(ticket.place, error=refusal_of(error)))
+                return
+            ticket.request.timing.arrived = ticket.arrived
+            self._ledgers[ticket.request_id] = Ledger(ticket, ticket.request)
+            added.append(ticket)
+
+    def _abort(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            ledger = self._ledgers.get(ticket.request_id)
+            if ledger is not None and ledger.ticket is ticket:
+                del self._ledgers[ticket.request_id]
+                self.engine.abort(ticket.request_id)
+                self.metrics.ended(ledger.request, "abort", self.engine.kv_usage(ledger.request))
+
+    def _step(self) -> None:
+        steps = self.engine.num_steps
+        try:
+            progressed = self.engine.step()
+        except Exception as error:
+            self._fail_step(error)
+            return
+        self._failures = 0
+        self._idle_steps = 0 if self.engine.num_steps > steps else self._idle_steps + 1
+        if self._idle_steps > MAX_IDLE_STEPS:
+            raise AssertionError(f"the engine has work and did none of it in {MAX_IDLE_STEPS} steps")
+        self.metrics.stepped(self.engine.last_step)
+        now = time.monotonic()
+        for request in progressed:
+            ledger = self._ledgers.get(request.request_id)
+            if ledger is None:
+                continue
+            self.metrics.progressed(ledger, now)
+            if request.finished:
+                del self._ledgers[request.request_id]
+                self._tell(ledger.ticket, ledger.update(self.engine, ended=True))
+                reason = request.sequences[0].finish_reason or "stop"
+                self.metrics.ended(request, reason, self.engine.kv_usage(request))
+            elif ledger.ticket.streaming:
+                self._tell(ledger.ticket, ledger.update(self.engine, ended=False))
+
+    def _fail_step(self, error: Exception) -> None:
+        """Fail the requests that the engine aborted, and find out whether it can go on."""
+        self._failures += 1
+        gone = [ledger for name, ledger in self._ledgers.items() if name not in self.engine.requests]
+        logger.error("a step failed; %d requests are lost", len(gone), exc_info=error)
+        if not gone or self._failures >= FAILURES_BEFORE_PROBE:
+            gone = list(self._ledgers.values())
+        message = f"the engine failed while it ran this request ({type(error).__name__})"
+        self._fail(gone, Refusal(500, message, code="step_failed"), "error")
+        self.engine.cache.check_invariants()
+        if self._failures >= FAILURES_BEFORE_PROBE:
+            self._probe()
+            self._failures = 0
+
+    def _fail(self, ledgers: list[Ledger], refusal: Refusal, reason: str) -> None:
+        for ledger in ledgers:
+            self.engine.abort(ledger.ticket.request_id)
+            del self._ledgers[ledger.ticket.request_id]
+            self._tell(ledger.ticket, Update(ledger.ticket.place, error=refusal))
+            self.metrics.ended(ledger.request, reason, self.engine.kv_usage(ledger.request))
+
+    def _probe(self) -> None:
+        """Generate one token; raises whatever the engine raises."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        request = self.engine.add([0], params, request_id="probe")
+        while not request.finished:
+            self.engine.step()
+
+    def _die(self, error: BaseException) -> None:
+        self.error = error
+        self.alive = False
+        logger.critical("the engine is dead", exc_info=error)
+        for ledger in self._ledgers.values():
+            self._tell(ledger.ticket, self._obituary(ledger.ticket))
+        self._ledgers.clear()
+        self._post()
+        while True:  # commands that were queued before `alive` fell, and any that raced with it
+            command = self._commands.get()
+            if command is None:
+                return
+            command()
+            self._post()
+
+    def _obituary(self, ticket: Ticket) -> Update:
+        return Update(ticket.place, error=Refusal(503, DEAD, code="engine_dead"))
+
+    # ---- news -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, ticket: Ticket, update: Update) -> None:
+        self._mail.append(_Mail(ticket, update))
+
+    def _post(self) -> None:
+        """Deliver the news of this round on the event loop, in one call."""
+        if self._mail and self._loop is not None and not self._loop.is_closed():
+            mail, self._mail = self._mail, []
+            self._loop.call_soon_threadsafe(_deliver, mail)
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        if now - self._counted >= STATS_INTERVAL or not self.engine.has_work:
+            self._counted = now
+            self.stats = read_stats(self.engine)
+
+
+def _deliver(mail: list[_Mail]) -> None:
+    for item in mail:
+        item.ticket.feed.put(item.update)

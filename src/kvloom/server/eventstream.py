@@ -1,0 +1,118 @@
+"""EventStream: a response of server-sent events that ends when the client leaves or stops reading."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from kvloom.server.exchange import ClientGoneError, encode_json
+from kvloom.server.refusal import Refusal
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": waiting\n\n"
+PIECES = 6
+
+
+def event(value: Any) -> bytes:
+    """Return one event that carries `value` as JSON."""
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+class EventStream:
+    """An ASGI response that sends `events` as they come; a refusal among them becomes an error event.
+
+    A client that takes nothing for `patience` seconds is cut off. However it ends, `events` is closed.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], patience: float) -> None:
+        self._events = events
+        self._patience = patience
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything; raises `ClientGoneError` when the client left or stalled."""
+        pump = asyncio.ensure_future(self._pump(send))
+        leaving = asyncio.ensure_future(_departure(receive))
+        try:
+            await asyncio.wait({pump, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not pump.done():
+                raise ClientGoneError
+            pump.result()
+        finally:
+            leaving.cancel()
+            if not pump.done():
+                pump.cancel()
+                await asyncio.gather(pump, return_exceptions=True)
+            await self._events.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for chunk in self._events:
+                await self._send(send, chunk)
+        except Refusal as refusal:
+            await self._send(send, event(refusal.body()))
+        await self._send(send, DONE, last=True)
+
+    async def _send(self, send: Send, chunk: bytes, last: bool = False) -> None:
+        """Send one chunk; patience is counted in pieces, so that a pause of this process costs at most one."""
+        task = asyncio.ensure_future(_call(send, {"type": "http.response.body", "body": chunk, "more_body": not last}))
+        try:
+            for _ in range(PIECES):
+                done, _pending = await asyncio.wait({task}, timeout=self._patience / PIECES)
+                if done:
+                    return task.result()
+            raise ClientGoneError
+        finally:
+            task.cancel()
+
+
+async def _call(send: Send, message: dict[str, Any]) -> None:
+    await send(message)
+
+
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def primed(events: AsyncGenerator[bytes, None], patience: float) -> AsyncGenerator[bytes, None]:
+    """Wait for the first of `events` and return a generator that yields all of them.
+
+    What goes wrong before the first event is raised here and so becomes a status; after `patience` seconds the answer
+    begins with comments that keep the connection open.
+    """
+    first = asyncio.ensure_future(anext(events))
+    try:
+        await asyncio.wait({first}, timeout=patience)
+    except asyncio.CancelledError:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await events.aclose()
+        raise
+    if first.done() and first.exception() is not None:
+        raise first.exception() or AssertionError
+    return _all(first, events, patience)
+
+
+async def _all(
+    first: "asyncio.Future[bytes]", events: AsyncIterator[bytes], patience: float
+) -> AsyncGenerator[bytes, None]:
+    try:
+        while not first.done():
+            yield KEEP_ALIVE
+            await asyncio.wait({first}, timeout=patience)
+        yield first.result()
+        async for chunk in events:
+            yield chunk
+    finally:
+        if not first.done():
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()

@@ -1,0 +1,149 @@
+"""One HTTP exchange: its context, reading the body within limits, JSON out, and noticing that the client has left."""
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope
+
+from kvloom.server.refusal import Refusal
+
+T = TypeVar("T")
+
+DRAIN_FACTOR = 8
+"""A body beyond the limit is read and thrown away up to this multiple, so that the client hears the answer."""
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+@dataclass
+class Context:
+    """What is known about an exchange: for the log, the headers of the reply and the engine.
+
+    `key_digest` identifies the API key, empty without keys; `facts` are added to the log line.
+    """
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    key_digest: str = ""
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    error_code: str | None = None
+
+
+def context_of(request: Request) -> Context:
+    """Return the context that the outermost layer gave this exchange."""
+    context: Context = request.scope["kvloom.context"]
+    return context
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path of an exchange below the root path of the server."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+async def read_json(request: Request, max_bytes: int, patience: float) -> Any:
+    """Return the JSON body; raises `Refusal` for a wrong type, a body too large or too slow, and what is not JSON."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        got = f"not {kind[:80]!r}" if kind else "which it does not say"
+        raise Refusal(415, f"the body must be application/json, {got}; set the Content-Type header")
+    raw = await _read_limited(request, max_bytes, patience)
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body is not UTF-8 at byte {error.start}", code="invalid_json") from None
+    except RecursionError:
+        raise Refusal(400, "the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+async def _read_limited(request: Request, max_bytes: int, patience: float) -> bytes:
+    declared = request.headers.get("content-length", "")
+    too_large = declared.isdigit() and int(declared) > max_bytes
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message: Message = await _within(request.receive(), patience)
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        too_large |= size > max_bytes
+        if too_large:
+            chunks.clear()
+        else:
+            chunks.append(chunk)
+        if not message.get("more_body", False) or size > DRAIN_FACTOR * max_bytes:
+            break
+    if too_large:
+        text = f"the body is larger than {max_bytes} bytes; send less or raise --max-body-bytes"
+        raise Refusal(413, text, code="body_too_large")
+    return b"".join(chunks)
+
+
+async def _within(coroutine: Coroutine[Any, Any, T] | Any, patience: float) -> T:
+    """Return what `coroutine` returns; `Refusal` 408 after `patience` seconds, counted in pieces.
+
+    Pieces, so that a pause of the whole process costs a client no more than one of them.
+    """
+    task = asyncio.ensure_future(coroutine)
+    try:
+        for _ in range(4):
+            done, _pending = await asyncio.wait({task}, timeout=patience / 4)
+            if done:
+                result: T = task.result()
+                return result
+        raise Refusal(408, f"nothing came from the client for {patience:g} s", headers={"Connection": "close"})
+    finally:
+        task.cancel()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns; when the client leaves first, cancel it and raise `ClientGoneError`.
+
+    The body must have been read.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_departure(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        leaving.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def encode_json(value: Any) -> bytes:
+    """Return compact JSON in UTF-8; half surrogate pairs are escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return `value` as a JSON response."""
+    return Response(encode_json(value), status, headers, media_type="application/json")

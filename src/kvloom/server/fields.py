@@ -1,0 +1,263 @@
+"""Fields of the request bodies: one table from which they are checked, warned about, refused and documented."""
+
+import enum
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvloom.engine.params import MAX_LOGPROBS, MAX_STOP_STRINGS
+from kvloom.registry import nearest
+from kvloom.server.refusal import Refusal, bad_field
+from kvloom.server.values import (
+    AnyOf,
+    Anything,
+    Boolean,
+    Integer,
+    Kind,
+    ListOf,
+    Number,
+    Object,
+    Text,
+    TokenIds,
+)
+
+MAX_N = 256
+MAX_STOP_CHARS = 1024
+MAX_NAME_CHARS = 256
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
+MAX_LOGIT_BIASES = 1024
+MAX_WARNINGS = 16
+
+
+class Effect(enum.Enum):
+    """What becomes of a field that kvloom knows."""
+
+    USED = "used"
+    NONE = "none"  # informational for others; cannot change the answer
+    WARNED = "warned"  # a wish that is not followed and does not change the answer
+    REFUSED = "refused"  # would change the answer and is not supported
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a body; `neutral` values of a refused field ask for nothing and pass."""
+
+    name: str
+    kind: Kind
+    doc: str
+    effect: Effect = Effect.USED
+    neutral: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Body:
+    """The checked fields of a request, without those that were null, and the warnings about them."""
+
+    values: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the field's value, or `default` when it was absent or null."""
+        return self.values.get(name, default)
+
+
+def _table(*fields: Field) -> dict[str, Field]:
+    return {entry.name: entry for entry in fields}
+
+
+def _none(name: str, doc: str) -> Field:
+    return Field(name, Anything(), doc, Effect.NONE)
+
+
+def _warned(name: str, doc: str) -> Field:
+    return Field(name, Anything(), doc, Effect.WARNED)
+
+
+def _refused(name: str, doc: str, *neutral: Any) -> Field:
+    return Field(name, Anything(), doc, Effect.REFUSED, neutral)
+
+
+STREAM_OPTIONS = Object({"include_usage": Boolean(), "continuous_usage_stats": Boolean()})
+
+MESSAGE = Object(
+    {
+        "role": Text(least=1, most=64),
+        "content": AnyOf((Text(), ListOf(Object({"type": Text(), "text": Text()}, required=("type",))))),
+    },
+    required=("role",),
+)
+
+SAMPLING = _table(
+    Field("model", Text(most=MAX_NAME_CHARS), "A served model name; the first one when absent."),
+    Field("n", Integer(1, MAX_N), "Answers to each prompt; the prompt is computed once."),
+    Field("temperature", Number(0.0, 100.0), "0 takes the likeliest token."),
+    Field("top_p", Number(0.0, 1.0), "Sample among the likeliest tokens that together have this probability."),
+    Field("top_k", Integer(-1), "Sample among the K likeliest tokens; 0 and -1 are all."),
+    Field("min_p", Number(0.0, 1.0), "Sample among tokens with this share of the best one's probability."),
+    Field("seed", Integer(), "Makes sampling repeatable."),
+    Field("max_tokens", Integer(0), "Most tokens of one answer."),
+    Field("min_tokens", Integer(0), "No end of sequence and no stop before so many tokens."),
+    Field(
+        "stop",
+        AnyOf((Text(MAX_STOP_CHARS, 1), ListOf(Text(MAX_STOP_CHARS, 1), MAX_STOP_STRINGS))),
+        "End the answer before any of these texts.",
+    ),
+    Field("stop_token_ids", ListOf(Integer(0), 1024), "End the answer at any of these tokens."),
+    Field("include_stop_str_in_output", Boolean(), "Keep the stop text in the answer."),
+    Field("ignore_eos", Boolean(), "Go on past the model's end of sequence."),
+    Field("presence_penalty", Number(-2.0, 2.0), "Subtracted from tokens that the answer has already."),
+    Field("frequency_penalty", Number(-2.0, 2.0), "Subtracted once per earlier use in the answer."),
+    Field("repetition_penalty", Number(0.01, 100.0), "Divides the score of tokens in prompt or answer."),
+    Field("logit_bias", Object(), "Added to the scores of tokens, by token id."),
+    Field("skip_special_tokens", Boolean(), "Leave control tokens out of the text."),
+    Field("prompt_logprobs", Integer(0, MAX_LOGPROBS), "Log-probabilities of the prompt's tokens and of the K best."),
+    Field("stream", Boolean(), "Send the answer as server-sent events while it grows."),
+    Field("stream_options", STREAM_OPTIONS, "`include_usage` adds a last event with the usage."),
+    Field("return_token_ids", Boolean(), "Add `prompt_token_ids` and `token_ids` to the answer."),
+    Field("return_tokens_as_token_ids", Boolean(), "Name tokens `token_id:N` in log-probabilities."),
+    Field("truncate_prompt_tokens", Integer(-1), "Keep only the last K tokens of a prompt; -1: what the model takes."),
+    Field("cache_salt", Text(MAX_NAME_CHARS), "Shares cached prefixes only with requests of the same salt."),
+    Field("priority", Integer(-(2**31), 2**31), "Lower runs earlier, with --scheduling-policy priority."),
+    Field("request_id", Text(128, 1), "The id of this request in the logs and in the answer's id."),
+    Field("kv_policy", Text(MAX_NAME_CHARS), "What the KV cache forgets or stores in fewer bits."),
+    Field("vllm_xargs", Object(), "Further options by name; those that kvloom knows count as if in the body."),
+    _none("user", "The caller's name for its user."),
+    _none("metadata", "The caller's own notes."),
+    _none("store", "Asks a hosted service to keep the answer; nothing is kept here."),
+    _none("service_tier", "A hosted service's price class."),
+    _none("safety_identifier", "The caller's name for its user."),
+    _warned("session_id", "A conversation's name; sessions are not kept."),
+    _warned("prompt_cache_key", "A hosted service's routing hint; use `cache_salt` to separate caches."),
+    _warned("prompt_cache_retention", "How long a hosted service keeps prefixes."),
+    _warned("prediction", "A guess of the answer, to speed it up."),
+    _refused("structured_outputs", "Answers bound to a grammar."),
+    _refused("guided_json", "Answers bound to a schema."),
+    _refused("guided_regex", "Answers bound to an expression."),
+    _refused("guided_choice", "Answers bound to a list."),
+    _refused("guided_grammar", "Answers bound to a grammar."),
+    _refused("logits_processors", "Code of the caller in the sampler."),
+    _refused("use_beam_search", "Beam search.", False),
+    _refused("length_penalty", "A weight of beam search.", 1, 1.0),
+    _refused("early_stopping", "A rule of beam search.", False),
+    _refused("bad_words", "Words that the answer may not hold.", []),
+    _refused("allowed_token_ids", "The only tokens that the answer may hold."),
+    _refused("spaces_between_special_tokens", "Another way to write control tokens.", True),
+    _refused("detokenize", "Answers without text.", True),
+    _refused("kv_transfer_params", "KV caches from another server."),
+    _refused("lora_request", "Adapters."),
+    _refused("mm_processor_kwargs", "Options for images and sound.", {}),
+)
+"""Fields that both kinds of completions take."""
+
+COMPLETION = {
+    **SAMPLING,
+    **_table(
+        Field(
+            "prompt",
+            AnyOf((Text(), TokenIds(), ListOf(Text(), MAX_PROMPTS, 1), ListOf(TokenIds(), MAX_PROMPTS, 1))),
+            "Text, token ids, or a list of either.",
+        ),
+        Field("best_of", Integer(1, MAX_N), "Generate so many answers and return the `n` likeliest per token."),
+        Field("echo", Boolean(), "Put the prompt before the answer, with its log-probabilities if asked for."),
+        Field("logprobs", Integer(0, MAX_LOGPROBS), "Log-probabilities of each token and of the K best."),
+        Field("add_special_tokens", Boolean(), "Let the tokenizer add BOS to prompts of text; the default."),
+        _refused("suffix", "Text after the answer.", ""),
+        _refused("prompt_embeds", "Prompts as embeddings."),
+        Field("response_format", Object({"type": Text()}), "Only `text`.", Effect.USED),
+    ),
+}
+"""Body of /v1/completions."""
+
+CHAT = {
+    **SAMPLING,
+    **_table(
+        Field("messages", ListOf(MESSAGE, MAX_MESSAGES, 1), "The conversation, in order."),
+        Field("max_completion_tokens", Integer(1), "Most tokens of one answer; wins over `max_tokens`."),
+        Field("logprobs", Boolean(), "Log-probabilities of each token."),
+        Field("top_logprobs", Integer(0, MAX_LOGPROBS), "Also of the K best tokens; needs `logprobs`."),
+        Field("response_format", Object({"type": Text()}), "Only `text`; answers are not bound to a schema."),
+        Field("tools", ListOf(Object({"type": Text()}, required=("type",)), 128), "Functions that the model may call."),
+        Field("tool_choice", AnyOf((Text(), Object())), "`auto` or `none`."),
+        Field("parallel_tool_calls", Boolean(), "false keeps only the first call."),
+        Field("chat_template_kwargs", Object(), "Variables for the chat template."),
+        Field("documents", ListOf(Object()), "Variable of templates that have it."),
+        Field("add_generation_prompt", Boolean(), "End the prompt where the assistant speaks; the default."),
+        Field("continue_final_message", Boolean(), "Go on with the last message instead of starting a new one."),
+        Field("reasoning_effort", Text(64), "Variable of templates that have it."),
+        _refused("add_special_tokens", "BOS beside the one that the template writes.", False),
+        _refused("echo", "The prompt in the answer; only /v1/completions has it.", False),
+        _refused("best_of", "Only /v1/completions has it.", 1),
+        _refused("chat_template", "A template of the caller; start the server with --chat-template."),
+        _refused("functions", "The old form of `tools`.", []),
+        _refused("function_call", "The old form of `tool_choice`.", "none"),
+        _refused("modalities", "Answers other than text.", ["text"]),
+        _refused("audio", "Spoken answers."),
+        _refused("web_search_options", "Searching the web."),
+        _refused("verbosity", "A hosted model's length of answers.", "medium"),
+        _refused("include_reasoning", "Leaving reasoning out of the answer.", True),
+    ),
+}
+"""Body of /v1/chat/completions."""
+
+TOKENIZE = _table(
+    SAMPLING["model"],
+    Field("prompt", Text(), "Text to encode; or else `messages`."),
+    Field("messages", ListOf(MESSAGE, MAX_MESSAGES, 1), "A conversation to encode."),
+    Field("add_special_tokens", Boolean(), "Let the tokenizer add BOS to text; the default."),
+    Field("return_token_strs", Boolean(), "Add the tokens as the vocabulary spells them."),
+    CHAT["tools"],
+    CHAT["chat_template_kwargs"],
+    CHAT["add_generation_prompt"],
+    CHAT["continue_final_message"],
+    CHAT["chat_template"],
+)
+"""Body of /tokenize."""
+
+DETOKENIZE = _table(SAMPLING["model"], Field("tokens", TokenIds(least=0), "Token ids to decode."))
+"""Body of /detokenize."""
+
+REQUIRED = {"messages": CHAT, "prompt": COMPLETION, "tokens": DETOKENIZE}
+"""Fields without which a body of that table is refused."""
+
+
+def read_body(raw: Any, table: Mapping[str, Field]) -> Body:
+    """Return the checked fields of `raw`; raises `Refusal` 400 naming the field at fault.
+
+    A field that the table does not know, and one that is known and not followed, gives a warning.
+    """
+    if not isinstance(raw, dict):
+        raise Refusal(400, f"the body is a JSON {type(raw).__name__}, expected an object")
+    body = Body({})
+    further = raw.get("vllm_xargs")
+    if isinstance(further, dict) and "vllm_xargs" in table:
+        raw = {**further, **raw}
+    for name, value in raw.items():
+        entry = table.get(name)
+        if value is None or (entry is None and len(body.warnings) >= MAX_WARNINGS):
+            continue
+        if entry is None:
+            body.warnings.append(f"unknown field {_short(name)} is ignored{nearest(name[:64], list(table))}")
+        elif entry.effect is Effect.WARNED:
+            body.warnings.append(f"field {name!r} has no effect here: {entry.doc}")
+        elif entry.effect is Effect.REFUSED and not any(value == neutral for neutral in entry.neutral):
+            raise bad_field(name, f"{name} is not supported: {entry.doc} Leave it out", "unsupported_field")
+        elif entry.effect is Effect.USED:
+            try:
+                body.values[name] = entry.kind.read(value)
+            except ValueError as error:
+                raise bad_field(name, f"{name} is {_short(value)}; it must be {error}") from None
+    for name, owner in REQUIRED.items():
+        if owner is table and name not in body:
+            raise bad_field(name, f"the body has no {name!r}", "missing_field")
+    return body
+
+
+def _short(value: Any) -> str:
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 80
+    return shortened.repr(value)

@@ -1,0 +1,172 @@
+"""The layers around the routes: context, log and errors outermost, then the limit of concurrency, then the API key."""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvloom.errors import KvloomError
+from kvloom.server.exchange import ClientGoneError, Context, json_response, route_path
+from kvloom.server.refusal import TYPES, Refusal, refusal_of
+from kvloom.server.service import Service
+from kvloom.server.tracing import Tracer
+
+access_log = logging.getLogger("kvloom.access")
+logger = logging.getLogger("kvloom.server")
+
+OPEN_ROUTES = frozenset({"/health", "/ping", "/version", "/metrics"})
+"""Routes that need no key: they tell nothing about requests or their contents."""
+
+QUIET_ROUTES = frozenset({"/health", "/ping", "/metrics", "/load"})
+"""Routes that monitors poll; logged only when they fail."""
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+MAX_WARNING_CHARS = 1500
+CLIENT_GONE = 499
+"""Status in the log of an exchange whose client left; nothing is sent."""
+
+
+class ExchangeLayer:
+    """Gives every exchange its context, turns what goes wrong into an answer, and writes one line about it."""
+
+    def __init__(self, app: ASGIApp, service: Service, tracer: Tracer) -> None:
+        self.app = app
+        self.service = service
+        self.tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one HTTP exchange; never raises for what a request or a route did."""
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        context = Context(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
+        scope["kvloom.context"] = context
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_headers(MutableHeaders(scope=message), context)
+            await send(message)
+
+        refusal: Refusal | None = None
+        self.service.num_open += 1
+        try:
+            with self.tracer.span(scope, context) as span:
+                try:
+                    await self.app(scope, receive, observed)
+                except ClientGoneError:
+                    status = CLIENT_GONE
+                except Refusal as error:
+                    refusal = error
+                except KvloomError as error:
+                    refusal = refusal_of(error)
+                except HTTPException as error:
+                    refusal = _of_router(error, scope)
+                except Exception as error:
+                    logger.exception("request %s failed", context.request_id)
+                    refusal = Refusal(500, f"internal error ({type(error).__name__})", code="internal_error")
+                if refusal is not None:
+                    context.error_code = refusal.code or TYPES[refusal.status]
+                    if not status:
+                        response = json_response(refusal.body(), refusal.status, refusal.headers)
+                        await response(scope, receive, observed)
+                span.finish(status, context.facts)
+        finally:
+            self.service.num_open -= 1
+            self._log(scope, context, status, refusal)
+
+    def _log(self, scope: Scope, context: Context, status: int, refusal: Refusal | None) -> None:
+        path = scope["path"]
+        known = scope.get("route")
+        route = known.path if known is not None else "other"
+        self.service.metrics.responded(route, status, context.error_code)
+        for warning in context.warnings:
+            logger.warning("request %s: %s", context.request_id, warning)
+        if route_path(scope) in QUIET_ROUTES and status < 400:
+            return
+        client = scope.get("client")
+        facts = {
+            "request_id": context.request_id,
+            "client": f"{client[0]}:{client[1]}" if client else None,
+            "method": scope["method"],
+            "path": path[:256],
+            "status": status,
+            "seconds": round(time.monotonic() - context.started, 4),
+            **context.facts,
+        }
+        if refusal is not None:
+            facts |= {"error": context.error_code, "message": refusal.message[:500]}
+        access_log.info("%s %s %s", scope["method"], path[:256], status, extra={"facts": facts})
+
+
+def _add_headers(headers: MutableHeaders, context: Context) -> None:
+    headers["x-request-id"] = context.request_id
+    if context.warnings:
+        text = "; ".join(context.warnings).encode("ascii", "backslashreplace").decode()
+        headers["kvloom-warning"] = re.sub(r"[\x00-\x1f\x7f]", " ", text)[:MAX_WARNING_CHARS]
+
+
+def _of_router(error: HTTPException, scope: Scope) -> Refusal:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        return Refusal(405, f"{scope['method']} is not allowed on {scope['path'][:200]}", headers=headers)
+    if error.status_code == 404:
+        return Refusal(404, f"there is no {scope['path'][:200]} here", code="no_such_route")
+    return Refusal(400, str(error.detail), headers=headers)
+
+
+class ConcurrencyLayer:
+    """Refuses exchanges beyond the limit with 503 before anything of them is read; monitors always get through."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the exchange on; raises `Refusal` when there are too many."""
+        limit = self.service.config.max_concurrent_requests
+        if self.service.num_open > limit and route_path(scope) not in OPEN_ROUTES:
+            message = f"{limit} requests are being answered, which is --max-concurrent-requests; come back later"
+            raise Refusal(503, message, code="too_many_requests", headers={"Retry-After": "1"})
+        await self.app(scope, receive, send)
+
+
+class KeyLayer:
+    """Asks for one of the API keys, compared in constant time, on all but `OPEN_ROUTES`."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the exchange on; raises `Refusal` 401 without a right key."""
+        if self._digests and route_path(scope) not in OPEN_ROUTES:
+            context: Context = scope["kvloom.context"]
+            context.key_digest = self._check(Headers(scope=scope).get("authorization", ""))
+        await self.app(scope, receive, send)
+
+    def _check(self, header: str) -> str:
+        """Return what identifies the key; every key is compared, so that time tells nothing about them."""
+        scheme, _, key = header.partition(" ")
+        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        right = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if scheme.lower() != "bearer" or not any(right):
+            what = "no API key" if not header else "a wrong API key"
+            raise Refusal(
+                401,
+                f"{what}; send the header 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return given.hex()[:16]

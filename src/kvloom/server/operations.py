@@ -1,0 +1,142 @@
+"""The routes beside completions: what is served, tokens and text, health, figures, and the prefix cache."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+import kvloom
+from kvloom.server.chat import conversation_ids
+from kvloom.server.exchange import context_of, json_response, read_json, unless_gone
+from kvloom.server.fields import DETOKENIZE, TOKENIZE, Body, read_body
+from kvloom.server.openapi import document
+from kvloom.server.refusal import Refusal, bad_field
+from kvloom.server.service import Service, checked_text
+from kvloom.server.tools import offered_tools
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def models(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /v1/models."""
+    return json_response({"object": "list", "data": [_model(service, name) for name in service.names]})
+
+
+async def model(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /v1/models/{model}."""
+    name = service.check_model(Body({"model": request.path_params["model"]}))
+    return json_response(_model(service, name))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "kvloom",
+        "root": service.llm.model,
+        "parent": None,
+        "max_model_len": service.engine.max_model_len,
+    }
+
+
+async def tokenize(request: Request, service: Service) -> ASGIApp:
+    """Answer POST /tokenize: text or a conversation to token ids."""
+    body = await _body(request, service, TOKENIZE)
+    if ("prompt" in body) == ("messages" in body):
+        raise bad_field("prompt", "give either 'prompt' or 'messages'")
+    service.check_model(body)
+
+    def encode() -> list[int]:
+        if "messages" in body:
+            return conversation_ids(service, body, offered_tools(body, service.tokenizer.chat_template))
+        return service.tokenizer.encode(checked_text(body.get("prompt")), body.get("add_special_tokens", True))
+
+    ids = await unless_gone(request.receive, service.offload(encode))
+    answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids, "token_strs": None}
+    if body.get("return_token_strs", False):
+        answer["token_strs"] = [service.tokenizer.id_to_token(token) for token in ids]
+    return json_response(answer)
+
+
+async def detokenize(request: Request, service: Service) -> ASGIApp:
+    """Answer POST /detokenize: token ids to text, control tokens included."""
+    body = await _body(request, service, DETOKENIZE)
+    service.check_model(body)
+    ids: list[int] = body.get("tokens")
+    vocabulary = service.engine.runner.model.config.vocab_size
+    if any(token >= vocabulary for token in ids):
+        raise bad_field("tokens", f"tokens holds {max(ids)}; this model has ids 0 to {vocabulary - 1}")
+    text = await unless_gone(request.receive, service.offload(lambda: service.tokenizer.decode(ids, False)))
+    return json_response({"prompt": text})
+
+
+async def _body(request: Request, service: Service, table: Any) -> Body:
+    config = service.config
+    body = read_body(await read_json(request, config.max_body_bytes, config.client_timeout), table)
+    context_of(request).warnings.extend(body.warnings)
+    return body
+
+
+async def health(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /health: 200 while requests are taken, 503 when the engine is dead or the server ends."""
+    if not service.thread.alive:
+        raise Refusal(503, f"the engine is dead: {type(service.thread.error).__name__}", code="engine_dead")
+    if service.draining:
+        raise Refusal(503, "the server is shutting down", code="shutting_down")
+    return Response(status_code=200)
+
+
+async def ping(request: Request, service: Service) -> ASGIApp:
+    """Answer GET and POST /ping as /health."""
+    return await health(request, service)
+
+
+async def version(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /version."""
+    return json_response({"version": kvloom.__version__})
+
+
+async def load(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /load: requests that are being answered, prompts that run or wait."""
+    answer = {"server_load": service.num_live, "requests_waiting": service.num_queued}
+    return json_response({**answer, "http_requests": service.num_open})
+
+
+async def server_info(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /server_info: options, model and what the cache holds."""
+    stats = service.thread.stats
+    model = service.engine.runner.model
+    return json_response(
+        {
+            "version": kvloom.__version__,
+            "model": service.llm.model,
+            "served_model_name": list(service.names),
+            "dtype": service.llm.dtype,
+            "backend": model.name,
+            "vocab_size": model.config.vocab_size,
+            "max_model_len": service.engine.max_model_len,
+            "chat_template": service.tokenizer.has_chat_template,
+            "server": service.config.public(),
+            "engine": {name: getattr(stats, name) for name in stats.__slots__},
+        }
+    )
+
+
+async def metrics(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /metrics in the text format of Prometheus."""
+    text = await asyncio.to_thread(service.metrics.exposition, service.thread.stats)
+    return Response(text, headers={"content-type": PROMETHEUS})
+
+
+async def reset_prefix_cache(request: Request, service: Service) -> ASGIApp:
+    """Answer POST /reset_prefix_cache: forget all cached prefixes; requests that run keep what they hold."""
+    await unless_gone(request.receive, service.between_steps(lambda engine: engine.cache.index.clear()))
+    return Response(status_code=200)
+
+
+async def openapi(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /openapi.json."""
+    return json_response(document(service.config.root_path, bool(service.config.api_key)))

@@ -1,0 +1,234 @@
+"""Service: one model behind the API. Admission, tokenisation off the event loop, and the way to the engine's thread."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from kvloom.engine.engine import Engine
+from kvloom.engine.llm import LLM
+from kvloom.engine.params import SamplingParams
+from kvloom.errors import InvalidInputError
+from kvloom.models.tokenizer import Tokenizer
+from kvloom.registry import nearest
+from kvloom.server.enginethread import EngineThread
+from kvloom.server.exchange import Context
+from kvloom.server.feed import Feed
+from kvloom.server.fields import Body
+from kvloom.server.kvpolicy import read_kv_policy
+from kvloom.server.metrics import ServerMetrics
+from kvloom.server.refusal import Refusal, bad_field
+from kvloom.server.sampling import SamplingLimits
+from kvloom.server.settings import ServerConfig
+from kvloom.server.ticket import Ticket
+from kvloom.server.usage import Usage
+from kvloom.spec.store import STORES
+
+T = TypeVar("T")
+
+NUM_TOKENIZER_THREADS = 2
+RATE_WINDOW = 30.0
+"""Seconds over which ended requests are counted to say when to come back."""
+
+
+class Service:
+    """All that the routes share. Its methods run on the event loop unless they say otherwise."""
+
+    def __init__(self, llm: LLM, config: ServerConfig) -> None:
+        self.llm = llm
+        self.config = config
+        self.engine: Engine = llm.engine
+        self.tokenizer: Tokenizer = llm.tokenizer
+        self.names = config.served_model_name or (llm.model,)
+        self.created = int(time.time())
+        self.limits = SamplingLimits(config.max_logprobs, config.generation_defaults)
+        spec = self.engine.cache.spec
+        cache_config = {
+            "block_size": str(spec.block_size),
+            "cache_dtype": spec.store,
+            "enable_prefix_caching": str(self.engine.scheduler.enable_prefix_caching),
+            "kv_cache_memory_bytes": str(self.engine.cache.arena.num_bytes),
+            "max_model_len": str(self.engine.max_model_len),
+        }
+        self.metrics = ServerMetrics(self.names[0], cache_config)
+        self.thread = EngineThread(self.engine, self.metrics)
+        self.draining = False
+        self.num_open = 0  # HTTP requests that are being answered
+        self._live: set[Ticket] = set()
+        self._queued: set[Ticket] = set()
+        self._ends: deque[float] = deque(maxlen=1024)
+        self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+
+    def start(self) -> None:
+        """Start the engine's thread; news is delivered on the running loop."""
+        self.thread.start(asyncio.get_running_loop())
+
+    def close(self) -> None:
+        """Stop the engine's thread, aborting what still runs."""
+        self.thread.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- before a request runs ------------------------------------------------------------------------------------
+
+    def check_model(self, body: Body) -> str:
+        """Return the served name that the body asks for; raises `Refusal` 404 naming the nearest one."""
+        name: str = body.get("model", self.names[0])
+        if name not in self.names:
+            hint = nearest(name, list(self.names))
+            known = ", ".join(self.names)
+            raise Refusal(
+                404, f"no model {name!r} here{hint}; served: {known}", param="model", code="model_not_found"
+            )
+        return name
+
+    def check_open(self, num_requests: int) -> None:
+        """Raise `Refusal` 503 when the server ends or the engine is dead, 429 when the queue has no room."""
+        if self.draining:
+            raise Refusal(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        if not self.thread.alive:
+            raise Refusal(503, "the engine has stopped after an error; restart the server", code="engine_dead")
+        queued = self.num_queued
+        if queued + num_requests > self.config.max_num_queued_reqs:
+            raise Refusal(
+                429,
+                f"{queued} requests wait and {num_requests} would be added; the queue holds "
+                f"{self.config.max_num_queued_reqs}. Come back later or raise --max-num-queued-reqs",
+                code="queue_full",
+                headers={"Retry-After": str(self._retry_after())},
+            )
+
+    @property
+    def num_queued(self) -> int:
+        """Prompts that are accepted and have not been begun."""
+        self._queued = {ticket for ticket in self._queued if ticket.waiting}
+        return len(self._queued)
+
+    @property
+    def num_live(self) -> int:
+        """Prompts that are accepted and not finished."""
+        return len(self._live)
+
+    def _retry_after(self) -> int:
+        """Return the seconds in which about one request ends, from 1 to 60; 5 when none has ended lately."""
+        now = time.monotonic()
+        recent = sum(now - end < RATE_WINDOW for end in self._ends)
+        return 5 if not recent else max(1, min(60, math.ceil(RATE_WINDOW / recent)))
+
+    def read_priority(self, body: Body) -> int:
+        """Return the priority; raises `Refusal` where it would be ignored."""
+        priority: int = body.get("priority", 0)
+        if priority and self.config.scheduling_policy != "priority":
+            raise bad_field("priority", "priority is not used here; start the server with --scheduling-policy priority")
+        return priority
+
+    def read_salt(self, body: Body, context: Context) -> str:
+        """Return the salt of the prefix cache: the body's, behind the caller's key where keys are kept apart."""
+        salt: str = body.get("cache_salt", "")
+        return f"{context.key_digest}:{salt}" if self.config.isolate_by_key else salt
+
+    def check_prompt(self, ids: Sequence[int], params: SamplingParams, body: Body) -> int:
+        """Return the most tokens that can be generated. For any thread.
+
+        Raises `Refusal` `context_length_exceeded`, and the engine's own errors for what can never run.
+        """
+        try:
+            return self.engine.check(ids, params, None, read_kv_policy(body.get("kv_policy")))
+        except InvalidInputError as error:
+            if len(ids) < self.engine.max_model_len:
+                raise
+            message = f"{error}, or send truncate_prompt_tokens"
+            raise Refusal(400, message, param="prompt", code="context_length_exceeded") from None
+
+    def truncated(self, ids: list[int], body: Body, params: SamplingParams) -> list[int]:
+        """Return the end of the prompt that `truncate_prompt_tokens` asks for."""
+        keep = body.get("truncate_prompt_tokens")
+        if keep is None:
+            return ids
+        if keep == 0:
+            raise bad_field("truncate_prompt_tokens", "truncate_prompt_tokens is 0; keep at least 1 token")
+        if keep == -1:
+            keep = max(1, self.engine.max_model_len - (params.max_tokens or 1))
+        return ids[-keep:]
+
+    async def offload(self, function: Callable[[], T]) -> T:
+        """Run `function` (tokenisation, a chat template) in a thread of the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    # ---- a request runs -------------------------------------------------------------------------------------------
+
+    def tickets(
+        self,
+        context: Context,
+        body: Body,
+        prompts: Sequence[tuple[list[int], str | None]],
+        params: SamplingParams,
+    ) -> list[Ticket]:
+        """Return one ticket a prompt, all with the same feed."""
+        stream = bool(body.get("stream", False))
+        live = stream and bool(body.get("stream_options", {}).get("continuous_usage_stats", False))
+        feed = Feed(len(prompts))
+        policy = read_kv_policy(body.get("kv_policy"))
+        salt, priority, unique = self.read_salt(body, context), self.read_priority(body), secrets.token_hex(4)
+        return [
+            Ticket(
+                f"{context.request_id}-{place}-{unique}",
+                ids,
+                params,
+                feed,
+                place=place,
+                prompt=text,
+                priority=priority,
+                cache_salt=salt,
+                kv_policy=policy,
+                streaming=stream,
+                live_usage=live,
+                arrived=context.started,
+            )
+            for place, (ids, text) in enumerate(prompts)
+        ]
+
+    def submit(self, tickets: Sequence[Ticket]) -> Feed:
+        """Hand `tickets` to the engine, if the queue has room, and return their feed; see `release`."""
+        self.check_open(len(tickets))
+        self.thread.submit(tickets)
+        self._live.update(tickets)
+        self._queued.update(tickets)
+        return tickets[0].feed
+
+    def release(self, tickets: Sequence[Ticket]) -> None:
+        """Forget `tickets`, aborting those that have not ended; call it once for each `submit`."""
+        self._live.difference_update(tickets)
+        self._queued.difference_update(tickets)
+        if tickets and tickets[0].feed.num_open:
+            self.thread.abort(tickets)
+        else:
+            self._ends.append(time.monotonic())
+
+    def cancel_all(self) -> None:
+        """Fail everything that runs, because the server ends."""
+        self.thread.fail_all(
+            Refusal(503, "the server is shutting down and did not finish this answer", code="shutting_down")
+        )
+
+    def usage(self, tickets: Sequence[Ticket]) -> Usage:
+        """Return an account with the prompts of `tickets` in it."""
+        spec = self.engine.cache.spec
+        native = float(STORES.get(spec.store).bits)
+        return Usage(sum(len(t.prompt_token_ids) for t in tickets), native, 8.0 * spec.bytes_per_token)
+
+    async def between_steps(self, function: Callable[[Engine], Any]) -> Any:
+        """Run `function` in the engine's thread between two steps and return its result."""
+        return await asyncio.wrap_future(self.thread.call(function))
+
+
+def checked_text(text: str) -> str:
+    """Return `text`; raises `InvalidInputError` for half a surrogate pair, which no encoding can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"the text has half a surrogate pair at character {error.start}") from None
+    return text
