@@ -91,11 +91,11 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(value))
 
 
-def write_tiny_gguf(path, family, model, skip=(), quant=None, **metadata):
+def write_tiny_gguf(path, family, model, skip=(), quant=None, extra=None, **metadata):
     """Write `model` as a GGUF file the way converters do: rows of q and k paired for Llama, norms as 1 + w for Gemma.
 
-    Tensors in `skip` are left out; matrices are quantised to `quant` (a `GGMLQuantizationType`) if given; `metadata`
-    with the prefix of the architecture left out (dots as `__`) is added.
+    Tensors in `skip` are left out and those in `extra` added; matrices are quantised to `quant` (a
+    `GGMLQuantizationType`) if given; `metadata` are entries below the architecture's prefix, with dots as `__`.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, family)
@@ -131,6 +131,8 @@ def write_tiny_gguf(path, family, model, skip=(), quant=None, **metadata):
             writer.add_tensor(target, gguf.quantize(values, quant), raw_dtype=quant)
         else:
             writer.add_tensor(target, np.ascontiguousarray(values))
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

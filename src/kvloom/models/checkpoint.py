@@ -109,15 +109,15 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     that kvloom cannot run, with all reasons.
     """
     path = Path(model).expanduser()
-    local = path.exists()
+    local = bool(model) and path.exists()
     if revision is not None and (local or model in CATALOGUE):
         kind = "a local path" if local else "in the catalogue"
         raise InvalidInputError(f"revision {revision!r} is for models of the hub; {model} is {kind}")
-    if path.is_file():
+    if local and path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a model; expected a folder with safetensors or a .gguf file")
         return _open_gguf(model, path)
-    if path.is_dir():
+    if local and path.is_dir():
         return _open_folder(model, path)
     if model in CATALOGUE:
         return _open_gguf(model, pull(model))
