@@ -76,6 +76,18 @@ class LaneStore:
         native, encoded = self.blocks(held)
         return native * self.native_bytes + encoded * (self.encoded_bytes or 0)
 
+    def fewest(self, low: int, high: int) -> int:
+        """Return the least bytes of a lane that holds from `low` to `high` tokens; encoding a block may save some."""
+        if self.encoded_bytes is None:
+            return self.lane_bytes(low)
+        return min(self.lane_bytes(held) for held in range(low, min(high, low + self.block_size) + 1))
+
+    def most(self, low: int, high: int) -> int:
+        """Return the most bytes of a lane that holds from `low` to `high` tokens, just before a block is encoded."""
+        if self.encoded_bytes is None:
+            return self.lane_bytes(high)
+        return max(self.lane_bytes(held) for held in range(max(low, high - self.block_size), high + 1))
+
     def ragged_bytes(self, lanes: int, total: int, least: int, most: int) -> Bounds:
         """Return bounds over all ways in which `lanes` lanes hold `total` tokens, each from `least` to `most`."""
         size = self.block_size
@@ -236,8 +248,8 @@ class _Kept:
         low = high = 0
         for a, b, layer in zip(self.low, self.high, group.layers, strict=True):
             lanes = kv.layers[layer].num_lanes
-            low += lanes * min(store.lane_bytes(n) for n in range(a, min(b, a + store.block_size) + 1))
-            high += lanes * max(store.lane_bytes(n) for n in range(max(a, b - store.block_size), b + 1))
+            low += lanes * store.fewest(a, b)
+            high += lanes * store.most(a, b)
         return Bounds(low, high)
 
     def highest(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
@@ -246,9 +258,7 @@ class _Kept:
             return self._ragged(group, store)
         most = 0
         for b, layer in zip(self.high, group.layers, strict=True):
-            most += kv.layers[layer].num_lanes * max(
-                store.lane_bytes(n) for n in range(max(0, b - store.block_size), b + 1)
-            )
+            most += kv.layers[layer].num_lanes * store.most(0, b)
         return Bounds(self.bounds(kv, group, store).low, most)
 
     def _ragged(self, group: LaneGroup, store: LaneStore) -> Bounds:

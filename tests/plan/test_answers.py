@@ -1,0 +1,299 @@
+"""What a plan answers: sums, limits, rooflines, comparisons, advice and recommendation."""
+
+import json
+from dataclasses import replace
+from importlib import resources
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.plan.advice import advise
+from kvloom.plan.answer import Plan
+from kvloom.plan.compare import COMPARISONS, compare
+from kvloom.plan.explain import TOPICS, explain
+from kvloom.plan.measured import read_measurements
+from kvloom.plan.memory import Memory, device_params
+from kvloom.plan.question import Question
+from kvloom.plan.recommend import parse_loss, recommend, serve_command
+from kvloom.plan.roofline import Roofline, causal_pairs
+from kvloom.spec.catalogue import catalogue_names, catalogue_spec
+from kvloom.spec.hardware import find_device
+from kvloom.spec.hypothetical import Hypothesis
+from kvloom.spec.policy import PolicySpec
+from kvloom.units import GIB
+
+
+def ask(model="llama-3-8b", device="h100", prompt=3584, output=512, **facts):
+    """Return a question with everything but the given facts at its usual value."""
+    return Question(catalogue_spec(model), find_device(device), prompt, output, **facts)
+
+
+def test_weights_and_kv_of_llama_3_8b_are_those_of_its_shape():
+    memory = Memory(ask(users=32))
+    assert memory.weights.value == 2 * 8_030_261_248
+    assert memory.kv.value == 32 * 4096 * 131_072
+    assert (memory.weights.label, memory.kv.label, memory.activations.label) == ("exact", "exact", "assumed")
+
+
+def test_the_total_is_the_sum_of_its_parts():
+    memory = Memory(ask(users=8))
+    parts = (memory.weights, memory.activations, memory.runtime, memory.kv)
+    assert memory.total.value == sum(part.value for part in parts)
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "gemma-3-1b", "deepseek-v2-lite", "qwen3-next-80b-a3b"])
+@pytest.mark.parametrize("policy", ["full", "int8", "snapkv(budget=512)", "streaming"])
+def test_the_largest_batch_and_context_fit_and_one_more_does_not(model, policy):
+    asked = ask(model, "mi300x", users=4, policy=PolicySpec.parse(policy))
+    memory = Memory(asked)
+    users, context = memory.max_users(), memory.max_context()
+    assert users > 0
+    assert Memory(replace(asked, users=users)).fits
+    assert not Memory(replace(asked, users=users + 1)).fits
+    assert Memory(asked.with_context(context)).fits
+    if context < 1 << 30:
+        assert not Memory(asked.with_context(context + 1)).fits
+
+
+def test_a_model_that_does_not_fit_at_all_has_room_for_nobody():
+    memory = Memory(ask("llama-3-70b", "l4"))
+    assert (memory.fits, memory.max_users(), memory.max_context()) == (False, 0, 0)
+
+
+def test_a_cpu_of_unknown_speed_has_memory_but_no_times():
+    asked = ask("smollm2", "cpu:8GiB", users=2)
+    assert Memory(asked).fits
+    assert Roofline(asked).tpot().value is None
+
+
+def test_kv_heads_are_divided_over_devices_and_replicated_where_there_are_fewer():
+    whole = ask("llama-3-70b", "h100", users=4)
+    assert [Memory(replace(whole, devices=n)).kv.value * n for n in (1, 2, 8)] == [Memory(whole).kv.value] * 3
+    assert Memory(replace(whole, devices=16)).kv.value == Memory(replace(whole, devices=8)).kv.value
+
+
+def test_the_latent_of_mla_is_replicated_on_every_device():
+    one, eight = (Memory(ask("deepseek-v2", "h200", devices=n)) for n in (1, 8))
+    assert one.kv.value == eight.kv.value
+    assert device_params(catalogue_spec("deepseek-v2"), 8) > catalogue_spec("deepseek-v2").num_params / 8
+
+
+@pytest.mark.parametrize("devices, words", [(3, "32 query heads"), (12, "8 KV heads")])
+def test_heads_that_cannot_be_divided_are_refused(devices, words):
+    with pytest.raises(UnsupportedError, match=words):
+        ask(devices=devices)
+
+
+def test_causal_pairs_are_counted_as_by_hand():
+    assert causal_pairs(5, None) == 15
+    assert causal_pairs(5, 2) == 1 + 2 * 4
+    assert [causal_pairs(n, 3) for n in range(6)] == [sum(min(i, 3) for i in range(1, n + 1)) for n in range(6)]
+
+
+def test_decode_of_llama_3_8b_reads_all_weights_but_the_embedding_and_every_key_and_value():
+    roof = Roofline(ask(prompt=4095, output=1))
+    model = catalogue_spec("llama-3-8b")
+    assert roof.weight_bytes(1) == 2 * (model.num_params - model.embedding_params - 65 * 4096)
+    assert roof.kv_read_bytes(4096, 0) == 4096 * 131_072
+    assert roof.decode_flops(4096, 0) == roof.weight_bytes(1) + 32 * 2 * 32 * 4096 * 256
+
+
+def test_times_are_bytes_over_bandwidth_and_operations_over_peak():
+    roof = Roofline(ask())
+    moved = roof.weight_bytes(1) + roof.kv_read_bytes(3584, 511)
+    assert roof.tpot().value == pytest.approx(moved / 3.35e12)
+    assert roof.ttft().value == pytest.approx(roof.prefill_flops(3584) / 989.4e12)
+
+
+def test_decode_turns_from_weights_to_kv_where_both_reads_are_equal():
+    asked = ask(users=32)
+    roof, context = Roofline(asked), Roofline(asked).kv_bound_context
+    assert 32 * roof.kv_read_bytes(context - 1, 0) <= roof.weight_bytes(32) < 32 * roof.kv_read_bytes(context, 0)
+
+
+def test_a_mixture_reads_at_least_one_tokens_experts_and_more_when_tokens_disagree():
+    roof = Roofline(ask("mixtral-8x7b", "h200", users=16))
+    model = catalogue_spec("mixtral-8x7b")
+    idle = 32 * 6 * 3 * 4096 * 14336
+    assert roof.weight_bytes(16) == 2 * (model.num_params - idle - 32000 * 4096 - 65 * 4096)
+    assert roof.weight_bytes(16) < roof.weight_bytes(16, expected=True) < 2 * model.num_params
+
+
+def test_shared_layers_are_read_by_every_reader_but_stored_once():
+    roof = Roofline(ask("gemma-3n-e4b", "h100", prompt=100, output=1))
+    assert roof.kv_read_bytes(100, 0) == 35 * 2 * 100 * 2 * 256 * 2
+
+
+def test_a_store_shrinks_what_is_read_and_eviction_too():
+    full = Roofline(ask()).kv_read_bytes(4096, 0)
+    assert Roofline(ask(policy=PolicySpec.parse("int8"))).kv_read_bytes(4096, 0) == full * 132 / 256
+    assert Roofline(ask(policy=PolicySpec.parse("snapkv(budget=1024)"))).kv_read_bytes(4096, 0) == full / 4
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(catalogue_names()), st.integers(1, 5000), st.integers(0, 500), st.integers(1, 40))
+def test_every_catalogue_model_can_be_planned_and_longer_never_needs_less(model, prompt, output, users):
+    asked = ask(model, "mi300x", prompt, output, users=users)
+    now, longer = Memory(asked), Memory(replace(asked, prompt=prompt + 100))
+    assert now.kv.value <= longer.kv.value
+    assert Roofline(asked).tpot().value <= Roofline(replace(asked, prompt=prompt + 100)).tpot().value
+
+
+def test_comparing_attention_lists_the_model_first_and_mqa_smallest():
+    rows = compare(ask(), "attention")
+    assert [row.name for row in rows] == ["GQA-8 (the model)", "MHA", "MQA", "MLA (512+64)"]
+    assert [row.bytes_per_token.value for row in rows] == [131_072, 524_288, 16_384, 36_864]
+    assert [row.kv_of_request.label for row in rows] == ["exact", "assumed", "assumed", "assumed"]
+
+
+def test_comparing_stores_says_which_only_exist_on_paper():
+    rows = {row.name: row for row in compare(ask(), "stores")}
+    assert rows["bf16"].max_users < rows["int8"].max_users
+    assert "planned only" in rows["kivi2"].note
+    assert "planned only" not in rows["int8"].note
+
+
+def test_comparing_policies_starts_with_the_asked_one():
+    rows = compare(ask(policy=PolicySpec.parse("tova(budget=700)")), "policies")
+    assert rows[0].name == "tova(budget=700)"
+    assert any(row.kv_of_request.low is not None for row in rows)
+
+
+def test_an_unknown_comparison_names_the_nearest():
+    with pytest.raises(InvalidInputError, match="did you mean 'stores'"):
+        compare(ask(), "store")
+
+
+def test_advice_is_given_only_when_it_does_not_fit_and_says_what_is_enough():
+    assert advise(ask(users=2)) == []
+    found = advise(ask(users=200, device="a100-80"))
+    assert any(advice.enough for advice in found)
+    users = next(a for a in found if a.flags.startswith("--max-num-seqs"))
+    assert int(users.flags.split()[1]) == Memory(ask(users=200, device="a100-80")).max_users()
+
+
+def test_the_advised_number_of_devices_is_the_smallest_that_fits():
+    asked = ask("llama-3-70b", "h100", users=16)
+    flags = next(a.flags for a in advise(asked) if a.flags.startswith("--devices"))
+    assert flags == "--devices 4"
+    assert not Memory(replace(asked, devices=2)).fits
+
+
+RESULTS = {
+    "schema": "kvloom.measure/1",
+    "model": "llama-3-8b",
+    "machine": "test",
+    "results": [
+        {"policy": "int8", "context": 4096, "loss": 0.001, "loss_high": 0.004, "metric": "perplexity", "tpot_s": 0.02},
+        {"policy": "snapkv(budget=1024)", "context": 4096, "loss": 0.008, "loss_high": 0.009, "metric": "perplexity"},
+        {"policy": "snapkv(budget=256)", "context": 4096, "loss": 0.1, "loss_high": 0.2, "metric": "perplexity"},
+    ],
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS))
+    return read_measurements(path)
+
+
+def test_the_full_cache_is_recommended_when_it_fits(results):
+    found = recommend(ask(users=2), "llama-3-8b", 0.01, results)
+    assert (str(found.policy), found.measurement) == ("full", None)
+
+
+def test_the_least_lossy_policy_that_fits_is_recommended_with_its_command(results):
+    found = recommend(ask(users=150), "llama-3-8b", 0.01, results)
+    assert str(found.policy) == "int8"
+    assert "--kv-policy int8" in found.command
+    assert "at most 0.40% loss" in found.promise
+
+
+def test_a_policy_whose_interval_exceeds_the_loss_is_not_recommended(results):
+    assert recommend(ask(users=150), "llama-3-8b", 0.003, results).policy is None
+
+
+def test_more_users_need_a_stronger_policy(results):
+    assert str(recommend(ask(users=250), "llama-3-8b", 0.01, results).policy) == "snapkv(budget=1024)"
+
+
+def test_without_measurements_the_candidates_and_the_command_that_measures_them_are_named():
+    found = recommend(ask(users=150), "llama-3-8b", 0.01, None)
+    assert found.policy is None
+    assert PolicySpec.parse("int8") in found.candidates
+    assert found.command.startswith("kvloom measure llama-3-8b --kv-policy int8")
+    assert "--measured" in found.promise
+
+
+@pytest.mark.parametrize("text, value", [("1%", 0.01), ("0.02", 0.02), ("0%", 0.0)])
+def test_a_loss_is_a_share(text, value):
+    assert parse_loss(text) == value
+
+
+@pytest.mark.parametrize("text", ["100%", "-1%", "little", "1.5"])
+def test_a_loss_that_is_no_share_is_refused(text):
+    with pytest.raises(InvalidInputError, match="--max-loss"):
+        parse_loss(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"schema": "x"}, {"results": []}, {"results": [{"policy": "int8", "context": 1, "loss": "a"}]},
+     {"results": [{"context": 1, "loss": 0.1}]}, {"results": [{"policy": "nt8", "context": 1, "loss": 0.1}]}],
+)  # fmt: skip
+def test_results_that_cannot_be_read_are_refused(tmp_path, change):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**RESULTS, **change}))
+    with pytest.raises(InvalidInputError):
+        read_measurements(path)
+
+
+def test_measured_speed_is_shown_beside_the_bound(results):
+    plan = Plan(ask(policy=PolicySpec.parse("int8")), results)
+    assert (plan.speeds["tpot_measured"].value, plan.speeds["tpot_measured"].label) == (0.02, "measured")
+
+
+def test_the_command_line_that_serves_names_what_differs_from_the_default():
+    asked = ask(users=3, policy=PolicySpec.parse("snapkv(budget=64)+int8"), block_size=32)
+    assert serve_command(asked, "m") == (
+        "kvloom serve m --max-model-len 4096 --max-num-seqs 3 --dtype bfloat16 "
+        "--kv-policy 'snapkv(budget=64)+int8' --block-size 32"
+    )
+
+
+def test_a_target_below_the_bound_is_impossible():
+    plan = Plan(ask(target_tpot=1e-4, target_ttft=10.0))
+    assert plan.targets == {"ttft": True, "tpot": False}
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "qwen3-next-80b-a3b", "mamba-130m", "gemma-3-270m"])
+def test_the_answer_obeys_its_schema(model):
+    jsonschema = pytest.importorskip("jsonschema")
+    asked = ask(model, "h200", users=300, target_ttft=1.0)
+    attends = bool(asked.model.kv_layers)
+    plan = Plan(
+        asked,
+        None,
+        {what: compare(asked, what) for what in COMPARISONS} if attends else {},
+        tuple(explain(asked, topic) for topic in TOPICS) if attends else (),
+        recommend(asked, model, 0.01, None) if attends else None,
+    )
+    schema = json.loads(resources.files("kvloom.plan").joinpath("schema.json").read_text())
+    jsonschema.validate(json.loads(json.dumps(plan.json())), schema)
+
+
+def test_the_table_says_what_fits():
+    contexts, users, cells = Plan(ask(users=32)).grid
+    row, column = contexts.index(4096), users.index(32)
+    size, fits = cells[row][column]
+    assert (fits, size > 30 * GIB) == (True, True)
+    assert cells[contexts.index(8192)][users.index(128)][1] is False
+
+
+def test_a_hypothetical_model_is_labelled_assumed():
+    asked = Question(Hypothesis(layers=4, heads=8, head_dim=64).build(), find_device("h100"), 100, 10)
+    assert Memory(asked).weights.label == "assumed"
+    assert Memory(asked).kv.value == 112 * 4 * 8 * 64 * 2 * 2
