@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
-from kvloom.kernels.cpu import _ext
 from kvloom.kernels.cpu.elements import STORE_ELEMENT, contiguous, element_of, pointer, token_stride
 
 Ints = NDArray[np.int32]
@@ -76,7 +76,8 @@ def append(
     """Norm, rotate and store: slot end - n + i of each lane gets token i of its sequence's n new ones.
 
     q [T, H, Dk] and k [T, G, Dk] are normed (`q_norm`, `k_norm` [Dk] float32) and rotated in place, half-split, by
-    `cos_sin` [T, 2 R] float32 (R cosines, then R sines; the first 2 R of the width turn); v [T, G, Dv]. Mutates the arena.
+    `cos_sin` [T, 2 R] float32 (R cosines, then R sines; the first 2 R of the width turn); v [T, G, Dv]. Mutates the
+    arena.
     """
     element = element_of(k, "k")
     if v.dtype != k.dtype or (q is not None and q.dtype != k.dtype):
@@ -89,7 +90,8 @@ def append(
     if cos_sin is not None:
         rotary = contiguous(cos_sin, "cos_sin", torch.float32).shape[1]
         if cos_sin.shape[0] != k.shape[0] or rotary % 2 or rotary > shape.k_width:
-            raise InvalidInputError(f"cos_sin has shape {tuple(cos_sin.shape)}; expected [{k.shape[0]}, <= {shape.k_width}]")
+            expected = f"[{k.shape[0]}, <= {shape.k_width}]"
+            raise InvalidInputError(f"cos_sin has shape {tuple(cos_sin.shape)}; expected {expected}")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None and contiguous(norm, name, torch.float32).shape != (shape.k_width,):
             raise InvalidInputError(f"{name} has shape {tuple(norm.shape)}; expected ({shape.k_width},)")

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
-from kvloom.kernels.cpu import _ext
 from kvloom.kernels.cpu.attention import Lanes, LayerShape
 from kvloom.kernels.cpu.elements import ACTIVATION
 from kvloom.kernels.cpu.linear import PackedWeight
@@ -119,8 +119,8 @@ class StepDecoder:
         """
         try:
             self._decoder.step(
-                lanes.view, ids, positions, cu_seqlens, seq_rows, logit_rows, logits, greedy, hidden, query_rows, queries,
-                lse, bias,
+                lanes.view, ids, positions, cu_seqlens, seq_rows, logit_rows, logits, greedy, hidden, query_rows,
+                queries, lse, bias,
             )  # fmt: skip
         except ValueError as error:
             raise InvalidInputError(str(error)) from error

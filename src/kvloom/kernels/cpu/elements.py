@@ -39,7 +39,8 @@ def contiguous(x: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> 
 def token_stride(x: torch.Tensor, name: str) -> int:
     """Return elements between tokens of x [T, heads, width], whose heads lie side by side; raises InvalidInputError."""
     if x.dim() != 3 or x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2]):
-        raise InvalidInputError(f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; heads must be side by side")
+        shape = f"shape {tuple(x.shape)} and strides {x.stride()}"
+        raise InvalidInputError(f"{name} has {shape}; heads must be side by side")
     return x.stride(0)
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
-from kvloom.kernels.cpu import _ext
 from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
 
 PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5}
@@ -84,7 +84,8 @@ def linear(
     if out is None:
         out = x.new_empty(x.shape[0], width)
     if out.shape != (x.shape[0], width) or out.stride(1) != 1 or (add and out.dtype != torch.float32):
-        raise InvalidInputError(f"out is {out.dtype} {tuple(out.shape)}; expected [{x.shape[0]}, {width}], float32 to add")
+        expected = f"{(x.shape[0], width)}, float32 to add"
+        raise InvalidInputError(f"out is {out.dtype} {tuple(out.shape)}; expected {expected}")
     finish = 2 if weight.gated else 1 if add else 0
     code = ACTIVATION[activation] if activation is not None else 0
     _ext.linear(

@@ -2,8 +2,8 @@
 
 import torch
 
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import UnsupportedError
-from kvloom.kernels.cpu import _ext
 from kvloom.kernels.cpu.elements import contiguous
 
 PRODUCT_CODE = {"fp32": 0, "bf16": 1, "int8": 4}
@@ -15,7 +15,7 @@ def isa() -> str:
 
 
 def available_isas() -> list[str]:
-    """Return the instruction sets that this processor can run, best first. `KVLOOM_CPU_ISA` names the first one used."""
+    """Return the instruction sets that this processor can run, best first; `KVLOOM_CPU_ISA` overrides the choice."""
     return _ext.available_isas()
 
 

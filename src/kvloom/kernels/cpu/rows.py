@@ -2,8 +2,8 @@
 
 import torch
 
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
-from kvloom.kernels.cpu import _ext
 from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
 
 
@@ -23,8 +23,8 @@ def rms_norm(
     out = torch.empty_like(x)
     width = x.shape[-1]
     _ext.rms_norm(
-        x.data_ptr(), pointer(residual), weight.data_ptr(), out.data_ptr(), element_of(x, "x"), x.numel() // width, width,
-        eps,
+        x.data_ptr(), pointer(residual), weight.data_ptr(), out.data_ptr(), element_of(x, "x"), x.numel() // width,
+        width, eps,
     )  # fmt: skip
     return out
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvloom.kernels.cpu import _ext
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.kernels.cpu.elements import STORE_ELEMENT, contiguous, element_of
 
 

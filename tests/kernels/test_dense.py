@@ -1,0 +1,106 @@
+"""Packed linear layers and row operations equal their definitions, on every instruction set."""
+
+import pytest
+import torch
+
+from kvloom.errors import InvalidInputError
+from kvloom.kernels import cpu, reference, reference_dense
+
+EXACT_SIDES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def stored(weight: torch.Tensor, product: str) -> torch.Tensor:
+    """The weight as the product keeps it, in float32."""
+    if product in EXACT_SIDES:
+        return weight.to(EXACT_SIDES[product]).float()
+    codes, scale = reference_dense.quantize_rows(weight)
+    return codes.float() * scale[:, None]
+
+
+def received(x: torch.Tensor, product: str) -> torch.Tensor:
+    """The activations as the product multiplies them, in float32."""
+    if product == "w8a8":
+        codes, scale = reference_dense.quantize_rows(x)
+        return codes.float() * scale[:, None]
+    return x.bfloat16().float() if product in ("bf16", "int8") else x
+
+
+@pytest.mark.parametrize("product", list(cpu.PRODUCTS))
+@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (70, 101), (33, 1601)])
+def test_linear_equals_its_definition_at_every_number_of_rows(isa: str, product: str, rows: int, columns: int) -> None:
+    weight = torch.randn(rows, columns)
+    bias = torch.randn(rows)
+    packed = cpu.PackedWeight(weight, product, bias=bias)
+    for tokens in (1, 2, 7, 13, 100):
+        x = torch.randn(tokens, columns)
+        want = reference_dense.linear(received(x, product), stored(weight, product), bias)
+        torch.testing.assert_close(cpu.linear(x, packed), want, atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("product", list(cpu.PRODUCTS))
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch(isa: str, product: str) -> None:
+    packed = cpu.PackedWeight(torch.randn(70, 1601), product)
+    x = torch.randn(100, 1601)
+    full = cpu.linear(x, packed)
+    for tokens in (1, 5, 30):
+        assert torch.equal(cpu.linear(x[:tokens], packed), full[:tokens])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_weight_gives_activation_of_gate_times_up(isa: str, activation: str) -> None:
+    weight, bias, x = torch.randn(2 * 40, 64) / 8, torch.randn(80), torch.randn(5, 64)
+    packed = cpu.PackedWeight(weight, "fp32", gated=True, bias=bias)
+    half = reference_dense.linear(x, weight, bias)
+    want = reference_dense.gate(half[:, :40], half[:, 40:], activation)
+    torch.testing.assert_close(cpu.linear(x, packed, activation=activation), want, atol=1e-5, rtol=1e-5)
+
+
+def test_add_accumulates_into_the_residual(isa: str) -> None:
+    weight, x, residual = torch.randn(40, 64), torch.randn(14, 64), torch.randn(14, 40)
+    want = residual + x @ weight.T
+    cpu.linear(x, cpu.PackedWeight(weight, "fp32"), out=residual, add=True)
+    torch.testing.assert_close(residual, want, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("product", list(cpu.PRODUCTS))
+def test_a_packed_row_reads_back_as_the_product_keeps_it(isa: str, product: str) -> None:
+    weight = torch.randn(40, 65)
+    packed = cpu.PackedWeight(weight, product)
+    torch.testing.assert_close(packed.row(37), stored(weight, product)[37], atol=0, rtol=1e-6)
+
+
+def test_given_codes_and_scales_are_kept_as_they_are(isa: str) -> None:
+    codes = torch.randint(-127, 128, (33, 50), dtype=torch.int8)
+    scale = torch.rand(33)
+    assert torch.equal(cpu.PackedWeight(codes, "int8", scale=scale).row(32), codes[32].float() * scale[32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_adds_the_residual_first(isa: str, dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(5, 50).to(dtype), torch.randn(5, 50).to(dtype), torch.rand(50)
+    total = (x.float() + residual.float()).to(dtype)
+    out = cpu.rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(residual, total)
+    torch.testing.assert_close(out, reference.rms_norm(total, weight, 1e-5), atol=1e-5, rtol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_equals_its_definition_far_into_both_tails(isa: str, activation: str) -> None:
+    gate, up = torch.linspace(-200, 200, 3 * 33).view(3, 33), torch.randn(3, 33)
+    want = reference_dense.gate(gate, up, activation)
+    torch.testing.assert_close(cpu.gate(gate, up, activation), want, atol=1e-5, rtol=1e-5)
+
+
+def test_argmax_returns_the_first_of_equals(isa: str) -> None:
+    x = torch.zeros(3, 101)
+    x[0, 100] = x[1, 40] = x[1, 77] = 1.0
+    assert cpu.argmax(x).tolist() == [100, 40, 0]
+
+
+def test_every_instruction_set_of_this_processor_can_be_forced(isa: str) -> None:
+    assert cpu.isa() == isa
+
+
+def test_a_shape_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"expected \[T, 64\]"):
+        cpu.linear(torch.randn(2, 65), cpu.PackedWeight(torch.randn(3, 64), "fp32"))
