@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError
 from kvloom.models.chat_template import ChatTemplate
@@ -133,7 +133,11 @@ def tokenizer_from_gguf(file: GGUFFile, eos_token_ids: Iterable[int] = ()) -> To
 
 
 def tokenizer_from_folder(folder: Path, eos_token_ids: Iterable[int] = ()) -> Tokenizer:
-    """Return the tokenizer of a Hugging Face folder, from its `tokenizer.json`; raises `CheckpointError`."""
+    """Return the tokenizer of a Hugging Face folder; raises `CheckpointError`.
+
+    `tokenizer.json` alone decides which tokens are added before and after a text, as in transformers 5: the settings
+    `add_bos_token` and `add_eos_token` of older configs are already in it.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
@@ -147,8 +151,6 @@ def tokenizer_from_folder(folder: Path, eos_token_ids: Iterable[int] = ()) -> To
     config = _read_object(folder / "tokenizer_config.json")
     special = {name: content for name in SPECIAL_NAMES if (content := _content(config.get(name)))}
     _mark_special(backend, special.values())
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _set_template(backend, special, config)
     return Tokenizer(
         backend,
         special_tokens=special,
@@ -162,22 +164,6 @@ def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     ordinary = [token for token in tokens if token not in added and backend.token_to_id(token) is not None]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ordinary])
-
-
-def _set_template(backend: tokenizers.Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Add BOS and EOS exactly where `add_bos_token` and `add_eos_token` say so, over what `tokenizer.json` says."""
-    wanted = [
-        special.get(name)
-        if config.get(f"add_{name}") and backend.token_to_id(special.get(name, "")) is not None
-        else None
-        for name in ("bos_token", "eos_token")
-    ]
-    before, after = ([f"{token}:0"] if token is not None else [] for token in wanted)
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A:0", *after],
-        pair=[*before, "$A:0", *after, "$B:1"],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(wanted) if token is not None],
-    )
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
