@@ -119,6 +119,7 @@ class CacheMachine(RuleBasedStateMachine):
         twin = self.twins[row]
         if not self.cache.lanes.extend(row, len(tokens)):
             assert not self.would_fit(self.cache.lanes.blocks_needed(row, len(tokens)))
+            twin.needed_from = max(0, len(twin.tokens) - (WINDOW - 1))  # the window has moved all the same
             return False
         twin.grow(tokens)
         for layer, view in enumerate(self.cache.layers):

@@ -227,6 +227,17 @@ def test_blocks_that_a_request_reads_are_passed_over(shelf: Shelf) -> None:
     shelf.arena.check_invariants()
 
 
+def test_lanes_that_a_request_left_are_freed_though_it_reads_their_neighbours(shelf: Shelf) -> None:
+    chain = shelf.publish(TEXT[:4])
+    both = shelf.index.blocks(chain.digests[0], 0)
+    assert both is not None
+    kept = both[1:].copy()
+    shelf.arena.share(kept)
+    assert shelf.index.idle_bytes == FULL.block_bytes + LOCAL.block_bytes
+    assert list(shelf.index.reclaim()) == [FULL.block_bytes, LOCAL.block_bytes]
+    assert shelf.arena.references(kept).tolist() == [1] and shelf.arena.used_bytes == FULL.block_bytes
+
+
 def test_reclaiming_can_stop_at_any_block_and_leaves_no_hollow_entry(shelf: Shelf) -> None:
     shelf.publish(TEXT[:4])
     steps = shelf.index.reclaim()

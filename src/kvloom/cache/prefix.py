@@ -140,7 +140,8 @@ class PrefixIndex:
     def reclaim(self) -> Iterator[int]:
         """Give idle blocks back one group at a time, least recently used first; yields the bytes freed each time.
 
-        Blocks that a request still reads are passed over, and count as just used.
+        A block of which a request reads every lane is passed over, and counts as just used. Where a policy made it
+        leave some lanes, their blocks are freed and the others become the request's own.
         """
         for digest in list(self._entries):
             entry = self._entries[digest]
@@ -148,7 +149,7 @@ class PrefixIndex:
             for index, addresses in enumerate(entry.blocks):
                 if addresses is None:
                     continue
-                if (self.arena.references(addresses) > 1).any():
+                if (self.arena.references(addresses) > 1).all():
                     busy = True
                     continue
                 entry.blocks[index] = None
@@ -191,9 +192,9 @@ class PrefixIndex:
         found: dict[int, int] = {}
         for entry in self._entries.values():
             for index, addresses in enumerate(entry.blocks):
-                if addresses is not None and (self.arena.references(addresses) == 1).all():
+                if addresses is not None:
                     size = self.spec.groups[index].block_bytes
-                    found[size] = found.get(size, 0) + len(addresses)
+                    found[size] = found.get(size, 0) + int((self.arena.references(addresses) == 1).sum())
         return found
 
     @property
