@@ -58,7 +58,7 @@ def write(text: str) -> None:
 
 
 def write_growing(outputs: "Iterator[RequestOutput]") -> None:
-    """Write the first completion's text as it grows, and a line end after it."""
+    """Write the first completion's text as it grows, and a line end after it; nothing if it fails before any text."""
     shown = 0
     try:
         for output in outputs:
@@ -66,8 +66,11 @@ def write_growing(outputs: "Iterator[RequestOutput]") -> None:
             if len(text) > shown:
                 write(text[shown:])
                 shown = len(text)
-    finally:
-        write("\n")
+    except BaseException:
+        if shown:
+            write("\n")
+        raise
+    write("\n")
 
 
 def write_completions(output: "RequestOutput") -> None:

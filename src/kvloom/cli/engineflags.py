@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from kvloom.cli.command import Flag
-from kvloom.cli.values import ByteCount, TokenCount
-from kvloom.engine.config import DTYPES, MAX_KV_BYTES_BY_DEFAULT, EngineConfig
+from kvloom.cli.values import ByteCount, Text, TokenCount
+from kvloom.engine.config import BACKENDS, DTYPES, MAX_KV_BYTES_BY_DEFAULT, QUANTIZATIONS, EngineConfig
 from kvloom.units import format_bytes
 
 DEFAULT_MODEL = "smollm2"
@@ -69,6 +69,22 @@ ENGINE_FLAGS = [
         "Most tokens in one step; longer prompts are read in chunks of it.",
         type=TokenCount(),
         metavar="TOKENS",
+    ),
+    _flag(
+        "--kv-policy",
+        "What requests forget of their KV cache, e.g. 'snapkv(budget=1024)+adaptive'. Without it: nothing.",
+        type=Text(),
+        metavar="POLICY",
+    ),
+    _flag(
+        "--backend",
+        "cpu: compiled kernels; eager: torch's operations; auto: cpu where it can run the model.",
+        type=click.Choice(BACKENDS),
+    ),
+    _flag(
+        "--quantization",
+        "Weights in int8 (int8), or weights and activations (w8a8). Without it: in --dtype.",
+        type=click.Choice(QUANTIZATIONS),
     ),
 ]
 """What `LLM` takes beside the model."""

@@ -52,7 +52,7 @@ def _default(flag: Flag) -> str:
     if flag.is_flag:
         return "on" if flag.default is True else "off"
     shown = flag.to_info_dict()["default"]
-    return "" if flag.multiple or shown is None else f"`{shown}`"
+    return "" if flag.multiple or shown in (None, "") else f"`{shown}`"
 
 
 def _meaning(flag: Flag) -> str:
