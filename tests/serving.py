@@ -166,3 +166,11 @@ def open_stream(server, **fields):
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     sock.sendall(head.encode() + b"\r\n\r\n" + body)
     return sock
+
+
+def until(condition):
+    """Wait until `condition()` holds; fails after a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
