@@ -1,0 +1,59 @@
+"""A real model behind the server gives the log-probabilities that transformers gives."""
+
+import openai
+import pytest
+from serving import running
+
+TEXTS = [
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+    "Grüße aus Köln — 你好 🙂",
+]
+TOLERANCE = 1e-3
+"""Of one token's log-probability in float32, through two implementations."""
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_path):
+    from kvloom import LLM
+
+    llm = LLM(str(smollm2_path), dtype="float32", max_model_len=512, kv_cache_memory_bytes=128 << 20)
+    with running(llm, served_model_name=("smollm2",)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.mark.real_model
+def test_echoed_log_probabilities_are_those_of_transformers(client, server, smollm2_oracle):
+    import torch
+
+    prompts = [server.service.tokenizer.encode(text) for text in TEXTS]
+    answer = client.completions.create(
+        model="smollm2", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
+    )
+    for ids, choice in zip(prompts, answer.choices, strict=True):
+        with torch.inference_mode():
+            rows = torch.log_softmax(smollm2_oracle(torch.tensor([ids])).logits[0].double(), -1)
+        expected = [rows[i, token].item() for i, token in enumerate(ids[1:])] + [rows[-1].max().item()]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=TOLERANCE)
+        best = [max(entry.values()) for entry in choice.logprobs.top_logprobs[1:]]
+        assert best == pytest.approx(rows.max(-1).values.tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.real_model
+def test_a_conversation_is_answered_and_streams_the_same(client):
+    fields = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    whole = client.chat.completions.create(**fields).choices[0].message.content
+    assert "Paris" in whole
+    with client.chat.completions.create(**fields, stream=True) as stream:
+        assert "".join(event.choices[0].delta.content or "" for event in stream if event.choices) == whole
