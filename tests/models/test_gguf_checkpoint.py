@@ -102,6 +102,12 @@ def test_missing_tensors_are_named_by_their_gguf_names(tmp_path):
         open_checkpoint(str(path)).tensors(torch.float32)
 
 
+def test_the_folder_of_a_gguf_file_points_to_the_file(tmp_path):
+    path, _ = tiny_gguf(tmp_path, "llama")
+    with pytest.raises(CheckpointError, match=rf"config\.json.*path of {path.name}"):
+        open_checkpoint(str(tmp_path))
+
+
 def test_a_truncated_model_does_not_open(tmp_path):
     path, _ = tiny_gguf(tmp_path, "llama")
     path.write_bytes(path.read_bytes()[:-1000])

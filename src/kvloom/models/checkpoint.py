@@ -162,7 +162,10 @@ def _open_folder(name: str, path: Path) -> Checkpoint:
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not path.is_file():
         if required:
-            raise CheckpointError(f"{path.parent} has no {path.name}; expected the folder of a Hugging Face model")
+            found = sorted(file.name for file in path.parent.glob("*.gguf"))
+            hint = f" (give the path of {found[0]} to open that)" if found else ""
+            expected = f"expected the folder of a Hugging Face model{hint}"
+            raise CheckpointError(f"{path.parent} has no {path.name}; {expected}")
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
