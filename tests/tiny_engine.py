@@ -1,0 +1,117 @@
+"""Engines around tiny random models, and a tokenizer whose tokens can be read."""
+
+from collections.abc import Sequence as Seq
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+
+from kvloom.attention.reference import ReferenceBackend
+from kvloom.cache.kvcache import KVCache
+from kvloom.engine.engine import Engine
+from kvloom.engine.params import SamplingParams
+from kvloom.engine.request import Request, Sequence
+from kvloom.engine.runner import Runner
+from kvloom.engine.scheduler import Scheduler
+from kvloom.models.compiled import CompiledModel
+from kvloom.models.decoder import Decoder
+from kvloom.models.eager import EagerModel
+from kvloom.models.tokenizer import Tokenizer
+from kvloom.spec.store import SLAB_BYTES
+from tiny_model import random_weights, tiny_config
+from tolerances import GREEDY_TIE
+
+
+def letters() -> Tokenizer:
+    """Return a tokenizer of 211 tokens of two characters each: 0 is `a0`, 1 is `b0`, 26 is `a1`."""
+    vocab = {f"{chr(97 + i % 26)}{i // 26}": i for i in range(211)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, special_tokens={})
+
+
+def tiny_engine(
+    family: str = "llama",
+    *,
+    kind: str = "eager",
+    slabs: int = 8,
+    block_size: int = 16,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    prefix: bool = True,
+    max_model_len: int = 1024,
+    eos: tuple[int, ...] = (),
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    **changes: object,
+) -> Engine:
+    """Return an engine in float32 around `tiny_config(family, **changes)`; `kind` is the backend."""
+    config = tiny_config(family, **changes)
+    weights = random_weights(config)
+    if kind == "eager":
+        model = EagerModel(Decoder(config, weights), ReferenceBackend())
+    else:
+        model = CompiledModel(config, weights.items(), torch.float32)
+    layout = "cpu" if kind == "cpu" else "rows"
+    spec = config.kv_spec(block_size, "fp32")
+    cache = KVCache(spec, slabs * SLAB_BYTES, max_num_seqs, torch.float32, layout=layout)
+    scheduler = Scheduler(
+        cache.lanes,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=prefix,
+    )
+    return Engine(Runner(model, cache), scheduler, tokenizer, max_model_len=max_model_len, eos_token_ids=eos, seed=seed)
+
+
+def greedy(max_tokens: int, **options: object) -> SamplingParams:
+    """Return greedy sampling of exactly `max_tokens` tokens."""
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)  # type: ignore[arg-type]
+
+
+def finish(engine: Engine, most_steps: int = 20000) -> None:
+    """Step until nothing is left to do; every count agrees after each step."""
+    for _ in range(most_steps):
+        if not engine.has_work:
+            break
+        engine.step()
+    assert not engine.has_work, "the engine goes round in circles"
+    engine.cache.check_invariants()
+
+
+def run(engine: Engine, prompts: Seq[list[int]], params: SamplingParams, **options: object) -> list[list[int]]:
+    """Return the output tokens of all prompts, computed together."""
+    requests = [engine.add(prompt, params, **options) for prompt in prompts]  # type: ignore[arg-type]
+    finish(engine)
+    return [request.sequences[0].output_token_ids for request in requests]
+
+
+def nothing_left(engine: Engine) -> None:
+    """Assert that no request, row or block is in use, except what the prefix index keeps."""
+    engine.cache.check_invariants()
+    assert engine.requests == {} and not engine.has_work
+    assert engine.cache.bytes_in_use == 0
+    assert engine.cache.lanes.num_free == engine.scheduler.max_num_seqs
+    engine.cache.index.clear()
+    assert engine.cache.arena.used_bytes == 0 and engine.cache.arena.stranded_bytes == 0
+
+
+class Margins:
+    """An observer that notes how far apart the two best logits of every token are."""
+
+    def __init__(self) -> None:
+        self.of: dict[Request, list[float]] = {}
+
+    def __call__(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        best = torch.topk(logits, 2).values
+        for sequence, (first, second) in zip(sequences, best.tolist(), strict=True):
+            if sequence.index == 0:
+                self.of.setdefault(sequence.request, []).append(first - second)
+
+
+def assert_same_unless_tied(found: list[int], expected: list[int], margins: list[float]) -> None:
+    """Assert equal tokens up to the first place where the oracle's two best logits are a tie."""
+    for place, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        if mine != other:
+            assert margins[place] < GREEDY_TIE, f"token {place} is {mine}, expected {other} by {margins[place]}"
+            return
