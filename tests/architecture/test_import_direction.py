@@ -15,6 +15,7 @@ BELOW = {
     "attention": {"policies", "cache", "kernels", "spec", *LEAVES},
     "models": {"attention", "policies", "cache", "kernels", "spec", *LEAVES},
     "engine": {"models", "attention", "policies", "cache", "kernels", "plan", "spec", *LEAVES},
+    "bench": LEAVES,
     "measure": {"engine", "models", "attention", "policies", "cache", "kernels", "plan", "spec", *LEAVES},
     "server": {"engine", "models", "attention", "policies", "cache", "kernels", "plan", "spec", *LEAVES},
 }

@@ -2,7 +2,6 @@
 
 import pytest
 
-from kvloom.cli.command import Command
 from kvloom.cli.main import cli
 from kvloom.cli.reference import reference
 from kvloom.cli.samplingflags import sampling_params
@@ -41,7 +40,7 @@ def test_max_tokens_auto_leaves_the_length_to_the_model(kvloom, llm):
     assert llm.last.asked[0][1].max_tokens is None
 
 
-@pytest.mark.parametrize("command", [c for c in cli.commands.values() if isinstance(c, Command)], ids=lambda c: c.name)
+@pytest.mark.parametrize("command", [c for _, c in cli.leaves()], ids=[n for n, _ in cli.leaves()])
 def test_every_flag_has_an_environment_twin_named_after_it(command):
     for name, flag in command.flags.items():
         assert flag.envvar == "KVLOOM_" + name.upper().replace("-", "_")

@@ -9,9 +9,9 @@ from schemathesis.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import call, make_llm, running
 
 from kvloom.server.app import ROUTES
+from serving import call, make_llm, running
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = {"/v1/completions": 150, "/v1/chat/completions": 150}

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import call, complete, converse, make_llm, open_stream, running
 
 from kvloom.server.logs import JSONFormatter
 from kvloom.server.metrics import TWINS
+from serving import call, complete, converse, make_llm, open_stream, running
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+
 from serving import call, complete, open_stream
 
 ARGUMENTS = ["--port", "0", "--dtype", "float32", "--block-size", "4", "--kv-cache-memory-bytes", "8MiB"]
@@ -137,7 +138,8 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(tiny_folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [sys.executable, "-m", "kvloom", "serve", str(tiny_folder / "none"), "--port", str(taken.getsockname()[1])]
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "kvloom", "serve", str(tiny_folder / "none"), "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2 and "cannot listen on 127.0.0.1 port" in done.stderr.splitlines()[-1]
 

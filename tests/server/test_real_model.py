@@ -2,6 +2,7 @@
 
 import openai
 import pytest
+
 from serving import running
 
 TEXTS = [

@@ -1,6 +1,6 @@
 """Command, Group and Flag: click's, with an environment twin for every flag, `--config`, and sections in `--help`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,11 @@ class Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of registration."""
         return list(self.commands)
+
+    def leaves(self) -> Iterator[tuple[str, Command]]:
+        """Yield (words after `kvloom`, command) of every command, those of inner groups included."""
+        for name, command in self.commands.items():
+            if isinstance(command, Group):
+                yield from ((f"{name} {rest}", leaf) for rest, leaf in command.leaves())
+            elif isinstance(command, Command):
+                yield name, command

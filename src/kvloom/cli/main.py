@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 import kvloom
+from kvloom.cli.bench import bench
 from kvloom.cli.chat import chat
 from kvloom.cli.collectenv import collect_env
 from kvloom.cli.command import Group
@@ -27,7 +28,7 @@ BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 cli = Group(
     "kvloom",
     help="Plan, measure and serve the KV cache of large language models.",
-    commands=[serve, generate, chat, pull, collect_env],
+    commands=[serve, generate, chat, bench, pull, collect_env],
     params=[
         click.Option(
             ["--version"],

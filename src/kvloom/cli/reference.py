@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import click
 
-from kvloom.cli.command import Command, Flag
+from kvloom.cli.command import Flag
 from kvloom.cli.main import cli
 
 
@@ -18,8 +18,7 @@ def _page() -> Iterator[str]:
     yield "# The command line"
     yield ""
     yield "Made by `python -m kvloom.cli.reference`; a test compares it with the commands."
-    for name, command in cli.commands.items():
-        assert isinstance(command, Command)
+    for name, command in cli.leaves():
         arguments = [param.make_metavar(_context(command)) for param in command.params if _is_argument(param)]
         yield ""
         yield f"## `{' '.join(['kvloom', name, *arguments])}`"

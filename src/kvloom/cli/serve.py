@@ -60,9 +60,7 @@ SERVER_FLAGS = [
         metavar="FILE|TEXT",
         help="Jinja template of conversations in place of the model's own.",
     ),
-    _flag(
-        "--shutdown-timeout", "Time for running answers to finish after SIGTERM.", type=float, metavar="SECONDS"
-    ),
+    _flag("--shutdown-timeout", "Time for running answers to finish after SIGTERM.", type=float, metavar="SECONDS"),
 ]
 LIMIT_FLAGS = [
     _flag("--max-num-queued-reqs", "Most prompts that wait; more are refused with 429.", "Limits", type=int),
@@ -91,9 +89,7 @@ LOG_FLAGS = [
 ]
 
 
-def run(
-    argument: str | None, model: str, generation_config: str, chat_template: str | None, **values: Any
-) -> None:
+def run(argument: str | None, model: str, generation_config: str, chat_template: str | None, **values: Any) -> None:
     """Check the flags, load the model and serve it; raises `KvloomError`."""
     name = choose_model(click.get_current_context(), argument, model)
     names = {entry.name for entry in fields(ServerConfig)}

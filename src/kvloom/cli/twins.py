@@ -3,16 +3,14 @@
 import difflib
 from collections.abc import Iterable
 
-import click
-
-from kvloom.cli.command import Command
+from kvloom.cli.command import Group
 
 PREFIX = "KVLOOM_"
 
 
-def misspelt_twins(environment: Iterable[str], cli: click.Group) -> list[str]:
+def misspelt_twins(environment: Iterable[str], cli: Group) -> list[str]:
     """Return a warning for each variable of `environment` whose name is nearly, but not quite, the twin of a flag."""
-    flags = {flag for command in cli.commands.values() if isinstance(command, Command) for flag in command.flags}
+    flags = {flag for _, command in cli.leaves() for flag in command.flags}
     known = sorted(flag.upper().replace("-", "_") for flag in flags)
     warnings = []
     for variable in sorted(environment):
