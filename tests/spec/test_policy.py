@@ -16,7 +16,8 @@ SPELLINGS = [
     "streaming(window=1000,positions=cache)",
     "h2o(keep=0.5)+slack+kivi2(residual=64)",
     "expected(budget=512,eps=0.01)+vatp+adaptive(floor=0.3)+d2o",
-    "kvzip(budget=2048,normalised=true)+global+int8(sinks=4)",
+    "kvzip(budget=2048,normalised=true)+int8(sinks=4)",
+    "kvzip(budget=2048)+uniform",
     "knorm(budget=256)+chunk+every(tokens=64)",
 ]
 

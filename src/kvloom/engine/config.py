@@ -38,6 +38,7 @@ class EngineConfig:
     backend: str = "auto"
     quantization: str | None = None
     kv_policy: str | None = None
+    allow_kv_policies: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for kind, value, known in (

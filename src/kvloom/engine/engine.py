@@ -9,16 +9,17 @@ import torch
 
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.detokenizer import IncrementalDetokenizer
+from kvloom.engine.evictions import Evictions
 from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Logprob, Request, Sequence, Status
 from kvloom.engine.runner import Runner
 from kvloom.engine.sampler import Sampler
 from kvloom.engine.scheduler import Scheduler, Work
-from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
+from kvloom.engine.tokenfacts import TokenFacts
+from kvloom.errors import InvalidInputError
 from kvloom.models.model import StepOutput
 from kvloom.models.tokenizer import Tokenizer
-from kvloom.policies.eviction import Eviction, ModelFacts
 from kvloom.policies.policy import Policy
 from kvloom.spec.store import STORES
 
@@ -51,8 +52,13 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         seed: int = 0,
         kv_policy: str | None = None,
+        allow_kv_policies: Seq[str] | None = None,
+        max_position: int | None = None,
     ) -> None:
-        self.policy = None if kv_policy is None else Policy.parse(kv_policy)
+        """Take requests of up to `max_model_len` tokens; under a policy that forgets, of up to `max_position`.
+
+        `kv_policy` is the policy of requests that name none; they may name those in `allow_kv_policies` (None: any).
+        """
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
@@ -60,18 +66,20 @@ class Engine:
         self.sampler = Sampler(eos_token_ids)
         self.seed = seed
         self.observer: LogitsObserver | None = None
-        model = runner.model
-        self.model_facts = ModelFacts(
-            num_query_heads=model.config.num_heads,
-            query_scale=model.config.query_scale,
-            inverse_frequencies=[model.inverse_frequencies(i) for i in range(model.config.num_layers)],
-            output_weight=model.output_weight,
+        self.max_position = max_model_len if max_position is None else max_position
+        facts = None if tokenizer is None else TokenFacts(tokenizer)
+        self.evictions = Evictions(
+            runner,
+            scheduler,
+            own=kv_policy,
+            allowed=allow_kv_policies,
+            token_kinds=None if facts is None else facts.kinds,
+            replay_instruction=None if facts is None else facts.replay_instruction,
         )
         self.requests: dict[str, Request] = {}
         self.num_arrived = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
-        self.num_evicted_tokens = 0
         self.num_steps = 0
         self.step_seconds = 0.0
         self.last_step = StepFigures(0, 0, 0.0)
@@ -80,6 +88,11 @@ class Engine:
     def cache(self) -> KVCache:
         """The cache that all requests share."""
         return self.runner.cache
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        """Tokens that policies have dropped, summed over lanes."""
+        return self.evictions.evicted_tokens
 
     @property
     def has_work(self) -> bool:
@@ -118,11 +131,7 @@ class Engine:
             cache_salt=cache_salt,
             forced_token_ids=forced_token_ids,
         )
-        policy = self._policy(kv_policy)
-        if policy is not None:
-            leader = request.sequences[0]
-            leader.eviction = Eviction(policy, self.cache, self.model_facts, len(request.prompt_token_ids))
-            leader.eviction.token_ids = leader.token_ids
+        self.evictions.start(self.evictions.policy(kv_policy), request.sequences[0])
         self.scheduler.add(request)
         self._start_text(request.sequences[0])
         self.num_arrived += 1
@@ -142,25 +151,15 @@ class Engine:
         Raises `InvalidInputError` for wrong ids and lengths, `UnsupportedError` with every reason why the policy cannot
         run, and `DoesNotFitError` when the request could not run even alone.
         """
-        policy = self._policy(kv_policy)
+        policy = self.evictions.policy(kv_policy)
         max_tokens = self._max_tokens(prompt, params, forced, policy)
         if params.n > self.scheduler.max_num_seqs:
             raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
-        total = len(prompt) + max_tokens
         if policy is None:
-            self.scheduler.check_fits(total, "the request")
-            return max_tokens
-        reasons = policy.refusals(self.cache.spec, len(prompt))
-        if reasons:
-            raise UnsupportedError(f"policy {policy.spec}", reasons)
-        eviction = Eviction(policy, self.cache, self.model_facts, len(prompt))
-        self.scheduler.check_bytes(
-            eviction.peak_bytes(total, self.scheduler.max_num_batched_tokens), total, f"the request with {policy.spec}"
-        )
+            self.scheduler.check_fits(len(prompt) + max_tokens, "the request")
+        else:
+            self.evictions.check(policy, prompt, len(prompt) + max_tokens, params.n)
         return max_tokens
-
-    def _policy(self, kv_policy: str | None) -> Policy | None:
-        return self.policy if kv_policy is None else Policy.parse(kv_policy)
 
     def _max_tokens(
         self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None, policy: Policy | None
@@ -171,12 +170,13 @@ class Engine:
         for token in (*prompt, *(forced or ()), *params.logit_bias, *params.stop_token_ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidInputError(f"{token!r} is not a token id; this model has ids 0 to {vocab - 1}")
-        room = self.max_model_len - len(prompt)
+        longest = self.max_model_len if policy is None else self.max_position
+        room = longest - len(prompt)
         if policy is not None and policy.cache_positions:
             room = UNBOUNDED_TOKENS  # positions are counted in the cache: text has no end
         if room < 1:
             raise InvalidInputError(
-                f"the prompt has {len(prompt)} tokens; the model's length is {self.max_model_len} and at least one "
+                f"the prompt has {len(prompt)} tokens; the model's length is {longest} and at least one "
                 "token is generated. Shorten the prompt or raise --max-model-len"
             )
         if forced is not None:
@@ -223,7 +223,7 @@ class Engine:
             output = self.runner.run(work, logits=self._needs_logits(work))
             self.runner.prompt_logprobs(work, output.hidden)
             self.scheduler.publish(work)
-            self._evict(work)
+            self.evictions.run(work)
             sequences, greedy, logits = self._sampling_rows(work, output)
             tokens, logprobs = self.sampler.sample(greedy, logits, sequences)
             for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
@@ -243,21 +243,6 @@ class Engine:
         for item in work:
             if item.sequence.request.timing.started is None:
                 item.sequence.request.timing.started = now
-
-    def _evict(self, work: list[Work]) -> None:
-        """Let the policies that are due forget; what they drop is back in the arena afterwards."""
-        for item in work:
-            sequence = item.sequence
-            if sequence.eviction is None or sequence.row is None or not sequence.eviction.due(sequence.row):
-                continue
-            before = sequence.eviction.evicted_tokens
-            while not sequence.eviction.apply(sequence.row):
-                if not self.scheduler.make_room(sequence):
-                    raise DoesNotFitError(
-                        f"{sequence.request.request_id}: no blocks are left to take the place of shared ones while "
-                        f"evicting with {sequence.eviction.policy.spec}. Raise --kv-cache-memory-bytes"
-                    )
-            self.num_evicted_tokens += sequence.eviction.evicted_tokens - before
 
     def _needs_logits(self, work: list[Work]) -> bool:
         if self.observer is not None:

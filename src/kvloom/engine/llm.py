@@ -36,7 +36,8 @@ class LLM:
     """Loads a model and generates with it, offline or as the engine of a server.
 
     `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. `kv_policy` is the
-    policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`. Raises `KvloomError`s:
+    policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`; `allow_kv_policies` lists which others
+    requests may name (selectors or whole policies), None for any. Raises `KvloomError`s:
     model not found, checkpoint damaged, unsupported, does not fit.
     """
 
@@ -57,6 +58,7 @@ class LLM:
         backend: str = "auto",
         quantization: str | None = None,
         kv_policy: str | None = None,
+        allow_kv_policies: Seq[str] | None = None,
     ) -> None:
         config = EngineConfig(
             dtype=dtype,
@@ -70,6 +72,7 @@ class LLM:
             backend=backend,
             quantization=quantization,
             kv_policy=kv_policy,
+            allow_kv_policies=None if allow_kv_policies is None else tuple(allow_kv_policies),
         )
         checkpoint = open_checkpoint(model, revision=revision)
         self.model = checkpoint.name
@@ -84,7 +87,7 @@ class LLM:
         runnable = load_model(
             checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization
         )
-        cache = KVCache(spec, kv_bytes, max_num_seqs, torch_dtype, layout=runnable.layout)
+        cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
@@ -99,6 +102,8 @@ class LLM:
             eos_token_ids=checkpoint.config.eos_token_ids,
             seed=seed,
             kv_policy=config.kv_policy,
+            allow_kv_policies=config.allow_kv_policies,
+            max_position=config.max_model_len or checkpoint.config.max_position,
         )
 
     @property

@@ -114,4 +114,7 @@ def _note(request: Request) -> str | None:
     eviction = request.sequences[0].eviction
     if eviction is None or eviction.usable_prefix >= len(request.prompt_token_ids):
         return None
-    return f"{eviction.policy.spec.selector.name} needs queries that a cached prefix does not have"
+    name, usable = eviction.policy.spec.selector.name, eviction.usable_prefix
+    if eviction.policy.needs.watches_queries:
+        return f"{name} needs queries that a cached prefix does not have; at most {usable} tokens may come from one"
+    return f"{name} evicts in the middle of the prompt; at most {usable} tokens may come from a cached prefix"

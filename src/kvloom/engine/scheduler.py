@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Request, Sequence, Status
 from kvloom.errors import DoesNotFitError
-from kvloom.spec.store import SLAB_BYTES
 from kvloom.units import format_bytes
 
 
@@ -39,6 +38,9 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
+        groups = lanes.spec.groups
+        whole = [group for group in groups if group.window is None] or groups
+        self._spread_lanes = [lane for group in whole for lane in group.lanes]  # lanes whose length a policy decides
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -58,9 +60,16 @@ class Scheduler:
 
     def check_bytes(self, needed: int, num_tokens: int, what: str) -> None:
         """Raise `DoesNotFitError` unless `needed` bytes for `num_tokens` fit into the empty arena."""
-        # one slab of slack, because the last slab of a block size is rarely full
-        if needed > self.lanes.pool.arena.num_bytes - SLAB_BYTES:
+        if needed > self.capacity_bytes:
             self._refuse(needed, num_tokens, what)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of blocks, of whatever mixture of sizes, that are sure to fit into the arena once it is evacuated."""
+        arena = self.lanes.pool.arena
+        sizes = {group.block_bytes for group in self.lanes.spec.groups}
+        slabs = arena.num_slabs - (len(sizes) - 1)  # the last slab of each further size may be almost empty
+        return max(0, slabs) * min(arena.blocks_per_slab(size) * size for size in sizes)
 
     def _refuse(self, needed: int, num_tokens: int, what: str) -> None:
         arena, spec = self.lanes.pool.arena, self.lanes.spec
@@ -114,7 +123,7 @@ class Scheduler:
         """Bring the KV bytes, now and at peak, of a running sequence up to date."""
         assert sequence.row is not None
         sequence.kv_bytes = self.lanes.sequence_bytes(sequence.row)
-        held = self.lanes.held[sequence.row]
+        held = self.lanes.held[sequence.row, self._spread_lanes]
         sequence.kv_spread = (int(held.min()), int(held.max()))
         sequence.kv_peak_bytes = max(sequence.kv_peak_bytes, self.lanes.peak_bytes[sequence.row], sequence.kv_bytes)
 
@@ -230,23 +239,35 @@ class Scheduler:
         return sum(s.request.params.n - 1 for s in self.running if s.index == 0 and not s.request.forked)
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Return whether the rest of the prompt fits beside what running prefills and unpreemptible ones still need."""
+        """Return whether the rest of the prompt fits beside what running prefills and unpreemptible ones still need.
+
+        Sequences that may lose tokens cannot be preempted from then on. So that they never run short of each other,
+        all that they may come to hold must fit into the arena together, each with blocks of its own.
+        """
         assert sequence.row is not None
+        lasting = [self._lasting_bytes(s) for s in (*self.running, sequence)]
+        if lasting[-1] and sum(lasting) > self.capacity_bytes:
+            return False
         counted = [s for s in self.running if self._pending(s) > 1 or self.is_lossy(s)]
         needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
         arena, index = self.lanes.pool.arena, self.lanes.pool.index
         free = arena.num_bytes - arena.used_bytes
         return needed <= free or needed <= free + index.idle_bytes
 
+    def _lasting_bytes(self, sequence: Sequence) -> int:
+        """Return the most bytes that a sequence which may lose tokens comes to hold; 0 for all others."""
+        eviction, request = sequence.eviction, sequence.request
+        total = len(request.prompt_token_ids) + request.max_tokens
+        if eviction is None or sequence.row is None or not eviction.occupancy.may_drop(total):
+            return 0
+        chunk = self.max_num_batched_tokens
+        if self.is_lossy(sequence) and request.forked:
+            return eviction.future_bytes(sequence.row, total, chunk)
+        return eviction.occupancy.peak_bytes(total, chunk, 1 if request.forked else request.params.n)
+
     def _bytes_to_come(self, sequence: Sequence) -> int:
         assert sequence.row is not None
-        if sequence.eviction is None:
-            total = self._peak_bytes(len(sequence.token_ids) + 1)
-        elif self.is_lossy(sequence):
-            remaining = sequence.request.max_tokens - sequence.num_output_tokens
-            total = sequence.eviction.future_bytes(sequence.row, len(sequence.token_ids) + remaining)
-        else:
-            total = sequence.eviction.peak_bytes(len(sequence.token_ids) + 1, self.max_num_batched_tokens)
+        total = self._lasting_bytes(sequence) or self._peak_bytes(len(sequence.token_ids) + 1)
         return max(0, total - self.lanes.sequence_bytes(sequence.row))
 
     def _adopt_prefix(self, sequence: Sequence) -> None:
@@ -284,7 +305,8 @@ class Scheduler:
             child.num_cached_tokens = leader.num_cached_tokens
             child.num_published = leader.num_published
             child.chain.digests = list(leader.chain.digests)
-            child.eviction = None if leader.eviction is None else leader.eviction.fork()
+            if leader.eviction is not None:
+                child.eviction = leader.eviction.fork(child.token_ids, request.seed + child.index)
             self.running.append(child)
             children.append(child)
         return children

@@ -67,14 +67,18 @@ def attention(
     return out.permute(2, 0, 1, 3).reshape(n, heads, -1).to(q.dtype), lse.permute(2, 0, 1).reshape(n, heads)
 
 
-def attention_weights(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+def attention_weights(
+    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float, log_count: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return softmax weights [H, n, S] in float32 of q [n, H, D] over k [G, S, D] where seen [G, n, S] is True.
 
-    Rows that see nothing are zero.
+    Rows that see nothing are zero. `log_count` [G, S] is added to the scaled scores, as in `attention`.
     """
     heads, lanes = q.shape[1], k.shape[0]
     query = q.float().transpose(0, 1).reshape(lanes, heads // lanes, *q.shape[::2])
     scores = torch.einsum("grnd,gsd->grns", query, k.float()) * scale
+    if log_count is not None:
+        scores = scores + log_count[:, None, None, :]
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     weights = torch.exp(scores - torch.where(torch.isinf(lse), torch.zeros_like(lse), lse))

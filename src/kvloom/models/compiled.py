@@ -53,6 +53,7 @@ class CompiledModel:
             raise UnsupportedError("CPU kernels", reasons)
         self.name = "cpu"
         self.layout: Layout = "cpu"
+        self.shows_layer_inputs = False
         self.config = config
         self.device = torch.device("cpu")
         self._native = PRODUCT_OF[dtype]

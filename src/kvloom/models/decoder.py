@@ -59,8 +59,12 @@ class Decoder:
         cache: KVCache,
         backend: AttentionBackend,
         observer: QueryObserver | None = None,
+        input_observer: QueryObserver | None = None,
     ) -> torch.Tensor:
-        """Return the final hidden states [T, hidden], normalised, of the batch; mutates its lanes in `cache`."""
+        """Return the final hidden states [T, hidden], normalised, of the batch; mutates its lanes in `cache`.
+
+        `input_observer` is shown the input [T, hidden] of each layer.
+        """
         config = self.config
         token_ids = torch.from_numpy(batch.token_ids).to(self.device, torch.int64)
         positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
@@ -69,6 +73,8 @@ class Decoder:
             x = x * self.embedding_scale
         rotations = [cos_sin(theta, positions) for theta in self._theta]
         for layer in range(config.num_layers):
+            if input_observer is not None:
+                input_observer(layer, x)
             x = self._attention(layer, x, rotations, batch, cache, backend, observer)
             x = self._mlp(layer, x)
         return self._norm(x, "final_norm")

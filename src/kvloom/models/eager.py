@@ -16,6 +16,7 @@ class EagerModel:
         self.decoder = decoder
         self.backend = backend
         self.name = backend.name
+        self.shows_layer_inputs = True
         self.layout: Layout = "rows"
         self.config = decoder.config
         self.device = decoder.device
@@ -37,11 +38,19 @@ class EagerModel:
             assert rows is not None
             queries.append(q[torch.from_numpy(rows).to(q.device, torch.int64)])
 
-        hidden = self.decoder.forward(batch, cache, self.backend, None if rows is None else collect)
+        inputs: list[torch.Tensor] = []
+
+        def measure(layer: int, x: torch.Tensor) -> None:
+            inputs.append(torch.linalg.vector_norm(x.float(), dim=-1))
+
+        hidden = self.decoder.forward(
+            batch, cache, self.backend, None if rows is None else collect, measure if wanted.input_norms else None
+        )
         logits = self.decoder.logits(hidden[torch.from_numpy(wanted.logit_rows).to(hidden.device, torch.int64)])
         return StepOutput(
             greedy=torch.argmax(logits, dim=-1).tolist(),
             logits=logits,
             hidden=hidden if wanted.hidden else None,
             queries=torch.stack(queries) if rows is not None else None,
+            input_norms=torch.stack(inputs) if wanted.input_norms else None,
         )

@@ -23,12 +23,14 @@ class StepWanted:
     logits       their logits are wanted, not only the best token
     hidden       all final hidden states are wanted
     query_rows   tokens whose rotated queries are wanted in every layer; Q of them
+    input_norms  the norm of every token's input to every layer is wanted (only where `shows_layer_inputs`)
     """
 
     logit_rows: Rows
     logits: bool = True
     hidden: bool = False
     query_rows: Rows | None = None
+    input_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class StepOutput:
     """What `StepWanted` asked for.
 
     greedy [N] the most likely next tokens; logits [N, vocab] float32; hidden [T, hidden], normalised; queries
-    [L, Q, H, D], rotated and unscaled.
+    [L, Q, H, D], rotated and unscaled; input_norms [L, T] float32, 2-norms of the residual stream before each layer.
     """
 
     greedy: list[int]
     logits: torch.Tensor | None
     hidden: torch.Tensor | None
     queries: torch.Tensor | None
+    input_norms: torch.Tensor | None = None
 
 
 class Model(Protocol):
@@ -52,6 +55,7 @@ class Model(Protocol):
     layout: Layout
     config: DecoderConfig
     device: torch.device
+    shows_layer_inputs: bool
 
     @property
     def num_bytes(self) -> int:

@@ -59,7 +59,7 @@ def candidate_policies(asked: Question) -> list[PolicySpec]:
     texts = [
         "full", "int8", "int4", f"streaming(window={max(1, budget - 4)})", f"snapkv(budget={budget})",
         f"snapkv(budget={budget})+pyramid", f"snapkv(budget={budget})+adaptive", f"expected(budget={budget})+adaptive",
-        f"kvzip(budget={budget})+global", f"h2o(budget={budget})+slack(tokens=64)", f"tova(budget={budget})",
+        f"kvzip(budget={budget})", f"h2o(budget={budget})+slack(tokens=64)", f"tova(budget={budget})",
         f"knorm(budget={budget})", f"snapkv(budget={budget})+int8", f"snapkv(budget={budget})+adaptive+int4",
     ]  # fmt: skip
     found = [asked.policy]

@@ -27,10 +27,20 @@ class LayerScores:
 
 
 class Budget(ABC):
-    """Divides `budget` tokens a lane, on average over all lanes that take part, among those lanes."""
+    """Divides `budget` tokens a lane, on average over all lanes that take part, among those lanes.
+
+    `ragged` lanes of a layer may differ in length; `spans_layers` says that layers may. `acts_always` budgets may drop
+    tokens from a lane that holds less than `budget`.
+    """
 
     ragged: bool = False
     spans_layers: bool = False
+    acts_always: bool = False
+
+    @property
+    def uneven(self) -> bool:
+        """True when lanes trade tokens with one another, so that `budget` is an average."""
+        return (self.ragged or self.spans_layers) and not self.acts_always
 
     @abstractmethod
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
@@ -95,10 +105,14 @@ class Global(Budget):
 
 @dataclass(frozen=True)
 class Threshold(Budget):
-    """Each lane keeps what scores above a value, at most `budget`, and at least what is protected."""
+    """Each lane keeps what scores above a value, at most `budget`, and at least what is protected.
+
+    The one budget that may drop tokens from a request that is no longer than it: there the value alone decides.
+    """
 
     above: float = 0.0
     ragged = True
+    acts_always = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return the number above the threshold, capped (see `Budget`)."""

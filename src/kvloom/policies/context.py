@@ -1,7 +1,6 @@
 """ScoreContext: one layer of one sequence as a scorer sees it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,9 +23,15 @@ class ScoreContext:
     keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32
     positions  [G, S]     int64, ascending where valid          valid   [G, S]      bool
     queries    [w, H, D]  newest queries, float32, with query_positions [w]; None unless needed
-    key_mass   [G, S]     attention summed over all queries so far, mean over the query group; None unless needed
+    key_mass   [G, S]     attention summed over the queries so far, mean over the query group; None unless needed
+    near_mass  [G, S]     the part of it that came from prompt queries close by; None unless needed
+    log_count  [G, S]     what merged tokens add to their logits; None where nothing was merged
+    replay     [G, S]     most attention that any query of a replay paid; None unless needed
+    special, punctuation  [G, S] bool; None unless needed
     inverse_frequencies   theta [D / 2] of the layer's rope, None without rope
     output_weight         W_O [hidden, H * Dv], float32; None unless needed
+    state                 what the method remembers of this layer of this sequence from one decision to the next; a
+                          method may put tensors in, and replaces them instead of changing them
     """
 
     layer: int
@@ -47,8 +52,12 @@ class ScoreContext:
     query_moments: QueryMoments | None = None
     inverse_frequencies: torch.Tensor | None = None
     output_weight: torch.Tensor | None = None
-    replay_scores: torch.Tensor | None = None
-    token_ids: Sequence[int] | None = None
+    near_mass: torch.Tensor | None = None
+    log_count: torch.Tensor | None = None
+    replay: torch.Tensor | None = None
+    special: torch.Tensor | None = None
+    punctuation: torch.Tensor | None = None
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_lanes(self) -> int:
@@ -72,7 +81,7 @@ class ScoreContext:
         assert self.queries is not None and self.query_positions is not None, "the scorer did not declare queries"
         queries, places = self.queries[-window:], self.query_positions[-window:]
         seen = self.valid[:, None, :] & (self.positions[:, None, :] <= places[None, :, None])
-        return reference.attention_weights(queries, self.keys, seen, self.scale)
+        return reference.attention_weights(queries, self.keys, seen, self.scale, self.log_count)
 
     def newest(self, count: int) -> torch.Tensor:
         """Return [G, S] bool: the tokens among the newest `count` seen, by position."""
@@ -81,3 +90,18 @@ class ScoreContext:
     def first(self, count: int) -> torch.Tensor:
         """Return [G, S] bool: the tokens at positions below `count`."""
         return self.valid & (self.positions < count)
+
+    def output_norms(self, order: int) -> torch.Tensor:
+        """Return ||W_O v|| [H, S] of every query head's share of the output projection, in the 1- or 2-norm."""
+        assert self.output_weight is not None, "the method did not declare output weights"
+        return output_norms(self.output_weight, self.values, self.num_query_heads, order)
+
+
+def output_norms(weight: torch.Tensor, values: torch.Tensor, num_query_heads: int, order: int) -> torch.Tensor:
+    """Return ||W_O v|| [H, S] for weight W_O [hidden, H * Dv] and values [G, S, Dv]; query head h reads lane h // r."""
+    width, group = values.shape[2], num_query_heads // values.shape[0]
+    norms = []
+    for head in range(num_query_heads):
+        brought = values[head // group] @ weight[:, head * width : (head + 1) * width].T  # [S, hidden]
+        norms.append(torch.linalg.vector_norm(brought, ord=order, dim=-1))
+    return torch.stack(norms)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvloom.errors import UnsupportedError
-from kvloom.policies import actions, refinements, scorers
+from kvloom.policies import plugins
 from kvloom.policies.action import ACTIONS, Action
-from kvloom.policies.budgets import BUDGETS, Adaptive, Budget, Global
+from kvloom.policies.budgets import BUDGETS, Budget, Uniform
+from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.needs import Needs
 from kvloom.policies.refinement import REFINEMENTS, Refinement
+from kvloom.policies.replay import HINT
 from kvloom.policies.scorer import RULES, Rule, Scorer, Selector
 from kvloom.policies.triggers import Triggers
 from kvloom.spec.kv import KVSpec
@@ -67,9 +69,10 @@ class Policy:
         own = kv.layers[layer]
         return own.source is None and own.window is None and not self.rule.layer_skipped(layer)
 
-    def refusals(self, kv: KVSpec, prompt_tokens: int) -> list[str]:
+    def refusals(self, kv: KVSpec, prompt_tokens: int, model: ModelFacts) -> list[str]:
         """Return every reason why this policy cannot run on such a request; [] when it can."""
-        reasons = []
+        name, needs = self.spec.selector.name, self.needs
+        reasons = self.rule.refusals(kv)
         if not any(self.acts_on(kv, layer) for layer in range(len(kv.layers))):
             reasons.append("every layer of this model has a window or is skipped, so there is nothing to evict")
         budget = self.tokens(prompt_tokens)
@@ -78,13 +81,30 @@ class Policy:
             reasons.append(f"{protected} tokens are protected but the budget is {budget}; raise the budget")
         if any(kv.layers[i].source is not None for i in range(len(kv.layers))):
             reasons.append("layers share the lanes of other layers; evicting from those is not supported")
+        if needs.token_kinds and model.token_kinds is None:
+            reasons.append(f"{name} tells special tokens and punctuation apart; this engine has no tokenizer")
+        if needs.layer_inputs and not model.shows_layer_inputs:
+            reasons.append(f"{name} weighs by the input of each layer, which only the eager backend shows")
+        if needs.replay:
+            reasons += self._replay_refusals(prompt_tokens, model)
         return reasons
+
+    def _replay_refusals(self, prompt_tokens: int, model: ModelFacts) -> list[str]:
+        name = self.spec.selector.name
+        if model.replay_instruction is None:
+            return [f"{name} asks the model to repeat its context; this engine has no tokenizer to ask with"]
+        longest = len(model.replay_instruction([0] * HINT)) + min(prompt_tokens, self.spec.selector.number("chunk"))
+        if prompt_tokens + longest > model.max_position:
+            return [
+                f"{name} feeds up to {longest} tokens after a prompt of {prompt_tokens}; "
+                f"the model was made for {model.max_position}. Lower chunk or shorten the prompt"
+            ]
+        return []
 
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Policy | None:
-    for package in (scorers, refinements, actions):
-        package.load_all()
+    plugins.load_all()
     spec = PolicySpec.parse(text)
     if spec.store is not None:
         raise UnsupportedError(f"policy {text!r}", [f"store {spec.store.name} cannot be served yet; leave it out"])
@@ -115,7 +135,14 @@ def _conflicts(policy: Policy) -> Sequence[str]:
         reasons.append(f"{name} is defined at the end of the prompt; it cannot act while generating")
     if isinstance(policy.rule, Selector) and policy.refinements:
         reasons.append(f"{name} chooses tokens itself; there is no score to refine")
-    if policy.cache_positions and isinstance(policy.budget, Adaptive | Global):
+    choosing = [term.name for term, r in zip(policy.spec.refinements, policy.refinements, strict=True) if r.chooses]
+    if len(choosing) > 1:
+        reasons.append(f"{' and '.join(choosing)} each choose the tokens; keep one")
+    if isinstance(policy.rule, Scorer) and not policy.rule.weights:
+        for term, refinement in zip(policy.spec.refinements, policy.refinements, strict=True):
+            if refinement.of_weights:
+                reasons.append(f"{term.name} weighs attention, and scores of {name} are not")
+    if policy.cache_positions and not isinstance(policy.budget, Uniform):
         reasons.append("positions=cache needs lanes of equal length")
     if policy.cache_positions and policy.spec.action.name != "drop":
         reasons.append("positions=cache rewrites the sinks; it cannot be combined with merging")

@@ -14,10 +14,12 @@ from kvloom.spec.method import Value
 class Refinement:
     """A modifier of any scorer; the default changes nothing. Instances are immutable.
 
-    `chooses` says that `choose` replaces taking the best scores; at most one refinement of a policy may.
+    `chooses` says that `choose` replaces taking the best scores; at most one refinement of a policy may. `of_weights`
+    says that only attention weights can be refined.
     """
 
     needs: Needs = Needs()
+    of_weights: bool = False
     chooses: bool = False
 
     def reweigh(self, scores: torch.Tensor, context: ScoreContext) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from kvloom.policies.context import ScoreContext
 from kvloom.policies.needs import Needs
 from kvloom.registry import Registry
+from kvloom.spec.kv import KVSpec
 from kvloom.spec.method import Value
 
 
@@ -16,12 +17,13 @@ class Scorer(ABC):
 
     `needs` declares what must be gathered; `comparable` says that scores of different heads are on one scale (each
     head's sum to the same total), so that budgets may be shared between them as they are; others are standardised
-    first. `per_chunk` says that the rule may be applied in the middle of a prompt; `decodes` that it may be applied
-    while generating.
+    first. `weights` says that scores are attention weights or sums of them, which others may multiply. `per_chunk` says
+    that the rule may be applied in the middle of a prompt; `decodes` that it may be applied while generating.
     """
 
     needs: Needs = Needs()
     comparable: bool = True
+    weights: bool = False
     per_chunk: bool = False
     decodes: bool = False
 
@@ -41,6 +43,10 @@ class Scorer(ABC):
         """Return whether the method leaves this layer whole."""
         return False
 
+    def refusals(self, kv: KVSpec) -> list[str]:
+        """Return every reason why the method cannot run on a model with these lanes; [] when it can."""
+        return []
+
 
 class Selector(ABC):
     """A rule that decides score and budget together (FastGen, DuoAttention): it names the tokens to keep itself."""
@@ -51,11 +57,19 @@ class Selector(ABC):
 
     @abstractmethod
     def keep(self, context: ScoreContext) -> torch.Tensor:
-        """Return [G, S] bool: the tokens of each lane that stay. Mutates nothing."""
+        """Return [G, S] bool: the tokens of each lane that stay. Mutates `context.state` at most."""
 
     def layer_skipped(self, layer: int) -> bool:
         """Return whether the method leaves this layer whole."""
         return False
+
+    def bound(self, layer: int, head: int) -> int | None:
+        """Return the most tokens that `keep` leaves in a lane, None where the data decides."""
+        return None
+
+    def refusals(self, kv: KVSpec) -> list[str]:
+        """Return every reason why the method cannot run on a model with these lanes; [] when it can."""
+        return []
 
 
 Rule = Scorer | Selector

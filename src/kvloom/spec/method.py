@@ -63,9 +63,9 @@ class MethodSpec:
     """One method: `params` in the order in which they are printed, and facts for planner, docs and checks.
 
     Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
-    to the data (`ragged`); `protected(args, budget)` counts what stays whatever its score. `triggers` are used when
-    the policy names none. `query_aware` says that the question
-    must be in the prompt for the published quality.
+    to the data (`ragged`); `protected(args, budget)` counts what stays whatever its score. `triggers` and
+    `default_budget` are used when the policy names none. `query_aware` says that the question must be in the prompt for
+    the published quality.
     """
 
     name: str
@@ -77,6 +77,7 @@ class MethodSpec:
     fixed_tokens: Callable[[dict[str, Value]], int] | None = None
     protected: Callable[[dict[str, Value], int], int] | None = None
     triggers: tuple[str, ...] = ()
+    default_budget: str = "uniform"
     query_aware: bool = False
     paper: str = ""
 
@@ -108,10 +109,18 @@ def _pooling(window: int, kernel: int) -> tuple[Parameter, ...]:
     )
 
 
-def _selector(name: str, summary: str, *params: Parameter, **facts: Any) -> None:
+def register_selector(name: str, summary: str, *params: Parameter, **facts: Any) -> None:
+    """Give an eviction method a spelling; `facts` are fields of `MethodSpec`. It takes a budget unless they say not.
+
+    Raises `InvalidInputError` when the name is taken.
+    """
     facts.setdefault("budgeted", True)
     lead = (BUDGET, KEEP) if facts["budgeted"] else ()
     METHODS.register(name, MethodSpec(name, "selector", summary, (*lead, *params), **facts))
+
+
+def _selector(name: str, summary: str, *params: Parameter, **facts: Any) -> None:
+    register_selector(name, summary, *params, **facts)
 
 
 def _arg(name: str) -> Callable[[dict[str, Value], int], int]:
@@ -120,6 +129,7 @@ def _arg(name: str) -> Callable[[dict[str, Value], int], int]:
 
 
 _PREFILL, _ALWAYS = ("prefill",), ("chunk", "step")
+_MASS = Parameter("mass", "bool", False, doc="a merged entry gets the softmax mass of all that it stands for")
 
 _selector("full", "keeps every token", budgeted=False)
 _selector("window", "keeps the newest tokens", _count("size", 1024, 1), budgeted=False, triggers=_ALWAYS,
@@ -144,13 +154,14 @@ _selector("expected", "keeps what a Gaussian of future queries is expected to at
           protected=_arg("sinks"))
 _selector("kvzip", "keeps what is needed to repeat the context", _count("chunk", 2048, 1), _count("sinks", 4),
           Parameter("normalised", "bool", False, doc="weigh by the norm of the value's output (KVzip+)"),
-          triggers=_PREFILL, paper="arXiv 2505.23416", protected=_arg("sinks"))
+          triggers=_PREFILL, default_budget="global", paper="arXiv 2505.23416", protected=_arg("sinks"))
 _selector("fastgen", "chooses a cheap policy for each head that still recovers its attention",
           Parameter("recovery", "float", 0.95, 0, 1), Parameter("recent", "float", 0.3, 0, 1),
-          Parameter("frequent", "float", 0.3, 0, 1), budgeted=False, ragged=True, triggers=_PREFILL,
+          Parameter("frequent", "float", 0.3, 0, 1), budgeted=False, ragged=True, triggers=("prefill", "step"),
           paper="arXiv 2310.01801")
 _selector("duo", "keeps everything on retrieval heads, sinks and newest tokens on the others",
           Parameter("pattern", "text", None, doc="file that says which heads are retrieval heads"),
+          Parameter("threshold", "float", 0.5, 0, 1, doc="least number in the pattern of a retrieval head"),
           _count("sinks", 4), _count("window", 256, 1), budgeted=False, ragged=True, triggers=_ALWAYS,
           paper="arXiv 2410.10819")
 _selector("random", "keeps tokens at random: the floor of every comparison", _count("sinks", 0), _count("seed", 0),
@@ -181,6 +192,11 @@ for _spec in (
     MethodSpec("drop", "action", "evicted tokens are dropped"),
     MethodSpec("cam", "action", "evicted values are merged into the next kept ones", (_count("window", 32, 1),),
                paper="ICML 2024, CaM"),
-    MethodSpec("d2o", "action", "evicted tokens are merged into their nearest kept ones", paper="arXiv 2406.13035"),
+    MethodSpec("d2o", "action", "evicted tokens are merged into their nearest kept ones",
+               (Parameter("decay", "float", 0.5, 0, 1, doc="weight of the past in the threshold of similarity"), _MASS),
+               paper="arXiv 2406.13035"),
+    MethodSpec("kvmerger", "action", "evicted tokens are merged into the kept one of their run of similar neighbours",
+               (Parameter("similarity", "float", 0.75, -1, 1, doc="least cosine of neighbours in a run"), _MASS),
+               paper="arXiv 2407.08454"),
 ):
     METHODS.register(_spec.name, _spec)

@@ -96,7 +96,7 @@ class PolicySpec:
         return cls(
             selector=selector,
             refinements=tuple(found.get("refine", ())),
-            budget=found.get("budget", [_UNIFORM])[0],
+            budget=found.get("budget", [_default_budget(method)])[0],
             triggers=tuple(triggers),
             action=found.get("action", [_DROP])[0],
             store=found.get("store", [None])[0],
@@ -107,7 +107,7 @@ class PolicySpec:
         if self.selector != _FULL or self.store is None:
             yield self.selector
         yield from self.refinements
-        if self.budget != _UNIFORM:
+        if self.budget != _default_budget(METHODS.get(self.selector.name)):
             yield self.budget
         if tuple(_shown(term) for term in self.triggers) != METHODS.get(self.selector.name).triggers:
             yield from self.triggers
@@ -118,6 +118,14 @@ class PolicySpec:
 
     def __str__(self) -> str:
         return "+".join(_shown(term) for term in self.terms())
+
+    @classmethod
+    def selector_named(cls, name: str) -> str:
+        """Return `name` if it is a selector's; raises `InvalidInputError` naming the nearest one."""
+        known = [known for known, method in METHODS.items() if method.role == "selector"]
+        if name not in known:
+            raise InvalidInputError(f"unknown selector {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        return name
 
     @property
     def evicts(self) -> bool:
@@ -153,6 +161,12 @@ class PolicySpec:
     def lengths_known(self) -> bool:
         """True when every lane's length follows from the prompt's length alone."""
         return not METHODS.get(self.selector.name).ragged and not METHODS.get(self.budget.name).ragged
+
+
+def _default_budget(method: MethodSpec) -> Term:
+    """Return the budget of a selector that is given none."""
+    name = method.default_budget
+    return Term(name, _arguments(name, METHODS.get(name).params, None))
 
 
 def _split(text: str) -> list[str]:

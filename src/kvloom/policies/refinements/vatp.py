@@ -15,6 +15,8 @@ class VATP(Refinement):
     Sinks have much attention and tiny values: without protection the product would evict them.
     """
 
+    of_weights = True
+
     def __init__(self, sinks: int) -> None:
         self.sinks = sinks
 

@@ -18,6 +18,8 @@ class SnapKV(Scorer):
     the group after pooling, as kvpress does; the authors' code decides per query head. The window stays.
     """
 
+    weights = True
+
     def __init__(self, window: int, kernel: int, pooling: str) -> None:
         self.window = window
         self.kernel = kernel

@@ -1,0 +1,92 @@
+"""Replay: the context is fed once more, chunk by chunk, to see what the model looks up to repeat it (KVzip).
+
+    lanes    | context: sinks ... chunk first .. last - 1 ... | instruction, chunk again |
+    softmax    ^^^^^          ^^^^^^^^^^^^^^^^^^^^^^^^^^^^      ^^^^^^^ causal ^^^^^^^^^^
+
+What is fed again is forgotten afterwards; only the scores of the context remain.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvloom.cache.kvcache import KVCache
+from kvloom.kernels import reference
+from kvloom.policies.context import output_norms
+from kvloom.policies.modelfacts import ModelFacts
+
+HINT = 8
+"""Tokens of the chunk before that say where to go on."""
+
+TILE = 128
+"""Queries at a time: bounds the weights to H x 128 x (chunk + replay)."""
+
+
+@dataclass(frozen=True)
+class ReplayPass:
+    """Tokens to feed after the context so that positions `first .. last - 1` of it are scored."""
+
+    first: int
+    last: int
+    token_ids: tuple[int, ...]
+
+
+def replay_passes(
+    prompt: Sequence[int], chunk: int, instruction: Callable[[Sequence[int]], list[int]]
+) -> list[ReplayPass]:
+    """Return the passes over a prompt in chunks of `chunk` tokens; later ones are told how their chunk's past ended."""
+    passes = []
+    for first in range(0, len(prompt), chunk):
+        part = prompt[first : first + chunk]
+        hint = prompt[max(0, first - HINT) : first]
+        passes.append(ReplayPass(first, first + len(part), (*instruction(hint), *part)))
+    return passes
+
+
+class ReplayScores:
+    """Most attention that any query of a replay paid each token of the context: [G, n] for each of `layers`."""
+
+    def __init__(
+        self, cache: KVCache, model: ModelFacts, layers: Sequence[int], context: int, sinks: int, normalised: bool
+    ) -> None:
+        """Score `context` tokens; with `normalised` weights count times ||W_O v|| / ||h|| (KVzip+)."""
+        self.cache = cache
+        self.model = model
+        self.context = context
+        self.sinks = sinks
+        self.normalised = normalised
+        self.best = {layer: torch.zeros(cache.layers[layer].num_lanes, context) for layer in layers}
+
+    def observe(
+        self, layer: int, sequence: int, now: ReplayPass, q: torch.Tensor, input_norms: torch.Tensor | None
+    ) -> None:
+        """Take in rotated queries q [n, H, D] of the newest n tokens of a pass; norms [n] of the layer's input.
+
+        `sequence` holds the context, uncompressed, and the pass so far; its K and V are in the lanes already.
+        """
+        if layer not in self.best:
+            return
+        k, v, _ = self.cache.read_layer(layer, sequence)
+        fed = k.shape[1] - self.context
+        sinks = min(self.sinks, now.first)
+        slots = torch.cat(
+            (torch.arange(sinks), torch.arange(now.first, now.last), torch.arange(self.context, self.context + fed))
+        )
+        k, part = k[:, slots].float(), slice(sinks, sinks + now.last - now.first)
+        lanes = k.shape[0]
+        norms = None
+        if self.normalised:
+            assert input_norms is not None, "declared in needs"
+            values = v[:, now.first : now.last].float()
+            norms = output_norms(self.model.output_weight(layer), values, self.model.num_query_heads, 2)
+        known = self.best[layer][:, now.first : now.last]
+        for start in range(0, len(q), TILE):
+            rows = q[start : start + TILE]
+            own = self.context + fed - len(q) + start + torch.arange(len(rows))
+            seen = (slots[None, :] <= own[:, None]).expand(lanes, -1, -1)
+            weights = reference.attention_weights(rows, k, seen, self.model.query_scale)[:, :, part]  # [H, n, chunk]
+            if norms is not None and input_norms is not None:
+                weights = weights * norms[:, None] / input_norms[start : start + len(rows), None]
+            known = torch.maximum(known, weights.reshape(lanes, -1, part.stop - part.start).amax(1))
+        self.best[layer][:, now.first : now.last] = known

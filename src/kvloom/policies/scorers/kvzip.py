@@ -1,0 +1,47 @@
+"""KVzip: what the model looks up to repeat its context is what any question may need (Kim et al., arXiv 2505.23416)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from kvloom.policies.context import ScoreContext
+from kvloom.policies.needs import Needs
+from kvloom.policies.scorer import RULES, Scorer
+from kvloom.spec.method import Value
+
+
+class KVzip(Scorer):
+    """Most attention that any query paid a token while the context was fed again, chunk by chunk (`Replay`).
+
+    Query-agnostic: the whole prompt is taken as the context. Max over replay queries and the query group; the first
+    `sinks` positions stay. `normalised` weighs each weight by ||W_O v|| / ||h||, h the layer's input (KVzip+,
+    arXiv 2601.07891). The paper's budget is shared by all layers and heads, which is the default here.
+    """
+
+    weights = True
+
+    def __init__(self, chunk: int, sinks: int, normalised: bool) -> None:
+        self.chunk = chunk
+        self.sinks = sinks
+        self.normalised = normalised
+        self.needs = Needs(replay=True, layer_inputs=normalised, output_weights=normalised)
+
+    def score(self, context: ScoreContext) -> torch.Tensor:
+        """Return the most attention of the replay."""
+        assert context.replay is not None, "declared in needs"
+        return context.replay
+
+    def protected(self, context: ScoreContext) -> torch.Tensor:
+        """Protect the sinks."""
+        return context.first(self.sinks)
+
+    def num_protected(self, budget: int) -> int:
+        """Return the number of sinks."""
+        return self.sinks
+
+
+def _kvzip(args: Mapping[str, Value]) -> KVzip:
+    return KVzip(int(args["chunk"]), int(args["sinks"]), bool(args["normalised"]))
+
+
+RULES.register("kvzip", _kvzip)
