@@ -17,7 +17,7 @@ BELOW = {
     "engine": {"models", "attention", "policies", "cache", "kernels", "plan", "spec", *LEAVES},
     "bench": LEAVES,
     "measure": {"engine", "models", "attention", "policies", "cache", "kernels", "plan", "spec", *LEAVES},
-    "server": {"engine", "models", "attention", "policies", "cache", "kernels", "plan", "spec", *LEAVES},
+    "server": {"engine", "models", "attention", "policies", "cache", "kernels", "plan", "spec", "kvloom", *LEAVES},
 }
 """What each room may import beside itself. `plan` stands beside the tower, on `spec` alone."""
 

@@ -1,6 +1,7 @@
 """The load generator: plans, percentiles and goals by hand, and a run against a server whose answers are known."""
 
 import asyncio
+import itertools
 import json
 import math
 
@@ -63,7 +64,7 @@ def test_arrivals_have_the_rate_asked_for_and_are_the_same_again():
     times = load.arrivals()
     assert times == load.arrivals() == sorted(times)
     assert times[-1] / 4000 == pytest.approx(1 / 50, rel=0.05)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     assert math.fsum(g * g for g in gaps) / 3999 == pytest.approx(2 / 50**2, rel=0.1)  # second moment of Poisson's gaps
 
 
