@@ -115,6 +115,13 @@ class Engine:
 
         Raises `InvalidInputError`, `UnsupportedError` or `DoesNotFitError`, and then leaves nothing behind.
         """
+        for option, value, kind in (
+            ("request_id", "" if request_id is None else request_id, str),
+            ("cache_salt", cache_salt, str),
+            ("priority", priority, int),
+        ):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InvalidInputError(f"{option} must be {kind.__name__}, not {value!r}")
         name = request_id if request_id is not None else f"request-{self.num_arrived}"
         if name in self.requests:
             raise InvalidInputError(f"request id {name!r} is in use; choose another or leave it out")

@@ -137,8 +137,8 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """True once every sequence has ended."""
-        return self.forked and all(s.finished for s in self.sequences)
+        """True once every sequence has ended (one that was aborted before it forked stays alone)."""
+        return all(s.finished for s in self.sequences)
 
     @property
     def sort_key(self) -> tuple[int, int]:

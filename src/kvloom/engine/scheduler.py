@@ -102,11 +102,11 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a sequence, from whatever state, and free its blocks."""
-        if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence.row is not None:  # also when an interrupt fell between opening the row and running
             self._close(sequence)
-        elif sequence.status is Status.WAITING and sequence in self.waiting:
-            self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
