@@ -137,8 +137,9 @@ def _model(model: str | None, values: Mapping[str, Any]) -> "ModelSpec":
             raise InvalidInputError("a hypothetical model needs at least --layers and --heads")
         return Hypothesis(**given).build()
     if model is None:
-        raise InvalidInputError("name a MODEL, or describe one with --layers and --heads; --list-models shows known "
-                                "ones")
+        raise InvalidInputError(
+            "name a MODEL, or describe one with --layers and --heads; --list-models shows known ones"
+        )
     from kvloom.plan.source import find_model
 
     return find_model(model, None if _offline() else _fetch)
@@ -183,8 +184,17 @@ def _listed(values: Mapping[str, Any]) -> bool:
         from kvloom.spec.hardware import DEVICES
         from kvloom.units import format_bytes
 
-        devices = [(name, format_bytes(d.memory_bytes or 0), f"{(d.bandwidth or 0) / 1e9:,.0f} GB/s",
-                 f"{(d.peak('bfloat16') or 0) / 1e12:,.0f} TFLOP/s", d.source, d.as_of) for name, d in DEVICES.items()]
+        devices = [
+            (
+                name,
+                format_bytes(d.memory_bytes or 0),
+                f"{(d.bandwidth or 0) / 1e9:,.0f} GB/s",
+                f"{(d.peak('bfloat16') or 0) / 1e12:,.0f} TFLOP/s",
+                d.source,
+                d.as_of,
+            )
+            for name, d in DEVICES.items()
+        ]
         header = ("device", "memory", "bandwidth", "16-bit peak", "source", "read on")
         write("\n".join(table(header, devices)) + "\n")
     elif values["json_schema"]:
@@ -212,24 +222,53 @@ FLAGS = [
     _number("--output", "Tokens that are generated.", _ASK),
     _number("--users", "Requests at once.", _ASK, type=int, default=1),
     Flag(["--kv-policy"], section=_ASK, default="full", help='Cache policy, e.g. "snapkv(budget=1024)+adaptive+int8".'),
-    Flag(["--dtype"], section=_ASK, default="auto",
-         type=click.Choice(["auto", "bfloat16", "float16", "float32", "float8_e4m3fn"]),
-         help="Of weights and native K/V; auto is the model's own, bfloat16 on a CPU."),
+    Flag(
+        ["--dtype"],
+        section=_ASK,
+        default="auto",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32", "float8_e4m3fn"]),
+        help="Of weights and native K/V; auto is the model's own, bfloat16 on a CPU.",
+    ),
     _number("--block-size", "Tokens of one KV head in a block.", _ASK, type=int, default=16),
     _number("--max-num-batched-tokens", "Most tokens in one step.", _ASK, default=2048),
-    Flag(["--gpu-memory-utilization", "--device-memory-utilization"], section=_ASK, type=float, default=0.9,
-         help="Share of the device's memory that may be used."),
+    Flag(
+        ["--gpu-memory-utilization", "--device-memory-utilization"],
+        section=_ASK,
+        type=float,
+        default=0.9,
+        help="Share of the device's memory that may be used.",
+    ),
     Flag(["--target-ttft"], section=_ASK, metavar="TIME", help="Wanted time to first token, e.g. 500ms."),
     Flag(["--target-tpot"], section=_ASK, metavar="TIME", help="Wanted time per output token, e.g. 50ms."),
-    Flag(["--compare"], section=_TELL, multiple=True, metavar="WHAT",
-         help="Side by side: attention, stores or policies. Repeatable."),
-    Flag(["--explain"], section=_TELL, multiple=True, metavar="TOPIC",
-         help="generation, preallocation, projections, scores, reach, intensity or layouts. Repeatable."),
+    Flag(
+        ["--compare"],
+        section=_TELL,
+        multiple=True,
+        metavar="WHAT",
+        help="Side by side: attention, stores or policies. Repeatable.",
+    ),
+    Flag(
+        ["--explain"],
+        section=_TELL,
+        multiple=True,
+        metavar="TOPIC",
+        help="generation, preallocation, projections, scores, reach, intensity or layouts. Repeatable.",
+    ),
     Flag(["--max-loss"], section=_TELL, metavar="SHARE", help="Recommend a policy that loses at most this, e.g. 1%."),
-    Flag(["--measured"], section=_TELL, type=click.Path(path_type=Path), metavar="FILE.json",
-         help="Results of `kvloom measure`, for speed and quality."),
-    Flag(["--plot"], section=_TELL, type=click.Path(path_type=Path), metavar="FILE",
-         help="Write memory over context as .png or .svg (needs matplotlib)."),
+    Flag(
+        ["--measured"],
+        section=_TELL,
+        type=click.Path(path_type=Path),
+        metavar="FILE.json",
+        help="Results of `kvloom measure`, for speed and quality.",
+    ),
+    Flag(
+        ["--plot"],
+        section=_TELL,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write memory over context as .png or .svg (needs matplotlib).",
+    ),
     Flag(["--json", "as_json"], section=_TELL, is_flag=True, help="Print one line of JSON; see --json-schema."),
     Flag(["--json-schema"], section=_TELL, is_flag=True, help="Print the JSON schema of the answer and exit."),
     Flag(["--probe"], section=_TELL, is_flag=True, help="Measure this machine's speed, keep it, and exit."),

@@ -93,13 +93,15 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     usable = plan.sizes["usable"]
     yield f"{verdict[plan.memory.fits]}: {show(plan.sizes['total'])} of {show(usable)}" + (
-        " a device" if asked.devices > 1 else "")
+        " a device" if asked.devices > 1 else ""
+    )
     yield from _figures("memory" if asked.devices == 1 else "memory of a device", plan.sizes)
     yield from _figures("limits", plan.limits)
     yield from _figures("speed", plan.speeds)
     for name, possible in plan.targets.items():
-        word = {True: "possible by the lower bound", False: "impossible here", None: "unknown, speed not "
-                                                                                     "known"}[possible]
+        word = {True: "possible by the lower bound", False: "impossible here", None: "unknown, speed not known"}[
+            possible
+        ]
         yield f"target {name.upper()}: {word}"
     yield from _grid(plan)
     if plan.advice:
@@ -133,8 +135,16 @@ def _grid(plan: Plan) -> Iterator[str]:
 def _comparison(what: str, found: list[Row], users: int, context: int) -> Iterator[str]:
     yield ""
     rows = [
-        (row.name, show(row.bytes_per_token), show(row.kv_of_request), _count(row.max_users), _count(row.max_context),
-         show(row.tpot), row.kv_of_request.label, row.note)
+        (
+            row.name,
+            show(row.bytes_per_token),
+            show(row.kv_of_request),
+            _count(row.max_users),
+            _count(row.max_context),
+            show(row.tpot),
+            row.kv_of_request.label,
+            row.note,
+        )
         for row in found
     ]
     header = (what, "KV per token", f"KV of {context} tokens", "users", f"context for {users}", "TPOT at least")

@@ -122,7 +122,7 @@ def lane_store(kv: KVSpec, group: LaneGroup, policy: PolicySpec) -> LaneStore:
 
 
 def window_blocks(kv: KVSpec, seen: int, window: int) -> int:
-    """Return the blocks of a windowed lane between steps: those that hold one of the next query's keys."""
+    """Return the fewest blocks of a windowed lane: those that hold one of the next query's keys."""
     begin = max(0, seen - (window - 1))
     return -(-seen // kv.block_size) - begin // kv.block_size
 
@@ -130,7 +130,8 @@ def window_blocks(kv: KVSpec, seen: int, window: int) -> int:
 def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -> int:
     """Return the bytes of a request whose lanes hold `held` tokens (one per lane), `seen` having been processed.
 
-    Exact for any policy once the real lengths are known. Windowed lanes go by `seen`.
+    Exact for any policy once the real lengths are known. A windowed lane holds the newest `held` of `seen` tokens, at
+    their own places in its blocks.
     """
     if len(held) != kv.num_lanes:
         raise InvalidInputError(f"{len(held)} lengths for {kv.num_lanes} lanes; give one per lane")
@@ -141,7 +142,8 @@ def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -
             if group.window is None:
                 total += store.lane_bytes(held[lane])
             else:
-                total += window_blocks(kv, seen, group.window) * group.block_bytes
+                blocks = -(-seen // kv.block_size) - (seen - held[lane]) // kv.block_size
+                total += blocks * group.block_bytes
     return total
 
 
@@ -195,12 +197,22 @@ def _windowed(
     kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, output: int, chunk: int
 ) -> _Moments:
     assert group.window is not None
-    size = len(group.lanes) * group.block_bytes
-    most = size * kv.lane_blocks(prompt, group.window, chunk)
-    now = size * window_blocks(kv, prompt, group.window)
-    end = size * window_blocks(kv, prompt + output, group.window)
-    decode = size * kv.lane_blocks(prompt + output, group.window)
-    return Bounds(most, most), Bounds(now, now), Bounds(end, end), Bounds(decode, decode)
+    size, total = len(group.lanes) * group.block_bytes, prompt + output
+
+    def between(tokens: int, step: int) -> Bounds:
+        """What left the window is freed when a lane next needs a block, so that up to a step's blocks linger."""
+        most = kv.lane_blocks(tokens, group.window, step)
+        return Bounds(size * window_blocks(kv, tokens, group.window or 0), size * most)
+
+    settled, end = between(prompt, chunk), between(total, chunk)
+    last = (total - 1) // kv.block_size * kv.block_size
+    if last >= prompt and not policy.evicts:
+        # the last block was added by a step of one token at `last`, which trimmed the window then
+        amount = size * (-(-total // kv.block_size) - max(0, last - (group.window - 1)) // kv.block_size)
+        end = Bounds(amount, amount)
+    prefill = size * kv.lane_blocks(prompt, group.window, chunk)
+    decode = Bounds(end.low, max(settled.high, size * kv.lane_blocks(total, group.window)))
+    return Bounds(prefill, prefill), settled, end, decode
 
 
 def _evicting(
