@@ -184,6 +184,7 @@ Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int k
   lane.columns = table.table + seq_row * table.seq_stride + index * table.lane_stride;
   lane.arena = table.arena;
   lane.block_size = table.block_size;
+  lane.block_inverse = table.block_inverse;
   lane.k_width = shape.k_width;
   lane.v_width = shape.v_width;
   lane.store = table.store;

@@ -92,7 +92,10 @@ struct LanesObject {
     table.begin = begin.data();
     table.end = end.data();
     table.bounds_stride = num_lanes;
+    if (static_cast<double>(num_columns) * block_size * block_size >= 4294967296.0)
+      throw std::invalid_argument("lanes this long need smaller blocks");
     table.block_size = block_size;
+    table.block_inverse = block_inverse_of(block_size);
     table.store = static_cast<Element>(store);
     table.num_lanes = num_lanes;
   }

@@ -61,6 +61,7 @@ void write_slots(const Slots& s, const int32_t* address, const int32_t* within, 
       lane.columns = address + i;
       lane.arena = s.arena;
       lane.block_size = s.block_size;
+      lane.block_inverse = block_inverse_of(s.block_size);
       lane.k_width = s.k_width;
       lane.v_width = s.v_width;
       lane.store = s.store;

@@ -20,31 +20,35 @@ using namespace kvloom;
 constexpr float kLog2E = 1.44269504089f;
 constexpr int kGroup = 16;   // slots per column group
 constexpr int kStrip = 128;  // most slots per strip
+constexpr int kFewRows = 6;
 constexpr float kMinusInf = -__builtin_inff();
 
 static inline int store_per(Element e) { return e == Element::kBf16 ? 2 : e == Element::kInt8 ? 4 : 1; }
 static inline int store_bytes(Element e) { return e == Element::kFloat ? 4 : e == Element::kInt8 ? 1 : 2; }
 
+static inline int column_of(const Lane& lane, int slot) { return divide_by_block(slot, lane.block_inverse); }
+static inline int within_of(const Lane& lane, int slot) { return slot - column_of(lane, slot) * lane.block_size; }
 static inline const char* block_of(const Lane& lane, int slot) {
-  return lane.arena + (size_t)(uint32_t)lane.columns[slot / lane.block_size] * 128;
+  return lane.arena + (size_t)(uint32_t)lane.columns[column_of(lane, slot)] * 128;
 }
 static inline Element store_of(const Lane& lane, int slot) {
-  int column = slot / lane.block_size;
+  if (lane.num_segments == 0) return lane.store;
+  int column = column_of(lane, slot);
   for (int i = 0; i < lane.num_segments; ++i)
     if (column < lane.segment_end[i]) return (Element)lane.segment_store[i];
   return lane.store;
 }
 static inline const char* key_group(const Lane& lane, Element store, int slot) {
-  return block_of(lane, slot) + (size_t)(slot % lane.block_size) * store_per(store) * store_bytes(store);
+  return block_of(lane, slot) + (size_t)within_of(lane, slot) * store_per(store) * store_bytes(store);
 }
 static inline const char* value_group(const Lane& lane, Element store, int slot) {
-  int within = slot % lane.block_size;
+  int within = within_of(lane, slot);
   return block_of(lane, slot) + ((size_t)lane.block_size * lane.k_width + (size_t)within * lane.v_width) * store_bytes(store);
 }
 // Scales of the int8 store behind the codes: K [P], then V [P].
 static inline const float* scale_group(const Lane& lane, bool value, int slot) {
   size_t codes = (size_t)lane.block_size * (lane.k_width + lane.v_width);
-  return (const float*)(block_of(lane, slot) + codes) + (value ? lane.block_size : 0) + slot % lane.block_size;
+  return (const float*)(block_of(lane, slot) + codes) + (value ? lane.block_size : 0) + within_of(lane, slot);
 }
 
 struct Strip {
@@ -79,17 +83,22 @@ static void strip_scores(const AttendArgs& args, const Strip& strip, const char*
                          float* scores) {
   const Lane& lane = args.lane;
   const size_t row_bytes = (size_t)lane.block_size * Kind::kPer * Kind::kBBytes;
-  for (int slot = strip.begin; slot < strip.end; slot += 2 * kGroup) {
-    const char* column[2];
-    const char* ahead[2];
-    int groups = strip.end - slot > kGroup ? 2 : 1;
+  // Few rows: four column groups at once, else the sums of one product wait for each other.
+  const int most = rows <= kFewRows ? 4 : 2;
+  for (int slot = strip.begin, groups; slot < strip.end; slot += groups * kGroup) {
+    const char* column[4];
+    const char* ahead[4];
+    const int left = (strip.end - slot) / kGroup;
+    groups = left >= most ? most : left >= 2 ? 2 : 1;
     for (int v = 0; v < groups; ++v) {
       column[v] = key_group(lane, strip.store, slot + v * kGroup);
       if (distance) ahead[v] = ahead_group(args, slot + v * kGroup, distance, false, column[v]);
     }
     Columns b = {column, distance ? ahead : nullptr, 1, lane.k_width / Kind::kPer, row_bytes, row_bytes};
     float* c = scores + (slot - strip.begin);
-    if (groups == 2)
+    if (groups == 4)
+      product<Kind, 4>(rows, queries, 0, b, c, kStrip, false);
+    else if (groups == 2)
       product<Kind, 2>(rows, queries, 0, b, c, kStrip, false);
     else
       product<Kind, 1>(rows, queries, 0, b, c, kStrip, false);
@@ -119,10 +128,12 @@ static void strip_values(const AttendArgs& args, const Strip& strip, const char*
       base[g] = fixed;
     }
   }
-  const char* column[2 * kStrip / kGroup];
-  const char* ahead[2 * kStrip / kGroup];
-  for (int d = 0; d < lane.v_width; d += 32) {
-    int nv = lane.v_width - d >= 32 ? 2 : 1;
+  const char* column[4 * kStrip / kGroup];
+  const char* ahead[4 * kStrip / kGroup];
+  const int most = rows <= kFewRows ? 4 : 2;
+  for (int d = 0, nv; d < lane.v_width; d += 16 * nv) {
+    const int left = (lane.v_width - d) / 16;
+    nv = left >= most ? most : left >= 2 ? 2 : 1;
     for (int g = 0; g < groups; ++g)
       for (int v = 0; v < nv; ++v) {
         size_t offset = (size_t)(d + 16 * v) * Kind::kPer * Kind::kBBytes;
@@ -130,7 +141,9 @@ static void strip_values(const AttendArgs& args, const Strip& strip, const char*
         if (distance) ahead[g * nv + v] = base_ahead[g] + offset;
       }
     Columns b = {column, distance ? ahead : nullptr, groups, kGroup / Kind::kPer, element_row, element_row};
-    if (nv == 2)
+    if (nv == 4)
+      product<Kind, 4>(rows, probabilities, kGroup * Kind::kABytes, b, sum + d, lane.v_width, true);
+    else if (nv == 2)
       product<Kind, 2>(rows, probabilities, kGroup * Kind::kABytes, b, sum + d, lane.v_width, true);
     else
       product<Kind, 1>(rows, probabilities, kGroup * Kind::kABytes, b, sum + d, lane.v_width, true);
@@ -296,7 +309,7 @@ static void mass(const MassArgs& mass_args, char* scratch) {
 static void write_slot(const Lane& lane, int slot, const float* k, const float* v) {
   Element store = store_of(lane, slot);
   char* block = (char*)block_of(lane, slot);
-  const int within = slot % lane.block_size, P = lane.block_size;
+  const int within = within_of(lane, slot), P = lane.block_size;
   if (store == Element::kInt8) {
     float* scale = (float*)scale_group(lane, false, slot);
     for (int side = 0; side < 2; ++side) {

@@ -93,6 +93,7 @@ struct Lane {
   const int32_t* columns;
   const char* arena;
   int block_size;  // P
+  uint32_t block_inverse;  // ceil(2^32 / P): slot / P without dividing, see divide_by_block
   int k_width;
   int v_width;
   // Stores by column: segment i covers columns below segment_end[i]; one segment unless the lane mixes stores.
@@ -101,6 +102,12 @@ struct Lane {
   const int32_t* segment_end;
   Element store;  // if num_segments is 0
 };
+
+constexpr uint32_t block_inverse_of(int block_size) {
+  return (uint32_t)(((uint64_t)1 << 32) / (uint64_t)block_size + 1);
+}
+// Exact for slot * block_size < 2^32.
+constexpr int divide_by_block(int slot, uint32_t inverse) { return (int)(((uint64_t)(uint32_t)slot * inverse) >> 32); }
 
 struct AttendArgs {
   Lane lane;

@@ -227,6 +227,8 @@ static inline void rows_product(int rows, const char* a, size_t a_segment, const
 #define KVLOOM_ROWS(n) \
   case n: return tile_product<Kind, n, NV, Ahead>(a, a_segment, b, c, c_stride, add);
     KVLOOM_ROWS(1) KVLOOM_ROWS(2) KVLOOM_ROWS(3) KVLOOM_ROWS(4) KVLOOM_ROWS(5) KVLOOM_ROWS(6)
+  }
+  if constexpr (NV <= 2) switch (rows) {
     KVLOOM_ROWS(7) KVLOOM_ROWS(8) KVLOOM_ROWS(9) KVLOOM_ROWS(10) KVLOOM_ROWS(11) KVLOOM_ROWS(12)
 #undef KVLOOM_ROWS
   }

@@ -1,0 +1,209 @@
+"""CPU kernels against this machine's own limits, measured in the same run.
+
+Regime: decode attention and products of few rows are bound by memory bandwidth; products of many rows and prefill
+attention by arithmetic. Metrics: GB/s = bytes of K and V (or weights) that must be read, over seconds; GFLOP/s = useful
+operations over seconds. Ceilings: a plain read of the same arena by the same threads, before and after every case; the
+rate of register-tile products out of the first cache. Decode rotates over at least 512 MiB of scattered blocks, so
+nothing is found in a cache. Medians of interleaved repetitions with the spread; the last line is one JSON object.
+
+    python benchmarks/kernels.py [--threads 2] [--repeats 7] [--only decode|linear|prefill]
+"""
+
+import argparse
+import json
+import mmap
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kvloom.kernels import cpu
+from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES, STORES
+
+SCHEMA_VERSION = 1
+ROTATION_BYTES = 512 << 20
+
+
+def huge_pages(num_bytes: int) -> torch.Tensor:
+    """Return `num_bytes` of slab-aligned memory as an arena has it."""
+    memory = mmap.mmap(-1, num_bytes + SLAB_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    offset = -whole.data_ptr() % SLAB_BYTES
+    return whole[offset : offset + num_bytes]
+
+
+def scattered(store: str, groups: int, width: int, length: int, block_size: int = 16) -> tuple[cpu.Lanes, int]:
+    """Return lanes of enough sequences of `length` tokens to fill the rotation, and how many sequences that are."""
+    size = STORES.get(store).block_bytes(block_size, width, width)
+    columns = -(-length // block_size)
+    sequences = -(-ROTATION_BYTES // (groups * columns * size))
+    count = sequences * groups * columns
+    arena = huge_pages(count * size)
+    # Every byte 0x3c: 0.0115 in bf16, and small in the other stores; memory of zeros may read faster than it should.
+    arena.fill_(0x3C)
+    order = np.random.default_rng(0).permutation(count) * (size // GRANULE_BYTES)
+    table = np.ascontiguousarray(order.reshape(sequences, groups, columns), dtype=np.int32)
+    begin = np.zeros((sequences, groups), np.int32)
+    return cpu.Lanes(arena, table, begin, np.full_like(begin, length), block_size, store), sequences
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Return the wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Return median, lowest and highest of `values`."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def decode_case(store: str, heads: int, groups: int, width: int, length: int, repeats: int) -> dict[str, object]:
+    """Decode attention of one token per sequence over all sequences; bytes read per second beside the read probe."""
+    lanes, sequences = scattered(store, groups, width, length)
+    shape = cpu.LayerShape(heads, groups, width, width, 0)
+    rows, cu = np.arange(sequences, dtype=np.int32), np.arange(sequences + 1, dtype=np.int32)
+    q = torch.randn(sequences, heads, width, dtype=torch.float32 if store == "fp32" else torch.bfloat16)
+    num_bytes = sequences * groups * STORES.get(store).payload_bytes(length, width, width)
+    rates, reads, ratios = [], [], []
+    for _ in range(repeats + 1):
+        before = cpu.read_bandwidth(lanes.arena)
+        rate = num_bytes / seconds(lambda: cpu.attention(lanes, shape, cu, rows, q, 0.1))
+        read = (before + cpu.read_bandwidth(lanes.arena)) / 2
+        rates.append(rate / 1e9)
+        reads.append(read / 1e9)
+        ratios.append(rate / read)
+    return {
+        "kind": "decode", "store": store, "heads": heads, "kv_heads": groups, "width": width, "length": length,
+        "sequences": sequences, "gb_per_s": summary(rates[1:]), "read_gb_per_s": summary(reads[1:]),
+        "of_bandwidth": summary(ratios[1:]),
+    }  # fmt: skip
+
+
+def linear_case(product: str, rows: int, n: int, k: int, repeats: int) -> dict[str, object]:
+    """One product over rotating copies of a weight (few rows) or one copy (many)."""
+    source = torch.randn(n, k)
+    copies = 1
+    weights = [cpu.PackedWeight(source, product)]
+    if rows <= 64:
+        copies = max(1, min(400, ROTATION_BYTES // weights[0].num_bytes))
+        weights += [cpu.PackedWeight(source, product) for _ in range(copies - 1)]
+    x = torch.randn(rows, k, dtype=torch.float32 if product == "fp32" else torch.bfloat16)
+    out = torch.empty(rows, n, dtype=x.dtype)
+    probe = huge_pages(256 << 20)
+    probe.fill_(1)
+    calls = copies if rows <= 64 else 3
+    peak_name = {"fp32": "fp32", "w8a8": "int8"}.get(product, "bf16")
+    rates, flops, reads, peaks = [], [], [], []
+    for _ in range(repeats + 1):
+        reads.append(cpu.read_bandwidth(probe) / 1e9)
+        peaks.append(cpu.peak_flops(peak_name) / 1e9)
+
+        def run() -> None:
+            for i in range(calls):
+                cpu.linear(x, weights[i % copies], out=out)
+
+        elapsed = seconds(run) / calls
+        rates.append(weights[0].num_bytes / elapsed / 1e9)
+        flops.append(2 * rows * n * k / elapsed / 1e9)
+    return {
+        "kind": "linear", "product": product, "rows": rows, "n": n, "k": k, "gb_per_s": summary(rates[1:]),
+        "gflop_per_s": summary(flops[1:]), "read_gb_per_s": summary(reads[1:]), "peak_gflop_per_s": summary(peaks[1:]),
+    }  # fmt: skip
+
+
+def prefill_case(heads: int, groups: int, width: int, length: int, repeats: int) -> dict[str, object]:
+    """Causal attention of a whole prompt; the useful half of the square counts."""
+    lanes, _ = scattered("bf16", groups, width, length)
+    shape = cpu.LayerShape(heads, groups, width, width, 0)
+    rows, cu = np.zeros(1, np.int32), np.array([0, length], np.int32)
+    q = torch.randn(length, heads, width).bfloat16()
+    work = 4 * width * heads * (length * (length + 1) / 2)
+    flops, peaks = [], []
+    for _ in range(repeats + 1):
+        peaks.append(cpu.peak_flops("bf16") / 1e9)
+        flops.append(work / seconds(lambda: cpu.attention(lanes, shape, cu, rows, q, 0.1)) / 1e9)
+    return {
+        "kind": "prefill", "heads": heads, "kv_heads": groups, "width": width, "length": length,
+        "gflop_per_s": summary(flops[1:]), "peak_gflop_per_s": summary(peaks[1:]),
+    }  # fmt: skip
+
+
+def row_of(case: dict[str, object]) -> str:
+    """Return one line of the table."""
+
+    def middle(key: str) -> float:
+        entry = case[key]
+        assert isinstance(entry, dict)
+        return float(entry["median"])
+
+    if case["kind"] == "decode":
+        name = f"decode {case['store']} D {case['width']} H/G {case['heads']}/{case['kv_heads']} S {case['length']}"
+        return (
+            f"{name:44} {middle('gb_per_s'):7.1f} GB/s of {middle('read_gb_per_s'):5.1f} = "
+            f"{middle('of_bandwidth'):4.0%}"
+        )
+    if case["kind"] == "linear":
+        name = f"linear {case['product']} {case['rows']} x {case['n']} x {case['k']}"
+        return (
+            f"{name:44} {middle('gb_per_s'):7.1f} GB/s of {middle('read_gb_per_s'):5.1f}, "
+            f"{middle('gflop_per_s'):6.0f} GFLOP/s of {middle('peak_gflop_per_s'):5.0f}"
+        )
+    name = f"prefill D {case['width']} H/G {case['heads']}/{case['kv_heads']} S {case['length']}"
+    return f"{name:44} {middle('gflop_per_s'):7.0f} GFLOP/s of {middle('peak_gflop_per_s'):5.0f}"
+
+
+def commit() -> str:
+    """Return the commit of the working tree, or "unknown" outside one."""
+    try:
+        call = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    """Run all cases and print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description="CPU kernels against measured bandwidth and peak")
+    parser.add_argument("--threads", type=int, default=cpu.num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", choices=("decode", "linear", "prefill"))
+    arguments = parser.parse_args()
+    cpu.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    cases: list[Callable[[], dict[str, object]]] = []
+    repeats = arguments.repeats
+    if arguments.only in (None, "decode"):
+        for store, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("int8", 64), ("int8", 128), ("fp32", 64)):
+            for heads, groups in ((4, 4), (9, 3), (8, 2), (8, 1)):
+                cases.append(lambda a=(store, heads, groups, width): decode_case(*a, 2000, repeats))
+    if arguments.only in (None, "linear"):
+        for product in ("bf16", "int8", "w8a8", "fp32"):
+            for rows in (1, 8, 32, 64, 512, 2048):
+                cases.append(lambda a=(product, rows): linear_case(*a, 3072, 576, repeats))
+    if arguments.only in (None, "prefill"):
+        for heads, groups, width in ((9, 3, 64), (8, 2, 128), (4, 1, 256)):
+            for length in (512, 4096):
+                cases.append(lambda a=(heads, groups, width, length): prefill_case(*a, repeats))
+    print(f"{cpu.isa()}, {arguments.threads} threads, {platform.processor() or platform.machine()}")
+    results = []
+    for case in cases:
+        results.append(case())
+        print(row_of(results[-1]), flush=True)
+    print(
+        json.dumps({
+            "schema_version": SCHEMA_VERSION, "benchmark": "kernels", "isa": cpu.isa(), "threads": arguments.threads,
+            "machine": platform.processor() or platform.machine(), "commit": commit(), "seed": 0,
+            "torch": torch.__version__, "results": results,
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
