@@ -18,6 +18,7 @@ from kvloom.cli.chat import chat
 from kvloom.cli.collectenv import collect_env
 from kvloom.cli.command import Group
 from kvloom.cli.generate import generate
+from kvloom.cli.plan import plan
 from kvloom.cli.pull import pull
 from kvloom.cli.serve import serve
 from kvloom.cli.twins import misspelt_twins
@@ -28,7 +29,7 @@ BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 cli = Group(
     "kvloom",
     help="Plan, measure and serve the KV cache of large language models.",
-    commands=[serve, generate, chat, bench, pull, collect_env],
+    commands=[plan, serve, generate, chat, bench, pull, collect_env],
     params=[
         click.Option(
             ["--version"],
