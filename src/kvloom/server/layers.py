@@ -106,7 +106,7 @@ class ExchangeLayer:
             **context.facts,
         }
         if refusal is not None:
-            facts |= {"error": context.error_code, "message": refusal.message[:500]}
+            facts |= {"error": context.error_code, "reason": refusal.message[:500]}
         access_log.info("%s %s %s", scope["method"], path[:256], status, extra={"facts": facts})
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -34,6 +35,12 @@ LAST_SECONDS = 5
 
 STATS_SECONDS = 10.0
 TICK = 0.05
+SWITCH_SECONDS = 0.0002
+"""For how long the engine's thread may keep the interpreter while the event loop waits for it.
+
+Every call on a socket gives the interpreter away; at Python's default of 5 ms a busy engine would make an exchange,
+which is some dozens of such calls, last for a quarter of a second.
+"""
 
 
 class Server(uvicorn.Server):
@@ -151,6 +158,7 @@ def serve(
     a file or the text of a template, None for the model's own.
     """
     configure_logs()
+    sys.setswitchinterval(SWITCH_SECONDS)
     tracer = Tracer(config.otlp_traces_endpoint, (config.served_model_name or (model,))[0])
     if not config.is_loopback and not config.api_key:
         logger.warning(
