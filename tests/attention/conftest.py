@@ -5,11 +5,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvloom.kernels import cpu
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Run the tests of this folder on one thread."""
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), cpu.num_threads()
     torch.set_num_threads(1)
+    cpu.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    cpu.set_num_threads(before[1])
