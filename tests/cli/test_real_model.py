@@ -99,6 +99,7 @@ def test_collect_env_names_the_pulled_model_and_the_machine(kvloom):
     assert facts["cpu"]["cores"] >= 1
     assert facts["memory"]["total_bytes"] > facts["memory"]["available_bytes"] > 0
     assert facts["versions"]["torch"] is not None
+    assert facts["kernels"]["isa"] in facts["kernels"]["isas_available"]
     assert "  pulled: smollm2\n" in kvloom("collect-env")[1]
 
 

@@ -117,9 +117,13 @@ def _torch() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Return which implementation computes: the compiled kernels when they are installed, else torch's operations."""
-    compiled = importlib.util.find_spec("kvloom.kernels.cpu")
-    return {"cpu": "torch" if compiled is None else compiled.origin}
+    """Return what computes on the CPU: the compiled kernels and the instruction set they chose, else torch."""
+    if importlib.util.find_spec("kvloom.kernels.cpu._ext") is None:
+        return {"cpu": "torch (no compiled kernels)"}
+    from kvloom.kernels.cpu import machine
+
+    available, threads = machine.available_isas(), machine.num_threads()
+    return {"cpu": "compiled", "isa": machine.isa(), "isas_available": available, "threads": threads}
 
 
 def _models() -> dict[str, Any]:
