@@ -94,11 +94,11 @@ class Running:
 
 
 @contextmanager
-def running(llm, **options):
+def running(llm, tracer=None, **options):
     """A server around `llm` on a free port, ended on leaving."""
     options = {"served_model_name": ("tiny",), "disable_log_stats": True, **options}
     sock = bind("127.0.0.1", 0)
-    server = build_server(llm, ServerConfig(**options))
+    server = build_server(llm, ServerConfig(**options), tracer=tracer)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""lm_eval through the server and through transformers: the same task, choice by choice; see README.md in this folder."""
+"""lm_eval through the server and through transformers: one task, choice by choice; see README.md in this folder."""
 
 import argparse
 import json

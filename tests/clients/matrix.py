@@ -49,7 +49,8 @@ def with_llm(base_url, model):
         answers = []
         for more in ([], ["--no-stream"]):
             command = [sys.executable, "-m", "llm", "-m", "served", "-o", "temperature", "0", "-o", "max_tokens", "16"]
-            done = subprocess.run([*command, *more, QUESTION], env=environment, capture_output=True, text=True, check=True)
+            command += [*more, QUESTION]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             answers.append(done.stdout.strip())
     assert answers[0] == answers[1]
     return answers[0]

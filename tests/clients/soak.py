@@ -70,7 +70,7 @@ def request(rng, kind):
 KINDS = ("stream",) * 4 + ("slow", "leaver", "leaver", "quitter", "chat", "chat", "echo") + (
     "garbage", "huge", "stranger", "long", "half",
 )  # fmt: skip
-EXPECTED = {"garbage": {400}, "huge": {413}, "stranger": {401}, "long": {400, 413}}
+EXPECTED = {"garbage": {400, 429}, "huge": {413, 429}, "stranger": {401}, "long": {400, 413, 429}}
 
 
 async def client(port, rng, kind, tally):
@@ -92,6 +92,8 @@ async def client(port, rng, kind, tally):
         tally.statuses[kind, status] += 1
         if status == 429:
             tally.refusals.append(time.perf_counter() - sent)
+            header = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await asyncio.sleep(int(header.partition(b"retry-after:")[2].split()[0]))  # as a polite client does
         if kind == "leaver":
             await reader.read(rng.randrange(1, 4000))
             return

@@ -248,13 +248,14 @@ async def respond(request: Request, service: Service) -> ASGIApp:
     """Answer POST /v1/completions."""
     context = context_of(request)
     config = service.config
-    body = read_body(await read_json(request, config.max_body_bytes, config.client_timeout), COMPLETION)
+    service.check_open(1)
+    body = read_body(await read_json(request, config.max_body_bytes, service.dog), COMPLETION)
     adopt(context, body, config)
     job = CompletionJob(service, context, body)
     tickets = await unless_gone(request.receive, job.tickets())
     if job.stream:
         events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
-        return EventStream(events, config.client_timeout)
+        return EventStream(events, service.dog)
     return json_response(await unless_gone(request.receive, job.answer(tickets)))
 
 

@@ -8,11 +8,10 @@ from starlette.types import Receive, Scope, Send
 
 from kvloom.server.exchange import ClientGoneError, encode_json
 from kvloom.server.refusal import Refusal
+from kvloom.server.watchdog import StalledError, Watch, Watchdog
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
-PIECES = 6
-
 
 def event(value: Any) -> bytes:
     """Return one event that carries `value` as JSON."""
@@ -22,12 +21,12 @@ def event(value: Any) -> bytes:
 class EventStream:
     """An ASGI response that sends `events` as they come; a refusal among them becomes an error event.
 
-    A client that takes nothing for `patience` seconds is cut off. However it ends, `events` is closed.
+    A client that takes nothing for as long as `dog` has patience is cut off. However it ends, `events` is closed.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], patience: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], dog: Watchdog) -> None:
         self._events = events
-        self._patience = patience
+        self._dog = dog
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything; raises `ClientGoneError` when the client left or stalled."""
@@ -60,20 +59,12 @@ class EventStream:
         await self._send(send, DONE, last=True)
 
     async def _send(self, send: Send, chunk: bytes, last: bool = False) -> None:
-        """Send one chunk; patience is counted in pieces, so that a pause of this process costs at most one."""
-        task = asyncio.ensure_future(_call(send, {"type": "http.response.body", "body": chunk, "more_body": not last}))
+        """Send one chunk; waits while the client has not taken the ones before."""
         try:
-            for _ in range(PIECES):
-                done, _pending = await asyncio.wait({task}, timeout=self._patience / PIECES)
-                if done:
-                    return task.result()
-            raise ClientGoneError
-        finally:
-            task.cancel()
-
-
-async def _call(send: Send, message: dict[str, Any]) -> None:
-    await send(message)
+            async with Watch(self._dog):
+                await send({"type": "http.response.body", "body": chunk, "more_body": not last})
+        except StalledError:
+            raise ClientGoneError from None
 
 
 async def _departure(receive: Receive) -> None:

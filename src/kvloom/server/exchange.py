@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
 from kvloom.server.refusal import Refusal
+from kvloom.server.watchdog import StalledError, Watch, Watchdog
 
 T = TypeVar("T")
 
@@ -50,13 +51,18 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
-async def read_json(request: Request, max_bytes: int, patience: float) -> Any:
+async def read_json(request: Request, max_bytes: int, dog: Watchdog) -> Any:
     """Return the JSON body; raises `Refusal` for a wrong type, a body too large or too slow, and what is not JSON."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         got = f"not {kind[:80]!r}" if kind else "which it does not say"
         raise Refusal(415, f"the body must be application/json, {got}; set the Content-Type header")
-    raw = await _read_limited(request, max_bytes, patience)
+    try:
+        async with Watch(dog) as watch:
+            raw = await _read_limited(request, max_bytes, watch)
+    except StalledError:
+        message = f"nothing came from the client for {dog.patience:g} s"
+        raise Refusal(408, message, headers={"Connection": "close"}) from None
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -71,13 +77,14 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-async def _read_limited(request: Request, max_bytes: int, patience: float) -> bytes:
+async def _read_limited(request: Request, max_bytes: int, watch: Watch) -> bytes:
     declared = request.headers.get("content-length", "")
     too_large = declared.isdigit() and int(declared) > max_bytes
     chunks: list[bytes] = []
     size = 0
     while True:
-        message: Message = await _within(request.receive(), patience)
+        message: Message = await request.receive()
+        watch.beat()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         chunk = message.get("body", b"")
@@ -93,23 +100,6 @@ async def _read_limited(request: Request, max_bytes: int, patience: float) -> by
         text = f"the body is larger than {max_bytes} bytes; send less or raise --max-body-bytes"
         raise Refusal(413, text, code="body_too_large")
     return b"".join(chunks)
-
-
-async def _within(coroutine: Coroutine[Any, Any, T] | Any, patience: float) -> T:
-    """Return what `coroutine` returns; `Refusal` 408 after `patience` seconds, counted in pieces.
-
-    Pieces, so that a pause of the whole process costs a client no more than one of them.
-    """
-    task = asyncio.ensure_future(coroutine)
-    try:
-        for _ in range(4):
-            done, _pending = await asyncio.wait({task}, timeout=patience / 4)
-            if done:
-                result: T = task.result()
-                return result
-        raise Refusal(408, f"nothing came from the client for {patience:g} s", headers={"Connection": "close"})
-    finally:
-        task.cancel()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

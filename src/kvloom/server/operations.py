@@ -74,8 +74,7 @@ async def detokenize(request: Request, service: Service) -> ASGIApp:
 
 
 async def _body(request: Request, service: Service, table: Any) -> Body:
-    config = service.config
-    body = read_body(await read_json(request, config.max_body_bytes, config.client_timeout), table)
+    body = read_body(await read_json(request, service.config.max_body_bytes, service.dog), table)
     context_of(request).warnings.extend(body.warnings)
     return body
 

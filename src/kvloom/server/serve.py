@@ -97,6 +97,7 @@ class Server(uvicorn.Server):
         if self._stats is not None:
             self._stats.cancel()
         await super().shutdown(sockets)
+        service.stop_watching()
         await asyncio.to_thread(service.close)
         logger.info("stopped")
 

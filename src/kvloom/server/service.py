@@ -26,6 +26,7 @@ from kvloom.server.sampling import SamplingLimits
 from kvloom.server.settings import ServerConfig
 from kvloom.server.ticket import Ticket
 from kvloom.server.usage import Usage
+from kvloom.server.watchdog import Watchdog
 from kvloom.spec.store import STORES
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ class Service:
         }
         self.metrics = ServerMetrics(self.names[0], cache_config)
         self.thread = EngineThread(self.engine, self.metrics)
+        self.dog = Watchdog(config.client_timeout)
         self.draining = False
         self.num_open = 0  # HTTP requests that are being answered
         self._live: set[Ticket] = set()
@@ -65,10 +67,16 @@ class Service:
 
     def start(self) -> None:
         """Start the engine's thread; news is delivered on the running loop."""
-        self.thread.start(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self.thread.start(loop)
+        self._walk = loop.create_task(self.dog.run())
+
+    def stop_watching(self) -> None:
+        """End the watchdog; on the loop."""
+        self._walk.cancel()
 
     def close(self) -> None:
-        """Stop the engine's thread, aborting what still runs."""
+        """Stop the engine's thread, aborting what still runs; for any thread, once the loop is done with it."""
         self.thread.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -135,13 +143,17 @@ class Service:
 
         Raises `Refusal` `context_length_exceeded`, and the engine's own errors for what can never run.
         """
+        policy = read_kv_policy(body.get("kv_policy"))
+        forgets = self.engine.evictions.policy(policy) is not None
+        longest = self.engine.max_position if forgets else self.engine.max_model_len
+        if len(ids) >= longest and not forgets:
+            raise _too_long(len(ids), longest)  # before every single id is looked at
         try:
-            return self.engine.check(ids, params, None, read_kv_policy(body.get("kv_policy")))
+            return self.engine.check(ids, params, None, policy)
         except InvalidInputError as error:
-            if len(ids) < self.engine.max_model_len:
+            if len(ids) < longest:
                 raise
-            message = f"{error}, or send truncate_prompt_tokens"
-            raise Refusal(400, message, param="prompt", code="context_length_exceeded") from None
+            raise _too_long(len(ids), longest) from error
 
     def truncated(self, ids: list[int], body: Body, params: SamplingParams) -> list[int]:
         """Return the end of the prompt that `truncate_prompt_tokens` asks for."""
@@ -223,6 +235,16 @@ class Service:
     async def between_steps(self, function: Callable[[Engine], Any]) -> Any:
         """Run `function` in the engine's thread between two steps and return its result."""
         return await asyncio.wrap_future(self.thread.call(function))
+
+
+def _too_long(length: int, longest: int) -> Refusal:
+    return Refusal(
+        400,
+        f"the prompt has {length} tokens; the model's length is {longest} and at least one token is generated. "
+        "Shorten the prompt, send truncate_prompt_tokens, or raise --max-model-len",
+        param="prompt",
+        code="context_length_exceeded",
+    )
 
 
 def checked_text(text: str) -> str:
