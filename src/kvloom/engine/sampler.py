@@ -105,7 +105,8 @@ def penalise(logits: torch.Tensor, sequence: Sequence) -> None:
 
 def uniform_at(seed: int, index: int, place: int) -> float:
     """Return the uniform number in [0, 1) that belongs to output token `place` of sequence `index`."""
-    bits = np.random.Philox(key=[seed % 2**64, index], counter=[place, 0, 0, 0])
+    key = np.array([seed % 2**64, index], np.uint64)  # a list would go through float64 where a seed exceeds int64
+    bits = np.random.Philox(key=key, counter=[place, 0, 0, 0])
     return float(np.random.Generator(bits).random())
 
 
