@@ -66,7 +66,8 @@ def test_llama_scaling_is_recognised_in_the_divisors_of_the_frequencies(tmp_path
         tmp_path / "tiny.gguf", "llama", model, attention__key_length=64, extra={"rope_freqs.weight": divisors.numpy()}
     )
     rope = open_checkpoint(str(path)).config.layers[0].rope
-    assert (rope.kind, rope.scaling) == ("llama3", pytest.approx(params))
+    original = params.pop("original_max_position_embeddings")
+    assert (rope.kind, rope.scaling) == ("llama3", pytest.approx({**params, "original": original}))
     tiny.write_tiny_gguf(
         path, "llama", model, attention__key_length=64, extra={"rope_freqs.weight": divisors.numpy() ** 1.1}
     )
@@ -84,7 +85,7 @@ def test_linear_scaling_is_read_and_gemma_applies_it_to_global_layers_only(tmp_p
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, "yarn"),
+        ({"rope__scaling__type": "resonance", "rope__scaling__factor": 4.0}, "resonance"),
         ({"expert_count": 8}, "experts"),
         ({"rope__dimension_count": 4}, "only 4 of the 8"),
         ({"attention__key_length": 8, "attention__value_length": 16}, "keys have 8 elements"),

@@ -19,6 +19,22 @@ class AttentionRequest:
     stores: frozenset[str]
 
 
+@dataclass(frozen=True)
+class ScoreTerms:
+    """What some families add to scaled scores: see `kernels.reference.attention`.
+
+    `cap` bounds them; `slopes` [H] times the distance are subtracted; `sinks` [H] join the denominator.
+    """
+
+    cap: float | None = None
+    slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
+NO_TERMS = ScoreTerms()
+"""Scores as they are."""
+
+
 class AttentionBackend(Protocol):
     """Appends new K and V to lanes and attends over them."""
 
@@ -30,5 +46,13 @@ class AttentionBackend(Protocol):
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> None:
         """Write k [T, G, Dk] and v [T, G, Dv] of the batch into the lanes of `layer`; mutates the arena."""
 
-    def attend(self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        batch: AttentionBatch,
+        cache: KVCache,
+        terms: ScoreTerms = NO_TERMS,
+    ) -> torch.Tensor:
         """Return attention [T, H, Dv] of q [T, H, Dk] over the lanes of `layer`, the batch's own tokens included."""

@@ -16,6 +16,8 @@ class AttentionBatch:
     positions     [T]      index of each token in its sequence, which is what rope sees
     sequences     [B]      row sets of the lane table
     cu_seqlens_q  [B + 1]  tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 belong to sequence b
+    length_class  [B]      which frequencies each sequence is rotated by, for models whose rotary embedding depends on
+                           the length (`RopeConfig.length_class`); None: those of short texts
 
     `begin` and `held` of every lane are read from the lane table, the new tokens included.
     """
@@ -24,6 +26,7 @@ class AttentionBatch:
     positions: NDArray[np.int32]
     sequences: NDArray[np.int32]
     cu_seqlens_q: NDArray[np.int32]
+    length_class: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:

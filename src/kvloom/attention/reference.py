@@ -1,8 +1,9 @@
 """ReferenceBackend: gathers each sequence's lanes and calls the definition of attention. Exact, and not fast."""
 
+import numpy as np
 import torch
 
-from kvloom.attention.backend import AttentionRequest
+from kvloom.attention.backend import NO_TERMS, AttentionRequest, ScoreTerms
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
@@ -25,7 +26,15 @@ class ReferenceBackend:
         for sequence, start, end in batch.spans():
             cache.append(layer, sequence, k[start:end], v[start:end])
 
-    def attend(self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        batch: AttentionBatch,
+        cache: KVCache,
+        terms: ScoreTerms = NO_TERMS,
+    ) -> torch.Tensor:
         """Return attention [T, H, Dv] (see `AttentionBackend`)."""
         window = cache.layers[layer].window
         out = q.new_empty(q.shape[0], q.shape[1], cache.layers[layer].v_width)
@@ -33,6 +42,7 @@ class ReferenceBackend:
             k, v, held = cache.read_layer(layer, sequence)
             bias = cache.read_log_counts(layer, sequence)
             lanes_held = torch.from_numpy(held).to(q.device)
+            distance = None if terms.slopes is None else self._distance(layer, sequence, batch, start, end, cache)
             for first in range(start, end, QUERY_TILE):
                 last = min(first + QUERY_TILE, end)
                 later = end - last  # newer tokens of this chunk, which these queries do not see
@@ -45,5 +55,29 @@ class ReferenceBackend:
                     scale,
                     window,
                     None if bias is None else bias[:, :slots],
+                    cap=terms.cap,
+                    slopes=terms.slopes,
+                    distance=None if distance is None else distance[:, first - start : last - start, :slots],
+                    sinks=terms.sinks,
                 )
         return out
+
+    @staticmethod
+    def _distance(
+        layer: int, sequence: int, batch: AttentionBatch, start: int, end: int, cache: KVCache
+    ) -> torch.Tensor | None:
+        """Return how many tokens lie between queries and keys [G, n, S], None where slots tell it.
+
+        Slots are aligned as in `KVCache.read_layer`; a lane that lost tokens keeps the distances that they made.
+        """
+        lanes = cache.lanes
+        if sequence not in lanes.positions:
+            return None
+        view = cache.layers[layer]
+        rows = range(view.first, view.first + view.num_lanes)
+        slots = int(lanes.held[sequence, view.first : view.first + view.num_lanes].max())
+        keys = np.zeros((view.num_lanes, slots), np.int64)
+        for row, lane in zip(keys, rows, strict=True):
+            positions = lanes.positions_of(sequence, lane)
+            row[slots - len(positions) :] = positions
+        return torch.from_numpy(batch.positions[start:end].astype(np.int64)[None, :, None] - keys[:, None, :])

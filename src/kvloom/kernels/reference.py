@@ -13,6 +13,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (normal * weight.float()).to(x.dtype)
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return (x - mean) / deviation * weight + bias over the last dimension, computed in float32 (Ba et al. 2016)."""
+    wide = x.float() - x.float().mean(-1, keepdim=True)
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+    return (normal if bias is None else normal + bias.float()).to(x.dtype)
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Return cap tanh(x / cap): x itself while it is small, never beyond the cap (Gemma 2)."""
+    return cap * torch.tanh(x / cap)
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x [T, heads, D] by cos, sin [T, D / 2]; pairs are (i, i + D / 2), the half-split layout."""
     first, second = x.float().chunk(2, dim=-1)
@@ -41,13 +53,20 @@ def attention(
     scale: float,
     window: int | None = None,
     log_count: torch.Tensor | None = None,
+    cap: float | None = None,
+    slopes: torch.Tensor | None = None,
+    distance: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the n newest tokens of one sequence over its lanes of one layer.
 
     q [n, H, D], k [G, S, D], v [G, S, Dv]; lane g holds its `held[g]` tokens in slots S - held[g] .. S - 1, in
     chronological order, the newest n included. Returns out [n, H, Dv] in the dtype of q and the log-sum-exp of the
     scaled scores [n, H] in float32. Query head h reads lane h // r. `log_count` [G, S] is added to the scaled scores:
-    ln c of a merged entry that stands for c tokens. Arithmetic is float32 or wider.
+    ln c of a merged entry that stands for c tokens. `cap` bounds the scaled scores (`softcap`), before that. `slopes`
+    [H] times the distance from query to key are subtracted (ALiBi, Press et al. 2022); `distance` [G, n, S] is in
+    tokens, None where slots are as far apart as their tokens. `sinks` [H] are scores that only join the denominator.
+    Arithmetic is float32 or wider.
     """
     n, heads, width = q.shape
     lanes, slots, _ = k.shape
@@ -58,10 +77,19 @@ def attention(
     query = q.float().view(n, lanes, group, width).permute(1, 2, 0, 3).reshape(lanes, group * n, width)
     scores = torch.bmm(query, k.float().transpose(1, 2)) * scale
     scores = scores.view(lanes, group, n, slots)
+    if cap is not None:
+        scores = softcap(scores, cap)
+    if slopes is not None:
+        if distance is None:
+            query_slot = torch.arange(slots - n, slots, device=q.device)[:, None]
+            distance = (query_slot - torch.arange(slots, device=q.device))[None]
+        scores = scores - slopes.float().view(lanes, group, 1, 1) * distance[:, None]
     if log_count is not None:
         scores = scores + log_count[:, None, None, :]
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().view(lanes, group, 1))
     weights = torch.exp(scores - lse[..., None]).view(lanes, group * n, slots)
     out = torch.bmm(weights, v.float()).view(lanes, group, n, -1)
     return out.permute(2, 0, 1, 3).reshape(n, heads, -1).to(q.dtype), lse.permute(2, 0, 1).reshape(n, heads)

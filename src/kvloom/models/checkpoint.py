@@ -12,7 +12,6 @@ from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError
 from kvloom.models.catalogue import CATALOGUE
 from kvloom.models.config import DecoderConfig
 from kvloom.models.families import Family, family_of_config, family_of_gguf
-from kvloom.models.families.weight import Transform, Weight
 from kvloom.models.hub import download_model, is_hub_id
 from kvloom.models.pull import pull
 from kvloom.models.tensor_file import TensorFile
@@ -23,8 +22,10 @@ if TYPE_CHECKING:
 
     from kvloom.models.tokenizer import Tokenizer
 
-_HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
-_HARMLESS_GGUF = ("rope_freqs.weight",)
+_HARMLESS_SUFFIXES = (
+    ".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias", ".attention.masked_bias", ".attention.bias",
+)  # fmt: skip
+_HARMLESS_GGUF = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # read by the config
 
 
 @dataclass(frozen=True)
@@ -65,39 +66,42 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type."""
-        shapes, unreadable = self._file.shapes, self._file.unreadable
         faults: list[str] = []
         wanted: set[str] = set()
         for _, layer, weight in self.family.expected(self.config):
-            source = self._source_name(weight, layer)
-            stored = self._stored_names.get(source)
-            wanted.add(source)
-            if stored is None:
-                faults.append(f"{source} is missing")
-                continue
-            shape = weight.shape(self.config)
-            if shapes[stored] != shape:
-                faults.append(f"{stored} has shape {list(shapes[stored])}, expected {list(shape)}")
-            elif stored in unreadable:
-                known = "F32, F16, BF16, Q8_0, Q4_0/1, Q5_0/1, Q4_K, Q5_K, Q6_K" if self.is_gguf else "F64/32/16, BF16"
-                faults.append(f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})")
+            shape = weight.stored_shape(self.config, self.is_gguf)
+            for source in weight.sources(self.config, layer, self.is_gguf):
+                if source in wanted:
+                    continue  # several weights may be parts of one stored tensor
+                wanted.add(source)
+                self._check_stored(source, shape, faults)
         faults += [f"{name} is unexpected" for name in self._stored_names if name not in wanted]
         if faults:
             raise CheckpointError(
                 f"the weights in {self.path} do not fit its config ({len(faults)} faults): {'; '.join(faults)}"
             )
 
+    def _check_stored(self, source: str, shape: tuple[int, ...], faults: list[str]) -> None:
+        """Add to `faults` what is wrong with the stored tensor `source`."""
+        shapes, unreadable = self._file.shapes, self._file.unreadable
+        stored = self._stored_names.get(source)
+        if stored is None:
+            faults.append(f"{source} is missing")
+        elif shapes[stored] != shape:
+            faults.append(f"{stored} has shape {list(shapes[stored])}, expected {list(shape)}")
+        elif stored in unreadable:
+            known = "F32, F16, BF16, Q8_0, Q4_0/1, Q5_0/1, Q4_K, Q5_K, Q6_K" if self.is_gguf else "F64/32/16, BF16"
+            faults.append(f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})")
+
     def _stream(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
         for name, layer, weight in self.family.expected(self.config):
-            stored = self._stored_names[self._source_name(weight, layer)]
-            tensor = self._file.read(stored, torch.float32 if weight.is_norm else dtype)
-            transform: Transform = weight.from_gguf if self.is_gguf else weight.from_hf
-            yield name, transform(tensor, self.config).contiguous()
-
-    def _source_name(self, weight: Weight, layer: int) -> str:
-        return (weight.gguf if self.is_gguf else weight.hf).format(i=layer)
+            kind = torch.float32 if weight.is_norm else dtype
+            names = weight.sources(self.config, layer, self.is_gguf)
+            parts = [self._file.read(self._stored_names[source], kind) for source in names]
+            tensor = torch.stack(parts) if "{e}" in (weight.gguf if self.is_gguf else weight.hf) else parts[0]
+            yield name, _owned(weight.transform(self.is_gguf)(tensor, self.config).contiguous())
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -154,8 +158,8 @@ def _open_folder(name: str, path: Path) -> Checkpoint:
     config = replace(config, eos_token_ids=_merged_eos(config, generation_config, path))
     file = SafetensorsFolder(path)
     names = _text_names(file, family)
-    if config.tie_embeddings and "lm_head.weight" in names:
-        config = _resolve_tie(config, file, names)
+    if config.tie_embeddings and family.source_of("lm_head") in names:
+        config = _resolve_tie(config, family, file, names)
     return Checkpoint(name, path, family, config, generation_config, file, names)
 
 
@@ -199,18 +203,23 @@ def _text_names(file: TensorFile, family: Family) -> dict[str, str]:
     return names
 
 
-def _resolve_tie(config: DecoderConfig, file: TensorFile, names: dict[str, str]) -> DecoderConfig:
+def _resolve_tie(config: DecoderConfig, family: Family, file: TensorFile, names: dict[str, str]) -> DecoderConfig:
     """Drop a copy of the embeddings stored as output matrix; where the two differ, they are not tied.
 
     Some checkpoints declare tied embeddings and yet hold both; their values decide, as they do in transformers.
     """
     import torch
 
-    embed = names.get("model.embed_tokens.weight")
-    head = names["lm_head.weight"]
+    embed = names.get(family.source_of("embed"))
+    head = names[family.source_of("lm_head")]
     if embed is None or file.shapes[embed] != file.shapes[head]:
         return config
     if torch.equal(file.read(embed, torch.float32), file.read(head, torch.float32)):
-        del names["lm_head.weight"]
+        del names[family.source_of("lm_head")]
         return config
     return replace(config, tie_embeddings=False)
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in memory of its own, so that a part of a stored tensor does not keep the rest alive."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

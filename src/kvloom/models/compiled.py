@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache, Layout
 from kvloom.errors import UnsupportedError
+from kvloom.kernels import reference
 from kvloom.kernels.cpu import Lanes, LayerShape, LayerWeights, PackedWeight, StepDecoder, linear
 from kvloom.models.config import DecoderConfig, RopeConfig
 from kvloom.models.model import StepOutput, StepWanted
@@ -28,9 +29,29 @@ def unsupported(config: DecoderConfig, block_size: int) -> list[str]:
         reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
     if config.activation not in ("silu", "gelu_tanh"):
         reasons.append(f"activation {config.activation!r} is not one of silu, gelu_tanh")
+    reasons += [reason for applies, reason in _mathematics(config) if applies]
     if block_size % BLOCK_SLOTS:
         reasons.append(f"block_size is {block_size}; the kernels take multiples of {BLOCK_SLOTS}")
     return reasons
+
+
+def _mathematics(config: DecoderConfig) -> list[tuple[bool, str]]:
+    """Return pairs of (whether it applies to `config`, why the kernels cannot run it)."""
+    ropes = [layer.rope for layer in config.layers if layer.rope is not None]
+    uneven = any(rope.amplitude != 1.0 and rope.rotary is not None for rope in ropes)
+    return [
+        (config.norm != "rms", "it has LayerNorms; the kernels have RMSNorm"),
+        (config.embed_norm, "it has a norm after the embedding"),
+        (config.parallel_residual, "attention and MLP are parallel"),
+        (not config.gated, "the MLP has no gate"),
+        (config.mlp_bias, "the MLP has biases"),
+        (config.experts is not None, "it has a mixture of experts"),
+        (config.learned_positions, "positions are learned"),
+        (config.qkv_clip is not None, "q, k and v are clipped"),
+        (config.logit_scale != 1.0, "logits are scaled"),
+        (any(rope.depends_on_length for rope in ropes), "its rotary embedding depends on the length of a text"),
+        (uneven, "heads are rotated in part, with an amplitude"),
+    ]
 
 
 class CompiledModel:
@@ -63,16 +84,17 @@ class CompiledModel:
             "w8a8": "w8a8",
         }[quantization]
         self._packed: dict[str, PackedWeight] = {}
-        self._norms: dict[str, torch.Tensor] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
         self._pack_all(tensors)
         self._output = self._packed.get("lm_head", self._packed["embed"])
         self._decoder = StepDecoder(
             self._packed["embed"],
             self._output,
-            self._norms["final_norm"],
+            self._vectors["final_norm"],
             config.norm_eps,
             bf16=dtype == torch.bfloat16,
             embedding_scale=float(torch.tensor(config.embedding_scale, dtype=dtype)),
+            logit_softcap=config.logit_softcap or 0.0,
         )
         self._theta: list[torch.Tensor] = []
         self._rope_of: list[int] = []
@@ -84,7 +106,7 @@ class CompiledModel:
     # ---- loading --------------------------------------------------------------------------------------------------
 
     def _pack_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Pack every weight; norm vectors are kept as they are."""
+        """Pack every weight; vectors of norms and sinks are kept as they are."""
         pending: dict[str, torch.Tensor] = {}
         before = ""
         output_product = self._native if self._product == "w8a8" else self._product
@@ -92,8 +114,8 @@ class CompiledModel:
             if name in ("embed", "lm_head"):
                 self._packed[name] = PackedWeight(tensor.contiguous(), output_product)
                 continue
-            if name.endswith("norm"):
-                self._norms[name] = tensor
+            if name.endswith(("norm", "sinks")):
+                self._vectors[name] = tensor
                 continue
             layer = name.rpartition(".")[0] + "."
             if layer != before:
@@ -135,7 +157,7 @@ class CompiledModel:
                 if layer.rope not in ropes:
                     ropes.append(layer.rope)
                     self._theta.append(inverse_frequencies(layer.rope, width))
-                    self._decoder.add_rope(self._theta[-1])
+                    self._decoder.add_rope(self._theta[-1], layer.rope.amplitude)
                 rope = ropes.index(layer.rope)
             self._rope_of.append(rope)
             self._decoder.add_layer(
@@ -145,13 +167,16 @@ class CompiledModel:
                     o=self._packed[at + "o"],
                     gate_up=self._packed[at + "gate_up"],
                     down=self._packed[at + "down"],
-                    attention_norm=self._norms[at + "attn_norm"],
-                    mlp_norm=self._norms[at + "mlp_norm"],
-                    post_attention_norm=self._norms.get(at + "post_attn_norm"),
-                    post_mlp_norm=self._norms.get(at + "post_mlp_norm"),
-                    q_norm=self._norms.get(at + "q_norm"),
-                    k_norm=self._norms.get(at + "k_norm"),
+                    attention_norm=self._vectors[at + "attn_norm"],
+                    mlp_norm=self._vectors[at + "mlp_norm"],
+                    post_attention_norm=self._vectors.get(at + "post_attn_norm"),
+                    post_mlp_norm=self._vectors.get(at + "post_mlp_norm"),
+                    q_norm=self._vectors.get(at + "q_norm"),
+                    k_norm=self._vectors.get(at + "k_norm"),
+                    sinks=self._vectors.get(at + "sinks"),
+                    slopes=torch.tensor(config.slopes) if config.slopes else None,
                     rope=rope,
+                    softcap=config.score_softcap or 0.0,
                     scale=config.query_scale,
                     activation=config.activation,
                 )
@@ -224,10 +249,12 @@ class CompiledModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [N, vocab] float32 of normalised hidden states (see `Model`)."""
         out = torch.empty(len(hidden), self.config.vocab_size)
-        return linear(hidden.contiguous(), self._output, out=out)
+        linear(hidden.contiguous(), self._output, out=out)
+        cap = self.config.logit_softcap
+        return out if cap is None else reference.softcap(out, cap)
 
-    def inverse_frequencies(self, layer: int) -> torch.Tensor | None:
-        """Return theta [D / 2] of the layer's rope (see `Model`)."""
+    def inverse_frequencies(self, layer: int, length_class: int = 0) -> torch.Tensor | None:
+        """Return theta [D / 2] of the layer's rope, which is of one length class here (see `Model`)."""
         rope = self._rope_of[layer]
         return None if rope < 0 else self._theta[rope]
 
@@ -239,5 +266,5 @@ class CompiledModel:
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights (see `Model`)."""
-        norms = sum(w.numel() * w.element_size() for w in self._norms.values())
+        norms = sum(w.numel() * w.element_size() for w in self._vectors.values())
         return norms + sum(packed.num_bytes for packed in self._packed.values())

@@ -7,34 +7,87 @@ from kvloom.spec.kv import KVSpec, LayerKV
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one kind of layer over the whole head: frequencies `base ** (-2 i / head_dim)`, then `kind`.
+    """Rotary embedding of one kind of layer: frequencies `base ** (-2 i / R)` of R rotated elements, then `kind`.
 
-    `scaling` holds the parameters of the kind: "default" has none; "linear" divides all frequencies by `factor`;
-    "llama3" has `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
+    `rotary` is R, None for the whole head. `scaling` holds the numbers of the kind: "default" has none; "linear"
+    divides all frequencies by `factor`; "llama3" has `factor`, `low_freq_factor`, `high_freq_factor`, `original`;
+    "yarn" `factor`, `original`, `beta_fast`, `beta_slow`, `truncate` (0 or 1) and `amplitude`; "dynamic" `factor` and
+    `original`; "longrope" `original` and `amplitude`, and in `divisors` one list of R / 2 for texts within `original`
+    and one for longer ones. `original` is the context length of training, `amplitude` multiplies cosines and sines.
     """
 
     base: float
     kind: str = "default"
     scaling: dict[str, float] = field(default_factory=dict)
+    rotary: int | None = None
+    divisors: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied with."""
+        return self.scaling.get("amplitude", 1.0)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True when the frequencies of a text depend on how long it may become."""
+        return self.kind in ("dynamic", "longrope")
+
+    def length_class(self, num_tokens: int) -> int:
+        """Return the length that stands for `num_tokens`: texts of one class have the same frequencies.
+
+        0 where the frequencies depend on no length. The class of a request is fixed at admission, by all the tokens
+        that it may have, so that its cached keys are never rotated by different frequencies.
+        """
+        if not self.depends_on_length:
+            return 0
+        original = int(self.scaling["original"])
+        if self.kind == "longrope":
+            return original if num_tokens <= original else original + 1
+        return max(num_tokens, original)
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One decoder layer: how far it looks back, and how it encodes positions (None: not at all)."""
+    """One decoder layer: how far it looks back, how it encodes positions (None: not at all), and its kind of MLP."""
 
     window: int | None
     rope: RopeConfig | None
+    routed: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixture of experts in the layers that are `routed`: `count` gated MLPs, of which each token passes `per_token`.
+
+    Weights of the chosen ones are their softmax over all experts, divided by their sum if `normalise`. `clamp`, if
+    given, is (alpha, limit) of gate' = min(gate, limit), up' = clamp(up, -limit, limit) and
+    (up' + 1) * gate' * sigmoid(alpha * gate') in place of activation(gate) * up (gpt-oss). `bias` puts a bias on
+    router and experts.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool = True
+    bias: bool = False
+    clamp: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """Shape and mathematics of a decoder-only transformer.
 
-    Norms are RMSNorm; families that store an offset weight (Gemma: `1 + w`) resolve it when they load. `sandwich_norm`
-    puts a norm after attention and MLP as well as before (Gemma 2, 3). `qk_norm` normalises each head of q and k before
-    the rotation. `embedding_scale` multiplies embeddings, after it was rounded to float32 and then to their dtype;
-    `query_scale` multiplies q.k. `activation` of the gated MLP is "silu" or "gelu_tanh". `attention_bias` puts a bias
-    on q, k and v; `output_bias` on the projection after attention.
+    `norm` is "rms" (RMSNorm; families that store an offset weight, Gemma's `1 + w`, resolve it when they load) or
+    "layer" (LayerNorm). `norm_bias` says that LayerNorms have a bias, `embed_norm` that there is one after the
+    embedding. `sandwich_norm` puts a norm after attention and MLP as well as before (Gemma 2, 3). `qk_norm` normalises
+    each head of q and k before the rotation. With `parallel_residual` attention and MLP read the same input and both
+    are added; `shared_norm` lets both read one norm. `embedding_scale` multiplies embeddings, after it was rounded to
+    float32 and then to their dtype; `query_scale` multiplies q.k. `activation` is "silu", "gelu_tanh" or "gelu"; the
+    MLP is activation(gate) * up when `gated`, else activation(up). `attention_bias` puts a bias on q, k and v,
+    `output_bias` on the projection after attention, `mlp_bias` on those of the MLP. `qkv_clip` bounds q, k and v.
+    `score_softcap` c makes scores c tanh(score / c), `logit_softcap` does the same to logits, `logit_scale` multiplies
+    them. `slopes`, one for each query head, subtract slope * distance from scores (ALiBi). `sinks` are learned scores,
+    one for each query head, that join the denominator. `learned_positions` adds a row of a table to each embedding.
     """
 
     family: str
@@ -57,11 +110,35 @@ class DecoderConfig:
     output_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    norm: str = "rms"
+    norm_bias: bool = False
+    embed_norm: bool = False
+    parallel_residual: bool = False
+    shared_norm: bool = False
+    gated: bool = True
+    mlp_bias: bool = False
+    qkv_clip: float | None = None
+    score_softcap: float | None = None
+    logit_softcap: float | None = None
+    logit_scale: float = 1.0
+    slopes: tuple[float, ...] = ()
+    sinks: bool = False
+    learned_positions: bool = False
+    experts: ExpertsConfig | None = None
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
+
+    @property
+    def rotary(self) -> int:
+        """Rotated elements of a head, of all layers that rotate; the head size where none does."""
+        return next((r.rotary for r in (layer.rope for layer in self.layers) if r and r.rotary), self.head_dim)
+
+    def length_class(self, num_tokens: int) -> int:
+        """Return the class of a request that may have `num_tokens` in all (`RopeConfig.length_class`)."""
+        return max((layer.rope.length_class(num_tokens) for layer in self.layers if layer.rope), default=0)
 
     def kv_spec(self, block_size: int, store: str) -> KVSpec:
         """Return the lanes that this model needs, with `block_size` tokens a block in `store`."""

@@ -18,7 +18,7 @@ def config_of_gguf(file: GGUFFile, family: Family) -> dict[str, Any]:
     Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts, unequal layers
     and rotary embeddings that the metadata describe but no supported kind matches.
     """
-    metadata, prefix = file.metadata, family.gguf_architecture + "."
+    metadata, prefix = file.metadata, f"{family.gguf_architecture}."
     shapes = file.shapes
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{file.path} has no tensor 'token_embd.weight'; fetch the model again")
@@ -36,7 +36,7 @@ def config_of_gguf(file: GGUFFile, family: Family) -> dict[str, Any]:
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     config["eos_token_id"] = [token for token in ends if token is not None]
     family.from_gguf(config)
-    _check_widths(file, prefix, config)
+    _check_widths(file, prefix, config, family)
     config["rope_scaling"] = _rope_scaling(file, prefix, config)
     return config
 
@@ -48,7 +48,8 @@ def _single(values: np.ndarray[Any, Any], key: str, file: GGUFFile) -> Any:
     return distinct[0].item()
 
 
-def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any]) -> None:
+def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any], family: Family) -> None:
+    """Note in `config` which part of a head is rotated, where the family knows parts; refuse other inequalities."""
     reasons = []
     if file.metadata.get(prefix + "expert_count", 0):
         reasons.append(f"{prefix}expert_count is {file.metadata[prefix + 'expert_count']}: experts are not supported")
@@ -58,7 +59,9 @@ def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any]) -> None:
         reasons.append(f"keys have {width} elements a head and values {value_width}")
     head_dim = _head_dim(config)
     rotated = file.metadata.get(prefix + "rope.dimension_count", head_dim)
-    if head_dim and rotated != head_dim:
+    if head_dim and rotated != head_dim and family.partial_rotary:
+        config["partial_rotary_factor"] = rotated / head_dim
+    elif head_dim and rotated != head_dim:
         reasons.append(f"only {rotated} of the {head_dim} elements of a head are rotated")
     if reasons:
         raise UnsupportedError(str(file.path), reasons)
@@ -76,6 +79,23 @@ def _rope_scaling(file: GGUFFile, prefix: str, config: dict[str, Any]) -> dict[s
     legacy = file.metadata.get(prefix + "rope.scale_linear")
     if "rope_freqs.weight" in file.shapes:
         return _llama3_scaling(file, config)
+    original = file.metadata.get(prefix + "rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in file.shapes:
+        config["original_max_position_embeddings"] = original
+        return {
+            "rope_type": "longrope",
+            "short_factor": file.read_array("rope_factors_short.weight").tolist(),
+            "long_factor": file.read_array("rope_factors_long.weight").tolist(),
+            "attention_factor": file.metadata.get(prefix + "rope.scaling.attn_factor"),
+        }
+    if kind == "yarn":
+        return {
+            "rope_type": kind,
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "beta_fast": file.metadata.get(prefix + "rope.scaling.yarn_beta_fast"),
+            "beta_slow": file.metadata.get(prefix + "rope.scaling.yarn_beta_slow"),
+        }
     if kind != "none":
         return {"rope_type": kind, "factor": factor}
     return {"rope_type": "linear", "factor": legacy} if legacy else None

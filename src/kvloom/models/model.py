@@ -67,8 +67,8 @@ class Model(Protocol):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [N, vocab] in float32 of normalised hidden states [N, hidden]."""
 
-    def inverse_frequencies(self, layer: int) -> torch.Tensor | None:
-        """Return theta [D / 2] of the layer's rope, None without rope."""
+    def inverse_frequencies(self, layer: int, length_class: int = 0) -> torch.Tensor | None:
+        """Return theta [D / 2] of the layer's rope for texts of `length_class`, None without rope."""
 
     def output_weight(self, layer: int) -> torch.Tensor:
         """Return the projection after attention, W_O [hidden, H * D], in float32."""

@@ -5,12 +5,20 @@ from typing import Any
 
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.families.family import Family
+from kvloom.models.families.gemma2 import GEMMA2
 from kvloom.models.families.gemma3 import GEMMA3
+from kvloom.models.families.glm import GLM
 from kvloom.models.families.llama import LLAMA
+from kvloom.models.families.mistral import MISTRAL
+from kvloom.models.families.phi3 import PHI3
+from kvloom.models.families.qwen import QWEN2, QWEN3
+from kvloom.models.families.smollm3 import SMOLLM3
 from kvloom.registry import Registry, nearest
 
 FAMILIES: Registry[Family] = Registry("model family")
-for _family in (LLAMA, GEMMA3):
+for _family in (
+    LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, PHI3, GLM,
+):  # fmt: skip
     FAMILIES.register(_family.name, _family)
 
 __all__ = ["FAMILIES", "Family", "family_of_config", "family_of_gguf"]
@@ -39,7 +47,7 @@ def family_of_config(raw: Mapping[str, Any]) -> Family:
 
 def family_of_gguf(architecture: str) -> Family:
     """Return the family of a GGUF file's `general.architecture`; raises `UnsupportedError` naming the known ones."""
-    families = {family.gguf_architecture: family for _, family in FAMILIES.items()}
+    families = {f.gguf_architecture: f for _, f in FAMILIES.items() if f.gguf_architecture is not None}
     if architecture not in families:
         hint = nearest(architecture, list(families))
         raise UnsupportedError(f"the GGUF architecture {architecture!r}", [f"kvloom knows {', '.join(families)}{hint}"])

@@ -27,17 +27,19 @@ GGUF_CONFIG_KEYS: dict[str, str] = {
 class Family:
     """One kind of model.
 
-    `architectures` and `model_types` are its names in a config.json, `gguf_architecture` the one in a GGUF file.
+    `architectures` and `model_types` are its names in a config.json, `gguf_architecture` the one in a GGUF file, None
+    where kvloom reads no GGUF files of it.
     `configure` reads a config (over `defaults`) into a `DecoderConfig`. `from_gguf` adds to a config made from a
     GGUF file's metadata what GGUF implies and does not write; it edits the config in place. `weights` lists every
     tensor; `hf_prefixes` are tried in turn where a checkpoint wraps the text model, as (prefix there, prefix here);
-    names in a file that start with one of `ignored` belong to parts that text does not use.
+    names in a file that start with one of `ignored` belong to parts that text does not use. `partial_rotary` says that
+    a GGUF file of the family may rotate a part of each head only.
     """
 
     name: str
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
-    gguf_architecture: str
+    gguf_architecture: str | None
     defaults: Mapping[str, Any]
     configure: Callable[[ConfigReader], DecoderConfig]
     from_gguf: Callable[[dict[str, Any]], None]
@@ -45,6 +47,7 @@ class Family:
     hf_prefixes: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     gguf_config_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_CONFIG_KEYS)
+    partial_rotary: bool = False
 
     def config(self, raw: Mapping[str, Any]) -> DecoderConfig:
         """Return the `DecoderConfig` of a config.json; a nested `text_config` is the one that counts.
@@ -64,6 +67,10 @@ class Family:
         reader.finish()
         return config
 
+    def source_of(self, name: str) -> str:
+        """Return the name in safetensors files of the weight `name` outside the layers."""
+        return next(weight.hf for weight in self.weights if weight.name == name)
+
     def expected(self, config: DecoderConfig) -> Iterator[tuple[str, int, Weight]]:
         """Yield (canonical name, layer, weight) of every tensor that a model of `config` has, in loading order.
 
@@ -74,5 +81,5 @@ class Family:
                 yield weight.name, 0, weight
         for layer in range(config.num_layers):
             for weight in self.weights:
-                if weight.when(config) and weight.per_layer:
+                if weight.when(config) and weight.per_layer and weight.on(config.layers[layer]):
                     yield weight.name.format(i=layer), layer, weight

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kvloom.models.config import DecoderConfig, LayerConfig, RopeConfig
+from kvloom.models.config import DecoderConfig, LayerConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GGUF_CONFIG_KEYS, Family
 from kvloom.models.families.rope import rope_config, rope_params
-from kvloom.models.families.weight import FINAL_NORM, PROJECTIONS, Weight, head_norm, norm
+from kvloom.models.families.skeleton import layer_windows
+from kvloom.models.families.weight import FINAL_NORM, HEAD_NORMS, PROJECTIONS, Weight, norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,22 +19,11 @@ _LARGEST_NUM_LAYERS = 62
 
 
 def _layers(reader: ConfigReader) -> tuple[LayerConfig, ...]:
-    num_layers = reader.integer("num_hidden_layers")
-    types = reader.get("layer_types")
-    if types is None:
-        pattern = reader.integer("sliding_window_pattern")
-        types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
-    if not isinstance(types, list) or len(types) != num_layers:
-        reader.wrong("layer_types", f"a list of {num_layers} names", types)
-        types = ["full_attention"] * num_layers
+    pattern = reader.integer("sliding_window_pattern")
+    windows = layer_windows(reader, lambda i: bool((i + 1) % pattern))
     full = rope_config(reader, rope_params(reader, "full_attention"), reader.number("rope_theta"))
     local = rope_config(reader, _local_rope_params(reader), reader.number("rope_local_base_freq"))
-    kinds: dict[object, LayerConfig] = {"full_attention": LayerConfig(None, full)}
-    if "sliding_attention" in types:
-        kinds["sliding_attention"] = LayerConfig(reader.integer("sliding_window"), local)
-    for unknown in sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"}):
-        reader.refuse(f"layers of type {unknown!r}")
-    return tuple(kinds.get(kind, LayerConfig(None, RopeConfig(1.0))) for kind in types)
+    return tuple(LayerConfig(window, full if window is None else local) for window in windows)
 
 
 def _local_rope_params(reader: ConfigReader) -> dict[str, Any]:
@@ -81,9 +71,24 @@ def _plus_one(weight: Tensor, config: DecoderConfig) -> Tensor:
     return 1.0 + weight
 
 
-def _offset(weight: Weight) -> Weight:
+def offset(weight: Weight) -> Weight:
+    """Return the weight of a norm that a safetensors file stores as its distance from one."""
     return replace(weight, from_hf=_plus_one)
 
+
+SANDWICH_NORMS = tuple(
+    map(
+        offset,
+        (
+            norm("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
+            norm("post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight"),
+            norm("mlp_norm", "pre_feedforward_layernorm.weight", "ffn_norm.weight"),
+            norm("post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+            FINAL_NORM,
+        ),
+    )
+)
+"""Norms before and after attention and MLP, and before the output."""
 
 GEMMA3 = Family(
     name="gemma3",
@@ -112,21 +117,7 @@ GEMMA3 = Family(
     },
     configure=_configure,
     from_gguf=_from_gguf,
-    weights=(
-        *PROJECTIONS,
-        *map(
-            _offset,
-            (
-                norm("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
-                head_norm("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
-                head_norm("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
-                norm("post_attn_norm", "post_attention_layernorm.weight", "post_attention_norm.weight"),
-                norm("mlp_norm", "pre_feedforward_layernorm.weight", "ffn_norm.weight"),
-                norm("post_mlp_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
-                FINAL_NORM,
-            ),
-        ),
-    ),
+    weights=(*PROJECTIONS, *map(offset, HEAD_NORMS), *SANDWICH_NORMS),
     hf_prefixes=(("language_model.", ""), ("model.language_model.", "model.")),
     ignored=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
     gguf_config_keys={

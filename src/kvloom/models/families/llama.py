@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvloom.models.config import DecoderConfig, LayerConfig
+from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
-from kvloom.models.families.rope import rope_config, rope_params
-from kvloom.models.families.weight import FINAL_NORM, PROJECTIONS, Weight, norm
+from kvloom.models.families.skeleton import nothing_implied, skeleton
+from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,33 +17,7 @@ if TYPE_CHECKING:
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
     reader.refuse_if_set("mlp_bias")
-    num_heads = reader.integer("num_attention_heads")
-    hidden_size = reader.integer("hidden_size")
-    head_dim = reader.integer("head_dim", max(1, hidden_size // num_heads))
-    rope = rope_config(reader, rope_params(reader), reader.number("rope_theta"))
-    return DecoderConfig(
-        family="llama",
-        vocab_size=reader.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
-        num_heads=num_heads,
-        num_kv_heads=reader.integer("num_key_value_heads", num_heads),
-        head_dim=head_dim,
-        layers=(LayerConfig(None, rope),) * reader.integer("num_hidden_layers"),
-        max_position=reader.integer("max_position_embeddings"),
-        norm_eps=reader.number("rms_norm_eps"),
-        activation=reader.choice("hidden_act", {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}),
-        query_scale=head_dim**-0.5,
-        tie_embeddings=reader.flag("tie_word_embeddings"),
-        attention_bias=reader.flag("attention_bias"),
-        output_bias=reader.flag("attention_bias"),
-        eos_token_ids=reader.token_ids("eos_token_id"),
-        bos_token_id=next(iter(reader.token_ids("bos_token_id")), None),
-    )
-
-
-def _from_gguf(config: dict[str, Any]) -> None:
-    """Nothing is implied: a GGUF file of this architecture names all that a config.json does."""
+    return skeleton(reader, "llama", [None] * reader.integer("num_hidden_layers"))
 
 
 def _halves_from_pairs(weight: Tensor, num_heads: int) -> Tensor:
@@ -66,7 +40,8 @@ def _k_from_gguf(weight: Tensor, config: DecoderConfig) -> Tensor:
 _REORDERED = {"q": _q_from_gguf, "q_bias": _q_from_gguf, "k": _k_from_gguf, "k_bias": _k_from_gguf}
 
 
-def _reordered(weight: Weight) -> Weight:
+def reordered(weight: Weight) -> Weight:
+    """Return the weight with the rows of q and k put back into halves where it comes from a GGUF file."""
     transform = _REORDERED.get(weight.name.removeprefix("layers.{i}."))
     return replace(weight, from_gguf=transform) if transform else weight
 
@@ -90,11 +65,9 @@ LLAMA = Family(
         "eos_token_id": 2,
     },
     configure=_configure,
-    from_gguf=_from_gguf,
+    from_gguf=nothing_implied,
     weights=(
-        *map(_reordered, PROJECTIONS),
-        norm("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
-        norm("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
-        FINAL_NORM,
+        *map(reordered, PROJECTIONS),
+        *PRE_NORMS,
     ),
 )

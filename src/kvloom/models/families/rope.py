@@ -1,38 +1,155 @@
 """Rotary embedding parameters of a config, in the notation of transformers 5 and the older one."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvloom.models.config import RopeConfig
 from kvloom.models.families.config_reader import ConfigReader
 
-ROPE_SCALING: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+Values = dict[str, float]
+
+
+class RopeReader:
+    """Numbers of one rotary embedding; what is missing or malformed is noted in `reader` and stands for one."""
+
+    def __init__(self, reader: ConfigReader, params: Mapping[str, Any], kind: str, max_position: int) -> None:
+        self.reader, self.params, self.kind, self.max_position = reader, params, kind, max_position
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a positive number; absent or null is `default`, or a fault when that is None."""
+        value = self.params.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self.reader.wrong(f"{key} of the {self.kind} rotary embedding", "a positive number", value)
+            return 1.0
+        return float(value)
+
+    def original(self) -> float:
+        """Return the context length of training: beside the rope entries, among them, or the model's length."""
+        beside = self.reader.get("original_max_position_embeddings")
+        return float(beside) if isinstance(beside, int) else self.number(_ORIGINAL, float(self.max_position))
+
+    def divisors(self, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of `count` positive numbers."""
+        values = self.params.get(key)
+        good = isinstance(values, list) and len(values) == count
+        if not good or any(isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in values or ()):
+            what = f"{key} of the {self.kind} rotary embedding"
+            self.reader.wrong(what, f"{count} positive numbers", values if values is None else str(values)[:60])
+            return (1.0,) * count
+        return tuple(float(v) for v in values or ())
+
+
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def _default(read: RopeReader) -> Values:
+    return {}
+
+
+def _linear(read: RopeReader) -> Values:
+    return {"factor": read.number("factor")}
+
+
+def _llama3(read: RopeReader) -> Values:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    return {**{name: read.number(name) for name in names}, "original": read.original()}
+
+
+def _dynamic(read: RopeReader) -> Values:
+    return {"factor": read.number("factor"), "original": float(read.max_position)}
+
+
+def _yarn(read: RopeReader) -> Values:
+    """YaRN's attention temperature is 0.1 ln(factor) + 1, or a quotient of two such where both mscales are given."""
+    original = read.original()
+    factor = read.number("factor", read.max_position / original)
+
+    def temperature(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    amplitude = temperature(1.0)
+    if read.params.get("mscale") and read.params.get("mscale_all_dim"):
+        amplitude = temperature(read.number("mscale")) / temperature(read.number("mscale_all_dim"))
+    return {
+        "factor": factor,
+        "original": original,
+        "beta_fast": read.number("beta_fast", 32.0),
+        "beta_slow": read.number("beta_slow", 1.0),
+        "truncate": float(bool(read.params.get("truncate", True))),
+        "amplitude": read.number("attention_factor", amplitude),
+    }
+
+
+def _longrope(read: RopeReader) -> Values:
+    """LongRoPE's amplitude is sqrt(1 + ln(factor) / ln(original)), factor being how much the context was extended."""
+    original = read.original()
+    factor = read.number("factor", read.max_position / original)
+    amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return {"original": original, "amplitude": read.number("attention_factor", amplitude)}
+
+
+ROPE_KINDS: dict[str, Callable[[RopeReader], Values]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "dynamic": _dynamic,
+    "longrope": _longrope,
 }
-"""Supported kinds of rotary embedding, with the parameters that each one needs."""
+"""Supported kinds of rotary embedding, with what reads the numbers of each."""
+
+ROPE_ALIASES = {"su": "longrope"}
+"""Older names of kinds of rotary embedding."""
 
 
-def rope_config(reader: ConfigReader, params: Mapping[str, Any], theta: float) -> RopeConfig:
+def rope_config(
+    reader: ConfigReader,
+    params: Mapping[str, Any],
+    theta: float,
+    *,
+    head_dim: int = 0,
+    partial: bool = False,
+    aliases: Mapping[str, str] = ROPE_ALIASES,
+) -> RopeConfig:
     """Return the rotary embedding that `params` describe, with base `theta` unless they name their own.
 
-    Unsupported kinds and partial rotation are refused, missing parameters are faults, both through `reader`.
+    Families that rotate only a part of each head (`partial`, of `head_dim`) say so in `partial_rotary_factor`; in
+    others it is refused, as are unsupported kinds. Missing parameters are faults; both go to `reader`.
     """
-    kind = params.get("rope_type", params.get("type")) or "default"
-    if kind not in ROPE_SCALING:
-        reader.refuse(f"rotary embedding of type {kind!r} (supported: {', '.join(ROPE_SCALING)})")
+    named = params.get("rope_type", params.get("type")) or "default"
+    kind = aliases.get(named, named) if isinstance(named, str) else named
+    if kind not in ROPE_KINDS:
+        reader.refuse(f"rotary embedding of type {named!r} (supported: {', '.join(ROPE_KINDS)})")
         return RopeConfig(theta)
+    read = RopeReader(reader, params, kind, reader.integer("max_position_embeddings", 1))
+    rotary = _rotary(reader, params, head_dim, partial)
+    values = ROPE_KINDS[kind](read)
+    divisors: tuple[tuple[float, ...], ...] = ()
+    if kind == "longrope":
+        count = (rotary or head_dim) // 2
+        divisors = (read.divisors("short_factor", count), read.divisors("long_factor", count))
+    return RopeConfig(read.number("rope_theta", theta), kind, values, rotary, divisors)
+
+
+def _rotary(reader: ConfigReader, params: Mapping[str, Any], head_dim: int, partial: bool) -> int | None:
+    """Return how many elements of a head are rotated, None for all."""
     part = params.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
-    if part not in (None, 1, 1.0):
+    if part in (None, 1, 1.0):
+        return None
+    if not partial:
         reader.refuse(f"partial_rotary_factor {part!r}: only whole heads are rotated")
-    values = {"rope_theta": params.get("rope_theta", theta), **{key: params.get(key) for key in ROPE_SCALING[kind]}}
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            reader.wrong(f"{key} of the {kind} rotary embedding", "a positive number", value)
-            return RopeConfig(theta)
-    base = float(values.pop("rope_theta"))
-    return RopeConfig(base, kind, {key: float(value) for key, value in values.items()})
+        return None
+    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part < 1:
+        reader.wrong("partial_rotary_factor", "a number above 0 and at most 1", part)
+        return None
+    rotary = int(head_dim * part)
+    if rotary % 2 or rotary < 4:
+        reader.wrong("partial_rotary_factor", f"an even number, at least 4, of the {head_dim} elements of a head", part)
+        return None
+    return rotary
 
 
 def rope_params(reader: ConfigReader, layer_type: str | None = None) -> dict[str, Any]:
@@ -49,3 +166,13 @@ def rope_params(reader: ConfigReader, layer_type: str | None = None) -> dict[str
         reader.wrong("rope_parameters", "an object", found)
         return {}
     return found
+
+
+def longest_position(rope: RopeConfig, max_position: int) -> int:
+    """Return how many positions a model of `max_position` is good for with `rope`.
+
+    YaRN and dynamic NTK extend the original context by their factor, and many configs name only the original one.
+    """
+    if rope.kind in ("yarn", "dynamic"):
+        return max(max_position, int(rope.scaling["original"] * rope.scaling["factor"]))
+    return max_position

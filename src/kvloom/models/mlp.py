@@ -1,0 +1,63 @@
+"""The MLPs of a decoder layer: gated or plain, and mixtures of experts."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from kvloom.models.config import DecoderConfig, ExpertsConfig
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+"""Activations by the name that a `DecoderConfig` has for them."""
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def mlp(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:
+    """Return the MLP [T, hidden] of x [T, hidden] with the weights below `at`: gated, or plain."""
+    act = ACTIVATIONS[config.activation]
+    up = F.linear(x, weights[at + "up"], weights.get(at + "up_bias"))
+    inner = act(F.linear(x, weights[at + "gate"], weights.get(at + "gate_bias"))) * up if config.gated else act(up)
+    return F.linear(inner, weights[at + "down"], weights.get(at + "down_bias"))
+
+
+def experts(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:
+    """Return the mixture of experts [T, hidden] of x [T, hidden]; each expert runs once, on the tokens that chose it.
+
+    Sums over a token's experts go in the order of their number, whatever else is in the batch.
+    """
+    chosen = config.experts
+    assert chosen is not None
+    out = torch.zeros_like(x)
+    share, index = route(x, weights, at, chosen)
+    for expert in sorted(set(index.flatten().tolist())):
+        token, place = torch.where(index == expert)
+        result = _expert(x[token], weights, at, expert, config, chosen)
+        out.index_add_(0, token, (result * share[token, place, None]).to(out.dtype))
+    return out
+
+
+def route(x: torch.Tensor, weights: Weights, at: str, chosen: ExpertsConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shares [T, k] float32 and numbers [T, k] of the k best experts of each token x [T, hidden]."""
+    logits = F.linear(x, weights[at + "router"], weights.get(at + "router_bias"))
+    share, index = torch.topk(torch.softmax(logits.float(), dim=-1), chosen.per_token, dim=-1)
+    return share / share.sum(-1, keepdim=True) if chosen.normalise else share, index
+
+
+def _expert(
+    x: torch.Tensor, weights: Weights, at: str, expert: int, config: DecoderConfig, chosen: ExpertsConfig
+) -> torch.Tensor:
+    def part(name: str, value: torch.Tensor) -> torch.Tensor:
+        bias = weights.get(f"{at}experts_{name}_bias")
+        return F.linear(value, weights[f"{at}experts_{name}"][expert], None if bias is None else bias[expert])
+
+    gate, up = part("gate", x), part("up", x)
+    if chosen.clamp is None:
+        return part("down", ACTIVATIONS[config.activation](gate) * up)
+    alpha, limit = chosen.clamp
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return part("down", (up + 1) * gate * torch.sigmoid(alpha * gate))

@@ -1,0 +1,134 @@
+"""Tiny random models of every family and position variant, beside the same models in transformers."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import transformers
+
+from kvloom.attention.reference import ReferenceBackend
+from kvloom.models.checkpoint import open_checkpoint
+from kvloom.models.decoder import Decoder
+from tiny_model import batch_of
+
+BASE = {
+    "vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GPT = {"vocab_size": 131, "n_embd": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 5}
+
+
+def rope(kind, **entries):
+    """Return rope parameters of one kind."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **entries}}
+
+
+def longrope(rotary=12, **entries):
+    """Return LongRoPE parameters: an original length of 32, and divisors that differ for each pair."""
+    half = rotary // 2
+    return {
+        "original_max_position_embeddings": 32,
+        **rope(
+            "longrope",
+            short_factor=[1.0 + 0.1 * i for i in range(half)],
+            long_factor=[1.5 + 0.7 * i for i in range(half)],
+            **entries,
+        ),
+    }
+
+
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+VARIANTS = {
+    "llama": ("Llama", {}),
+    "llama, linear": ("Llama", rope("linear", factor=3.0)),
+    "llama, llama3": ("Llama", rope("llama3", **LLAMA3)),
+    "llama, yarn": ("Llama", rope("yarn", **YARN)),
+    "llama, yarn with mscales": ("Llama", rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.4, truncate=False)),
+    "llama, yarn with its own amplitude": ("Llama", rope("yarn", **YARN, attention_factor=1.5, beta_fast=8.0)),
+    "llama, dynamic": ("Llama", {**rope("dynamic", factor=2.0), "max_position_embeddings": 32}),
+    "llama, longrope": ("Llama", longrope()),
+    "mistral, window": ("Mistral", {"sliding_window": 11}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "mistral, wide heads": ("Mistral", {"sliding_window": None, "head_dim": 20}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, yarn": ("Qwen2", rope("yarn", **YARN)),
+    "qwen2, windows from layer 1 on": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9,
+                                                "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3, biases": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3, windows": ("SmolLM3", {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 9}),
+    "smollm3, listed layers": ("SmolLM3", {"no_rope_layers": [0, 1, 0], "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9,
+                          "attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0}),
+    "gemma2, no caps": ("Gemma2", {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": None,
+                                   "final_logit_softcapping": None}),
+    "phi3": ("Phi3", {}),
+    "phi3, window": ("Phi3", {"sliding_window": 9}),
+    "phi3, longrope": ("Phi3", longrope()),
+    "phi3, longrope on half of each head": ("Phi3", {**longrope(8, partial_rotary_factor=0.5), "hidden_size": 64}),
+    "glm, neighbours on half of each head": ("Glm", {"head_dim": 16, "partial_rotary_factor": 0.5,
+                                                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                                         "partial_rotary_factor": 0.5}}),
+    "glm, neighbours on whole heads": ("Glm", {"head_dim": 16, "attention_bias": True,
+                                               "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                                   "partial_rotary_factor": 1.0}}),
+}  # fmt: skip
+"""Name of a variant -> (family as transformers spells it, what its config has beside `BASE`)."""
+
+
+def oracle_of(variant):
+    """Return the random model of transformers for a variant, in float32."""
+    kind, changes = VARIANTS[variant]
+    base = GPT if kind in ("GPT2", "GPTBigCode") else BASE
+    config = getattr(transformers, f"{kind}Config")(**{**base, **changes})
+    config._attn_implementation = "eager"
+    name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    return spread(getattr(transformers, name)(config).eval())
+
+
+def spread(model):
+    """Draw weights anew, large enough that attention is sharp and logits are of size ten."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.3)
+            elif name.endswith("sinks"):
+                weight.normal_(std=2.0)
+            elif weight.dim() >= 2:
+                fan = weight.shape[0] if type(model).__name__.startswith("GPT2") else weight.shape[-1]
+                weight.normal_(std=1.3 / fan**0.5)
+            else:  # Gemma stores norms as their distance from one
+                weight.normal_(mean=0.0 if "Gemma" in type(model).__name__ else 1.0, std=0.2)
+    return model
+
+
+def decoder_of(oracle, folder):
+    """Return the decoder of a model of transformers, through files in `folder`."""
+    oracle.save_pretrained(folder)
+    checkpoint = open_checkpoint(str(folder))
+    return Decoder(checkpoint.config, dict(checkpoint.tensors(torch.float32)))
+
+
+def expected_logits(oracle, tokens):
+    """Return the logits [n, V] of transformers for tokens [n] in one piece."""
+    with torch.no_grad():
+        return oracle(torch.tensor([tokens])).logits[0].float()
+
+
+def feed(decoder, cache, sequence, tokens, chunk=0, total=None):
+    """Put `tokens` through the decoder, `chunk` at a time (0: at once), as part of `total` tokens; returns logits."""
+    rows = []
+    start = int(cache.lanes.seen[sequence])
+    total = start + len(tokens) if total is None else total
+    length_class = np.array([decoder.config.length_class(total)], np.int32)
+    for at in range(0, len(tokens), chunk or len(tokens)):
+        part = tokens[at : at + (chunk or len(tokens))]
+        assert cache.lanes.extend(sequence, len(part))
+        batch = replace(batch_of([(sequence, start + at, part)]), length_class=length_class)
+        rows.append(decoder.logits(decoder.forward(batch, cache, ReferenceBackend())))
+    return torch.cat(rows)
