@@ -1,0 +1,62 @@
+"""`kvloom methods`: the table of cache methods, from the registry that the engine uses."""
+
+from typing import Any
+
+from kvloom.cli.answer import write, write_json
+from kvloom.cli.command import Command, Flag
+
+ROLES = {
+    "selector": "what is kept",
+    "refine": "refinements of scores",
+    "budget": "how a budget is divided",
+    "trigger": "when a policy acts",
+    "action": "what becomes of evicted tokens",
+}
+
+
+def run(as_json: bool) -> None:
+    """Print every method that a policy may name, as tables or as JSON."""
+    from kvloom.policies.description import describe
+
+    methods = describe()
+    if as_json:
+        write_json({"methods": methods})
+        return
+    for role, title in ROLES.items():
+        chosen = [method for method in methods if method["role"] == role]
+        write(f"{title}\n" + "".join(f"  {line}\n" for line in _rows(role, chosen)) + "\n")
+
+
+def _rows(role: str, methods: list[dict[str, Any]]) -> list[str]:
+    """Return aligned lines, one a method; what one knows of eviction methods is shown for them alone."""
+    table = [["name", "what it does", "arguments", "paper"]]
+    if role == "selector":
+        table[0][2:2] = ["needs", "query-aware", "acts", "lanes"]
+    for method in methods:
+        arguments = ", ".join(f"{p['name']}={_shown(p['default'])}" for p in method["parameters"])
+        row = [method["name"], method["summary"], arguments, method["paper"]]
+        if role == "selector":
+            row[2:2] = [
+                ", ".join(method["needs"]) or "-",
+                "yes" if method["query_aware"] else "no",
+                ", ".join(method["acts"]) or "-",
+                "ragged" if method["ragged"] else "equal",
+            ]
+        table.append(row)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _shown(default: object) -> str:
+    return "..." if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+methods = Command(
+    "methods",
+    callback=run,
+    short_help="List the methods that a cache policy may name.",
+    help="""List what `--kv-policy` and `kv_policy` may name: what each method scores and needs, whether the question
+    must be in the prompt for its published quality, when it can act, whether lanes get different lengths, and its paper.
+    Methods of other installed packages are listed as well.""",
+    params=[Flag(["--json", "as_json"], is_flag=True, help="Print one JSON object.")],
+)

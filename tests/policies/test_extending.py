@@ -1,0 +1,74 @@
+"""The page on adding a method: its code is run as it stands, as a module and as an installed package."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+ENTRY_POINT = next(code for language, code in BLOCKS if language == "toml")
+
+RUN = """
+from policies.small import greedy, prompt_of, run, small_engine
+import torch
+engine = small_engine()
+request = engine.add(prompt_of(80), greedy(4), kv_policy="valuenorm(budget=20,sinks=3)")
+engine.step()
+row, cache = request.sequences[0].row, engine.cache
+for lane in range(6):
+    assert cache.lanes.positions_of(row, lane)[:3].tolist() == [0, 1, 2] and cache.lanes.held[row, lane] == 20
+run(engine, [request], cache.check_invariants)
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Return a function that runs code in a process of its own which finds the page's module."""
+    (tmp_path / "kvloom_valuenorm.py").write_text(PYTHON[0])
+
+    def call(code):
+        paths = [str(tmp_path), str(PAGE.parents[1] / "tests"), *filter(None, sys.path)]
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_the_page_shows_a_method_of_fifteen_to_fifty_lines():
+    assert 15 <= len(PYTHON[0].splitlines()) <= 50
+
+
+def test_the_code_of_the_page_runs_in_order_and_its_method_frees_blocks(python):
+    assert python("\n".join(PYTHON[1:]) + RUN) == ""
+
+
+def test_an_installed_package_adds_its_method_by_entry_point(python, tmp_path):
+    info = tmp_path / "kvloom_valuenorm-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvloom-valuenorm\nVersion: 1.0\n")
+    group, value = re.search(r'entry-points\."(.*)"\]\n(\w+ = ".*")', ENTRY_POINT).groups()
+    (info / "entry_points.txt").write_text(f"[{group}]\n{value.replace(chr(34), '')}\n")
+    listed = python("from kvloom.cli.main import run; assert run(['methods']) == 0")
+    assert re.search(r"^  valuenorm +keeps tokens of large values", listed, re.MULTILINE)
+    python("from kvloom.policies.policy import Policy; Policy.parse('valuenorm(budget=9)+adaptive')")
+
+
+def test_a_package_that_fails_to_load_is_named(python, tmp_path):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvloom.policies]\nx = no_such_module_anywhere\n")
+    said = python("from kvloom.cli.main import run; import sys; sys.stderr = sys.stdout; print(run(['methods']))")
+    assert "the policy 'x' of broken" in said and "uninstall broken" in said and said.endswith("2\n")

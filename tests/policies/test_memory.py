@@ -1,0 +1,100 @@
+"""Memory that policies give back: equal to the plan, enough for more requests, and for prompts beyond the arena."""
+
+import pytest
+import torch
+
+from kvloom.errors import DoesNotFitError
+from kvloom.models.compiled import CompiledModel
+from kvloom.spec.footprint import request_footprint
+from kvloom.spec.policy import PolicySpec
+from kvloom.spec.store import SLAB_BYTES
+from policies.small import greedy, prompt_of, run, small_engine
+from tiny_model import FULL, random_weights, tiny_config
+
+PROMPT, OUTPUT, BUDGET = 2048, 64, 512
+CONFIG = tiny_config("llama", num_heads=9, num_kv_heads=3, head_dim=64, layers=(FULL,) * 2, max_position=1 << 15)
+"""The head shape of SmolLM2 in two layers: six lanes in blocks of 8,192 bytes."""
+
+
+@pytest.fixture(scope="module")
+def smol():
+    """Return a random model of that shape on the CPU kernels."""
+    return CompiledModel(CONFIG, random_weights(CONFIG).items(), torch.float32)
+
+
+def bytes_of(tokens):
+    """Return the arena bytes of an uncompressed sequence."""
+    return CONFIG.kv_spec(16, "fp32").request_bytes(tokens)
+
+
+def test_sixteen_compressed_requests_hold_what_the_plan_says_and_never_more_than_its_peak(smol):
+    engine = small_engine(model=smol, slabs=64, max_num_seqs=16, prefix=False)
+    policy = f"snapkv(budget={BUDGET})"
+    plan = request_footprint(engine.cache.spec, PolicySpec.parse(policy), PROMPT, OUTPUT, 2048)
+    assert plan.settled.exact
+    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=policy) for i in range(16)]
+    highest = 0
+    while requests[-1].sequences[0].num_output_tokens == 0:
+        engine.step()
+        highest = max(highest, engine.cache.arena.peak_bytes)
+    grown = [request.sequences[0].num_output_tokens - 1 for request in requests]
+    assert grown[-1] == 0
+    blocks = sum(6 * -(-(BUDGET + n) // 16) for n in grown)
+    assert engine.cache.bytes_in_use == blocks * 8192
+    last = requests[-1].sequences[0].row
+    assert engine.cache.lanes.sequence_bytes(last) == plan.settled.high
+    # a step has room for the end of one prompt and the beginning of the next
+    assert highest <= 14 * plan.decode.high + 2 * plan.prefill.high
+    engine.cache.check_invariants()
+    for request in requests:
+        engine.abort(request.request_id)
+    assert engine.cache.arena.used_bytes == 0
+
+
+def test_an_arena_for_four_uncompressed_requests_runs_ten_compressed_ones_at_once(smol):
+    slabs = -(-4 * bytes_of(PROMPT + OUTPUT) // SLAB_BYTES)
+    plain = small_engine(model=smol, slabs=slabs, max_num_seqs=16, prefix=False)
+    assert 4 * bytes_of(PROMPT + OUTPUT) <= plain.cache.arena.num_bytes < 5 * bytes_of(PROMPT + OUTPUT)
+    engine = small_engine(model=smol, slabs=slabs, max_num_seqs=16, prefix=False)
+    policy = f"knorm(budget={BUDGET},skip_layers=0)"
+    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=policy) for i in range(12)]
+    running = []
+
+    def count():
+        running.append(sum(r.sequences[0].num_output_tokens > 0 and not r.finished for r in requests))
+
+    run(engine, requests, count)
+    assert max(running) >= 10
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_prompt_three_times_the_arena_runs_per_chunk_and_is_refused_with_numbers_otherwise(smol):
+    engine = small_engine(model=smol, slabs=4)
+    held = engine.cache.spec.max_tokens_in(engine.cache.arena.num_bytes)
+    prompt = prompt_of(3 * held)
+    for policy in ("streaming(sinks=4,window=508)", "h2o(budget=512)+chunk(tokens=256)+step",
+                   "keydiff(budget=256)+chunk(tokens=128)"):  # fmt: skip
+        request = engine.add(prompt, greedy(4), kv_policy=policy)
+        assert len(run(engine, [request])[0][0]) == 4
+        assert engine.kv_usage(request).bytes_peak <= engine.cache.arena.num_bytes
+    with pytest.raises(DoesNotFitError, match=rf"{len(prompt) + 4} tokens need .* of KV cache; the arena has 8.*MiB"):
+        engine.add(prompt, greedy(4), kv_policy="snapkv(budget=512)")
+    engine.cache.check_invariants()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["snapkv(budget=100)", "snapkv(budget=100)+adaptive", "snapkv(budget=100)+pyramid", "h2o(budget=100)",
+     "h2o(budget=100)+every(tokens=16)", "h2o(budget=100)+slack(tokens=20)", "kvzip(budget=100,chunk=128)",
+     "streaming(sinks=4,window=96)", "expected(keep=0.5)+global", "tova(budget=64)+chunk(tokens=64)+slack(tokens=8)",
+     "knorm(budget=90)", "fastgen(recovery=0.5)"],
+)  # fmt: skip
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_request_never_holds_more_than_was_reserved_for_it(policy, sequences):
+    engine = small_engine(max_num_batched_tokens=128, prefix=False)
+    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=policy)
+    reserved = request.sequences[0].eviction.occupancy.peak_bytes(340, 128, sequences)
+    engine.cache.arena.peak_bytes = 0
+    run(engine, [request])
+    assert engine.cache.arena.peak_bytes <= reserved
+    assert engine.scheduler.num_preemptions == 0
