@@ -13,8 +13,8 @@ from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta
 from kvloom.server.completions import FIRST_NEWS_PATIENCE, adopt
 from kvloom.server.eventstream import EventStream, event, primed
-from kvloom.server.exchange import Context, context_of, json_response, read_json, unless_gone
-from kvloom.server.fields import CHAT, Body, read_body
+from kvloom.server.exchange import Context, context_of, json_response, unless_gone
+from kvloom.server.fields import CHAT, Body
 from kvloom.server.logprobs import LogprobFormat
 from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service
@@ -269,7 +269,7 @@ async def respond(request: Request, service: Service) -> ASGIApp:
     context = context_of(request)
     config = service.config
     service.check_open(1)
-    body = read_body(await read_json(request, config.max_body_bytes, service.dog), CHAT)
+    body = await service.read_body(request, CHAT)
     adopt(context, body, config)
     job = ChatJob(service, context, body)
     tickets = await unless_gone(request.receive, job.tickets())

@@ -11,8 +11,8 @@ from starlette.types import ASGIApp
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta, Update
 from kvloom.server.eventstream import EventStream, event, primed
-from kvloom.server.exchange import Context, context_of, json_response, read_json, unless_gone
-from kvloom.server.fields import COMPLETION, Body, read_body
+from kvloom.server.exchange import Context, context_of, json_response, unless_gone
+from kvloom.server.fields import COMPLETION, Body
 from kvloom.server.logprobs import LogprobFormat
 from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.service import Service, checked_text
@@ -249,7 +249,7 @@ async def respond(request: Request, service: Service) -> ASGIApp:
     context = context_of(request)
     config = service.config
     service.check_open(1)
-    body = read_body(await read_json(request, config.max_body_bytes, service.dog), COMPLETION)
+    body = await service.read_body(request, COMPLETION)
     adopt(context, body, config)
     job = CompletionJob(service, context, body)
     tickets = await unless_gone(request.receive, job.tickets())

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
 from kvloom.server.refusal import Refusal
-from kvloom.server.watchdog import StalledError, Watch, Watchdog
+from kvloom.server.watchdog import Watch, Watchdog
 
 T = TypeVar("T")
 
@@ -51,18 +51,34 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
-async def read_json(request: Request, max_bytes: int, dog: Watchdog) -> Any:
-    """Return the JSON body; raises `Refusal` for a wrong type, a body too large or too slow, and what is not JSON."""
+async def read_bytes(request: Request, max_bytes: int, dog: Watchdog) -> bytes:
+    """Return the body, which says that it is JSON; raises `Refusal` for another type, one too large, or too slow."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         got = f"not {kind[:80]!r}" if kind else "which it does not say"
         raise Refusal(415, f"the body must be application/json, {got}; set the Content-Type header")
-    try:
-        async with Watch(dog) as watch:
-            raw = await _read_limited(request, max_bytes, watch)
-    except StalledError:
-        message = f"nothing came from the client for {dog.patience:g} s"
-        raise Refusal(408, message, headers={"Connection": "close"}) from None
+    declared = request.headers.get("content-length", "")
+    chunks: list[bytes] = []
+    size = int(declared) if declared.isdigit() else 0
+    async with Watch(dog) as watch:
+        more = size <= max_bytes
+        size = size if size > max_bytes else 0
+        while more:
+            message: Message = await request.receive()
+            watch.beat()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            more = message.get("more_body", False) and size <= max_bytes
+    if size > max_bytes:
+        text = f"the body is larger than {max_bytes} bytes; send less or raise --max-body-bytes"
+        raise Refusal(413, text, code="body_too_large")
+    return b"".join(chunks)
+
+
+def parse_json(raw: bytes) -> Any:
+    """Return the JSON value in `raw`; raises `Refusal` for what is none."""
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -77,29 +93,25 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-async def _read_limited(request: Request, max_bytes: int, watch: Watch) -> bytes:
-    declared = request.headers.get("content-length", "")
-    too_large = declared.isdigit() and int(declared) > max_bytes
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message: Message = await request.receive()
-        watch.beat()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        too_large |= size > max_bytes
-        if too_large:
-            chunks.clear()
-        else:
-            chunks.append(chunk)
-        if not message.get("more_body", False) or size > DRAIN_FACTOR * max_bytes:
-            break
-    if too_large:
-        text = f"the body is larger than {max_bytes} bytes; send less or raise --max-body-bytes"
-        raise Refusal(413, text, code="body_too_large")
-    return b"".join(chunks)
+class Incoming:
+    """Passes on what comes from the client, and can throw the rest of the body away."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._ended = False
+
+    async def __call__(self) -> Message:
+        """Return the next message."""
+        message = await self._receive()
+        self._ended |= message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def drain(self, max_bytes: int, dog: Watchdog) -> None:
+        """Read the rest of the body, up to `max_bytes`: a client that is still sending would not hear the answer."""
+        async with Watch(dog) as watch:
+            while not self._ended and max_bytes > 0:
+                max_bytes -= len((await self()).get("body", b""))
+                watch.beat()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -1,5 +1,6 @@
 """The layers around the routes: context, log and errors outermost, then the limit of concurrency, then the API key."""
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -13,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvloom.errors import KvloomError
-from kvloom.server.exchange import ClientGoneError, Context, json_response, route_path
+from kvloom.server.exchange import DRAIN_FACTOR, ClientGoneError, Context, Incoming, json_response, route_path
 from kvloom.server.refusal import TYPES, Refusal, refusal_of
 from kvloom.server.service import Service
 from kvloom.server.tracing import Tracer
+from kvloom.server.watchdog import StalledError
 
 access_log = logging.getLogger("kvloom.access")
 logger = logging.getLogger("kvloom.server")
@@ -60,15 +62,19 @@ class ExchangeLayer:
             await send(message)
 
         refusal: Refusal | None = None
+        incoming = Incoming(receive)
         self.service.num_open += 1
         try:
             with self.tracer.span(scope, context) as span:
                 try:
-                    await self.app(scope, receive, observed)
+                    await self.app(scope, incoming, observed)
                 except ClientGoneError:
                     status = CLIENT_GONE
                 except Refusal as error:
                     refusal = error
+                except StalledError:
+                    message = f"nothing came from the client for {self.service.dog.patience:g} s"
+                    refusal = Refusal(408, message, headers={"Connection": "close"})
                 except KvloomError as error:
                     refusal = refusal_of(error)
                 except HTTPException as error:
@@ -79,6 +85,8 @@ class ExchangeLayer:
                 if refusal is not None:
                     context.error_code = refusal.code or TYPES[refusal.status]
                     if not status:
+                        with contextlib.suppress(StalledError):
+                            await incoming.drain(DRAIN_FACTOR * self.service.config.max_body_bytes, self.service.dog)
                         response = json_response(refusal.body(), refusal.status, refusal.headers)
                         await response(scope, receive, observed)
                 span.finish(status, context.facts)

@@ -9,8 +9,8 @@ from starlette.types import ASGIApp
 
 import kvloom
 from kvloom.server.chat import conversation_ids
-from kvloom.server.exchange import context_of, json_response, read_json, unless_gone
-from kvloom.server.fields import DETOKENIZE, TOKENIZE, Body, read_body
+from kvloom.server.exchange import context_of, json_response, unless_gone
+from kvloom.server.fields import DETOKENIZE, TOKENIZE, Body
 from kvloom.server.openapi import document
 from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.service import Service, checked_text
@@ -74,7 +74,7 @@ async def detokenize(request: Request, service: Service) -> ASGIApp:
 
 
 async def _body(request: Request, service: Service, table: Any) -> Body:
-    body = read_body(await read_json(request, service.config.max_body_bytes, service.dog), table)
+    body = await service.read_body(request, table)
     context_of(request).warnings.extend(body.warnings)
     return body
 

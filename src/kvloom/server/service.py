@@ -5,9 +5,11 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from starlette.requests import Request
 
 from kvloom.engine.engine import Engine
 from kvloom.engine.llm import LLM
@@ -16,9 +18,9 @@ from kvloom.errors import InvalidInputError
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.registry import nearest
 from kvloom.server.enginethread import EngineThread
-from kvloom.server.exchange import Context
+from kvloom.server.exchange import Context, parse_json, read_bytes
 from kvloom.server.feed import Feed
-from kvloom.server.fields import Body
+from kvloom.server.fields import Body, Field, read_body
 from kvloom.server.kvpolicy import read_kv_policy
 from kvloom.server.metrics import ServerMetrics
 from kvloom.server.refusal import Refusal, bad_field
@@ -32,6 +34,7 @@ from kvloom.spec.store import STORES
 T = TypeVar("T")
 
 NUM_TOKENIZER_THREADS = 2
+LARGE_BODY_BYTES = 1 << 15
 RATE_WINDOW = 30.0
 """Seconds over which ended requests are counted to say when to come back."""
 
@@ -165,6 +168,13 @@ class Service:
         if keep == -1:
             keep = max(1, self.engine.max_model_len - (params.max_tokens or 1))
         return ids[-keep:]
+
+    async def read_body(self, request: Request, table: Mapping[str, Field]) -> Body:
+        """Return the checked fields of a request's body; a large one is looked at in a thread of the pool."""
+        raw = await read_bytes(request, self.config.max_body_bytes, self.dog)
+        if len(raw) <= LARGE_BODY_BYTES:
+            return read_body(parse_json(raw), table)
+        return await self.offload(lambda: read_body(parse_json(raw), table))
 
     async def offload(self, function: Callable[[], T]) -> T:
         """Run `function` (tokenisation, a chat template) in a thread of the pool."""
