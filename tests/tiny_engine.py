@@ -91,7 +91,7 @@ def nothing_left(engine: Engine) -> None:
     engine.cache.check_invariants()
     assert engine.requests == {} and not engine.has_work
     assert engine.cache.bytes_in_use == 0
-    assert engine.cache.lanes.num_free == engine.scheduler.max_num_seqs
+    assert engine.cache.lanes.open_sequences == []
     engine.cache.index.clear()
     assert engine.cache.arena.used_bytes == 0 and engine.cache.arena.stranded_bytes == 0
 

@@ -1,19 +1,46 @@
-"""Settings for the tests of the engine."""
+"""Settings for the tests of the engine, and the real models in it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from kvloom.engine.llm import LLM
 from kvloom.kernels import cpu
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads in torch and in the kernels."""
+    torch.set_num_threads(count)
+    cpu.set_num_threads(count)
 
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Small tensors: more than one thread only costs time."""
     before = torch.get_num_threads(), cpu.num_threads()
-    torch.set_num_threads(1)
-    cpu.set_num_threads(1)
+    set_threads(1)
     yield
     torch.set_num_threads(before[0])
     cpu.set_num_threads(before[1])
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Real models are worth a second thread."""
+    set_threads(2)
+    yield
+    set_threads(1)
+
+
+@pytest.fixture(scope="package")
+def smollm2(smollm2_path: Path) -> LLM:
+    """SmolLM2 in float32 on the kernels of the CPU."""
+    return LLM(smollm2_path, dtype="float32", backend="cpu", max_num_seqs=32, kv_cache_memory_bytes=1 << 30)
+
+
+@pytest.fixture(scope="package")
+def gemma(gemma_path: Path) -> LLM:
+    """Gemma 3 270M in float32 on the kernels of the CPU."""
+    return LLM(gemma_path, dtype="float32", backend="cpu", max_num_seqs=32, kv_cache_memory_bytes=1 << 30)

@@ -1,5 +1,6 @@
 """LLM: the Python API. A model, its cache and an engine in one object."""
 
+import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -43,7 +44,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = "smollm2",
+        model: str | os.PathLike[str] = "smollm2",
         *,
         tokenizer: str | None = None,
         revision: str | None = None,
@@ -74,7 +75,9 @@ class LLM:
             kv_policy=kv_policy,
             allow_kv_policies=None if allow_kv_policies is None else tuple(allow_kv_policies),
         )
-        checkpoint = open_checkpoint(model, revision=revision)
+        if not isinstance(model, str | os.PathLike):
+            raise InvalidInputError(f"model must be a name or a path, not {type(model).__name__}")
+        checkpoint = open_checkpoint(os.fspath(model), revision=revision)
         self.model = checkpoint.name
         self.generation_config = checkpoint.generation_config
         self.config = config
@@ -123,11 +126,11 @@ class LLM:
         Shows a progress bar on stderr (a terminal only) for several prompts unless `use_tqdm` is False. All prompts are
         checked before any runs; on an error or Ctrl-C every request of the call is aborted and its memory is free.
         """
-        several: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            params = [sampling_params or SamplingParams()] * len(several)
-        else:
+        several = _several(prompts)
+        if isinstance(sampling_params, Seq):
             params = list(sampling_params)
+        else:
+            params = [SamplingParams() if sampling_params is None else sampling_params] * len(several)
         if len(params) != len(several):
             raise InvalidInputError(f"{len(several)} prompts need as many sampling_params, or one; got {len(params)}")
         requests: list[Request] = []
@@ -159,9 +162,12 @@ class LLM:
         """Yield the request as it grows, after every token; closing the iterator early aborts it."""
         request = self._add(prompt, sampling_params or SamplingParams())
         try:
-            while not request.finished:
-                if request in self.engine.step():
-                    yield self.engine.output(request)
+            while True:
+                if request in self.engine.step() or request.finished:  # others may have stepped it to its end
+                    output = self.engine.output(request)
+                    yield output
+                    if output.finished:
+                        return
         finally:
             self.engine.abort(request.request_id)
 
@@ -205,13 +211,14 @@ class LLM:
                     f"a prompt has either 'prompt' or 'prompt_token_ids', and optional keys among "
                     f"{sorted(_PROMPT_KEYS - {'prompt', 'prompt_token_ids'})}; got {sorted(prompt)}"
                 )
-            text = prompt.get("prompt")
-            ids = list(prompt["prompt_token_ids"]) if text is None else self.tokenizer.encode(str(text))
+            if "prompt" in prompt:
+                text = prompt["prompt"]
+                ids = self.tokenizer.encode(prompt["prompt"])
+            else:
+                ids = _token_ids(prompt["prompt_token_ids"])
             options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
-        elif isinstance(prompt, Seq):
-            ids = [*prompt]
         else:
-            raise InvalidInputError(f"a prompt is text, token ids or a dict, not {type(prompt).__name__}")
+            ids = _token_ids(prompt)
         return self.engine.add(ids, params, prompt=text, **options)
 
     def _run(self, requests: list[Request], show: bool) -> None:
@@ -226,14 +233,29 @@ class LLM:
         )
         with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
             task = progress.add_task("requests", total=len(requests), speed="")
-            pending = set(requests)
+            pending = requests
             while pending:
-                pending -= {request for request in self.engine.step() if request.finished}
+                self.engine.step()
+                pending = [request for request in pending if not request.finished]
                 seconds = self.engine.step_seconds
                 speed = f"{self.engine.num_generated_tokens / seconds:.1f} tok/s" if seconds else ""
                 progress.update(task, completed=len(requests) - len(pending), speed=speed)
 
 
-def _is_single(prompts: Prompt | Seq[Prompt]) -> bool:
-    """Return whether `prompts` is one prompt: text, a dict, or a list of token ids."""
-    return isinstance(prompts, str | Mapping) or (bool(prompts) and isinstance(prompts[0], int))
+def _several(prompts: Any) -> list[Any]:
+    """Return a list of prompts; text, a dict and a list of token ids are one prompt each."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Seq) or isinstance(prompts, bytes | bytearray):
+        raise InvalidInputError(f"prompts are text, token ids, dicts or a list of these, not {type(prompts).__name__}")
+    return [prompts] if len(prompts) and isinstance(prompts[0], int) else list(prompts)
+
+
+def _token_ids(value: Any) -> list[int]:
+    """Return a prompt given as token ids; the engine checks each of them."""
+    if not isinstance(value, Seq) or isinstance(value, str | bytes | bytearray):
+        raise InvalidInputError(
+            f"a prompt is text, a list of token ids or a dict with 'prompt' or 'prompt_token_ids', "
+            f"not {type(value).__name__}"
+        )
+    return list(value)
