@@ -55,6 +55,7 @@ class Eviction:
         self.evicted_tokens = 0
         self._acted_at = 0  # tokens seen when a selector last acted
         self._state: dict[int, dict[str, torch.Tensor]] = {}  # layer -> what the method remembers
+        self._flags: tuple[list[bool], list[bool]] = ([], [])  # special tokens and punctuation among `token_ids`
         self._sinks = MovedSinks(cache, int(policy.spec.selector.get("sinks") or 0))
 
     # ---- while the model runs -------------------------------------------------------------------------------------
@@ -261,8 +262,10 @@ class Eviction:
     def _kinds(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [G, S] bool twice: special tokens and punctuation among the tokens at `positions` (-1: none)."""
         assert self.model.token_kinds is not None, "refused at admission"
-        seen = self.token_ids[: int(positions.max()) + 1]
-        special, punctuation = (torch.from_numpy(flags) for flags in self.model.token_kinds().flags(seen))
+        kinds, seen = self.model.token_kinds(), int(positions.max()) + 1
+        for store, more in zip(self._flags, kinds.flags(self.token_ids[len(self._flags[0]) : seen]), strict=True):
+            store.extend(more.tolist())
+        special, punctuation = (torch.tensor(flags[:seen]) for flags in self._flags)
         at = positions.clamp(min=0)
         return special[at] & (positions >= 0), punctuation[at] & (positions >= 0)
 
