@@ -16,6 +16,8 @@ BASE = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 GPT = {"vocab_size": 131, "n_embd": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+BLOOM = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2}
+MPT = {"vocab_size": 131, "d_model": 48, "n_heads": 4, "n_layers": 3, "max_seq_len": 128}
 ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 5}
 
 
@@ -76,6 +78,30 @@ VARIANTS = {
     "glm, neighbours on whole heads": ("Glm", {"head_dim": 16, "attention_bias": True,
                                                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                                    "partial_rotary_factor": 1.0}}),
+    "gpt-neox": ("GPTNeoX", {"hidden_size": 64}),
+    "gpt-neox, one after the other": ("GPTNeoX", {"hidden_size": 64, "use_parallel_residual": False,
+                                                  "attention_bias": False}),
+    "gpt-neox, whole heads": ("GPTNeoX", rope("default", partial_rotary_factor=1.0)),
+    "gpt2": ("GPT2", {}),
+    "gpt2, untied": ("GPT2", {"tie_word_embeddings": False, "n_inner": 60, "activation_function": "gelu"}),
+    "gpt-bigcode": ("GPTBigCode", {}),
+    "gpt-bigcode, multi-head": ("GPTBigCode", {"multi_query": False}),
+    "falcon 7b": ("Falcon", {}),
+    "falcon 40b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 11b": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon, one after the other": ("Falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "bloom": ("Bloom", {"n_head": 4, "n_layer": 3, "hidden_size": 48}),
+    "bloom, six heads": ("Bloom", {"n_head": 6, "n_layer": 3, "hidden_size": 48}),
+    "mpt": ("Mpt", {"attn_config": {"clip_qkv": None}}),
+    "mpt, six heads": ("Mpt", {"n_heads": 6, "attn_config": {"clip_qkv": 0.8, "softmax_scale": 0.4}}),
+    "mixtral": ("Mixtral", ROUTED),
+    "mixtral, window": ("Mixtral", {**ROUTED, "sliding_window": 9}),
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2,
+                               "moe_intermediate_size": 40, "norm_topk_prob": True}),
+    "qwen3-moe, every other layer": ("Qwen3Moe", {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3,
+                                                  "moe_intermediate_size": 40, "decoder_sparse_step": 2}),
+    "gpt-oss": ("GptOss", {**ROUTED, "head_dim": 16, "sliding_window": 9,
+                           **rope("yarn", **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False)}),
 }  # fmt: skip
 """Name of a variant -> (family as transformers spells it, what its config has beside `BASE`)."""
 
@@ -83,7 +109,7 @@ VARIANTS = {
 def oracle_of(variant):
     """Return the random model of transformers for a variant, in float32."""
     kind, changes = VARIANTS[variant]
-    base = GPT if kind in ("GPT2", "GPTBigCode") else BASE
+    base = {"GPT2": GPT, "GPTBigCode": GPT, "Bloom": BLOOM, "Mpt": MPT}.get(kind, BASE)
     config = getattr(transformers, f"{kind}Config")(**{**base, **changes})
     config._attn_implementation = "eager"
     name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
@@ -100,7 +126,8 @@ def spread(model):
             elif name.endswith("sinks"):
                 weight.normal_(std=2.0)
             elif weight.dim() >= 2:
-                fan = weight.shape[0] if type(model).__name__.startswith("GPT2") else weight.shape[-1]
+                turned = type(model).__name__.startswith("GPT2") and ".c_" in name
+                fan = weight.shape[0] if turned else weight.shape[-1]
                 weight.normal_(std=1.3 / fan**0.5)
             else:  # Gemma stores norms as their distance from one
                 weight.normal_(mean=0.0 if "Gemma" in type(model).__name__ else 1.0, std=0.2)

@@ -146,8 +146,8 @@ def _rotary(reader: ConfigReader, params: Mapping[str, Any], head_dim: int, part
         reader.wrong("partial_rotary_factor", "a number above 0 and at most 1", part)
         return None
     rotary = int(head_dim * part)
-    if rotary % 2 or rotary < 4:
-        reader.wrong("partial_rotary_factor", f"an even number, at least 4, of the {head_dim} elements of a head", part)
+    if rotary % 2 or rotary < 2:
+        reader.wrong("partial_rotary_factor", f"an even number of the {head_dim} elements of a head", part)
         return None
     return rotary
 
