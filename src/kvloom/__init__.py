@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvloom.engine.beam import BeamSearchParams as BeamSearchParams
     from kvloom.engine.llm import LLM as LLM
     from kvloom.engine.output import RequestOutput as RequestOutput
     from kvloom.engine.params import SamplingParams as SamplingParams
 
 _LAZY = {
+    "BeamSearchParams": "kvloom.engine.beam",
     "LLM": "kvloom.engine.llm",
     "RequestOutput": "kvloom.engine.output",
     "SamplingParams": "kvloom.engine.params",
 }
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

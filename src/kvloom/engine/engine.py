@@ -4,10 +4,13 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kvloom.cache.kvcache import KVCache
+from kvloom.engine.beam import BeamSearchParams
+from kvloom.engine.beamsteps import BeamSteps
 from kvloom.engine.detokenizer import IncrementalDetokenizer
 from kvloom.engine.evictions import Evictions
 from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
@@ -17,7 +20,7 @@ from kvloom.engine.runner import Runner
 from kvloom.engine.sampler import Sampler
 from kvloom.engine.scheduler import Scheduler, Work
 from kvloom.engine.tokenfacts import TokenFacts
-from kvloom.errors import InvalidInputError
+from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.models.model import StepOutput
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.policies.policy import Policy
@@ -64,6 +67,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.sampler = Sampler(eos_token_ids)
+        self.beams = BeamSteps(scheduler, eos_token_ids, self._start_text)
         self.seed = seed
         self.observer: LogitsObserver | None = None
         self.max_position = max_model_len if max_position is None else max_position
@@ -137,6 +141,7 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             forced_token_ids=forced_token_ids,
+            length_class=self.runner.model.config.length_class(len(prompt_token_ids) + max_tokens),
         )
         self.evictions.start(self.evictions.policy(kv_policy), request.sequences[0])
         self.scheduler.add(request)
@@ -144,6 +149,24 @@ class Engine:
         self.num_arrived += 1
         self.num_prompt_tokens += len(request.prompt_token_ids)
         self.requests[name] = request
+        return request
+
+    def add_beam_search(
+        self, prompt_token_ids: Seq[int], params: BeamSearchParams, *, prompt: str | None = None, **options: Any
+    ) -> Request:
+        """Queue a beam search; `options` are those of `add`, except that no policy may forget anything.
+
+        The request's sequences are its beams, until it is finished and they are the best `params.n`, best first.
+        Raises as `add` does.
+        """
+        if self.evictions.policy(options.get("kv_policy")) is not None:
+            raise UnsupportedError(
+                "beam search", ["a policy forgets tokens of each beam, but beams share their blocks"]
+            )
+        if options.get("forced_token_ids") is not None:
+            raise InvalidInputError("a beam search chooses its tokens; leave out forced_token_ids")
+        request = self.add(prompt_token_ids, BeamSteps.sampling_params(params), prompt=prompt, **options)
+        self.beams.start(request, params)
         return request
 
     def check(
@@ -232,9 +255,7 @@ class Engine:
             self.scheduler.publish(work)
             self.evictions.run(work)
             sequences, greedy, logits = self._sampling_rows(work, output)
-            tokens, logprobs = self.sampler.sample(greedy, logits, sequences)
-            for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-                self._append(sequence, token, logprob)
+            self._grow(sequences, greedy, logits)
         except BaseException:
             for item in work:
                 self.abort(item.sequence.request.request_id)
@@ -282,6 +303,18 @@ class Engine:
             assert logits is not None
             self.observer(sequences, logits)
         return sequences, [output.greedy[row] for row in rows], logits
+
+    def _grow(self, sequences: list[Sequence], greedy: list[int], logits: torch.Tensor | None) -> None:
+        """Give each of N sequences its next token, and beams their next beams."""
+        beams = [row for row, sequence in enumerate(sequences) if sequence.request.beams is not None]
+        if beams:
+            assert logits is not None
+            self.num_generated_tokens += self.beams.run([sequences[row] for row in beams], logits[beams])
+            rest = [row for row, sequence in enumerate(sequences) if sequence.request.beams is None]
+            sequences, greedy, logits = [sequences[row] for row in rest], [greedy[row] for row in rest], logits[rest]
+        tokens, logprobs = self.sampler.sample(greedy, logits, sequences)
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            self._append(sequence, token, logprob)
 
     def _append(self, sequence: Sequence, token: int, logprob: dict[int, Logprob] | None) -> None:
         """Add a token to a sequence and end it if it should end."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Evictions:
         `UnsupportedError` has every reason; `DoesNotFitError` the numbers.
         """
         cache = self.runner.cache
-        reasons = policy.refusals(cache.spec, len(prompt), self.facts)
+        reasons = [*policy.refusals(cache.spec, len(prompt), self.facts), *self._unlike_weights(policy)]
         if policy.needs.replay and len(cache.lanes.seen) <= self.scheduler.max_num_seqs:
             reasons.append("a replay takes one sequence more in the lane table than max_num_seqs; there is none")
         if reasons:
@@ -83,12 +84,29 @@ class Evictions:
         needed = eviction.occupancy.peak_bytes(num_tokens, self.scheduler.max_num_batched_tokens, sequences)
         self.scheduler.check_bytes(needed, num_tokens, what)
 
+    def _unlike_weights(self, policy: Policy) -> list[str]:
+        """Return why attention weights that `policy` would compute from queries and keys are not the model's own."""
+        config = self.runner.model.config
+        if not (policy.needs.watches_queries or policy.needs.replay):
+            return []
+        terms = {"a softcap": config.score_softcap is not None, "ALiBi": bool(config.slopes), "sinks": config.sinks}
+        name = policy.spec.selector.name
+        return [
+            f"{name} scores by softmax(q.k), and scores of this model have {term}"
+            for term, there in terms.items()
+            if there
+        ]
+
     def start(self, policy: Policy | None, sequence: Sequence) -> None:
         """Put `policy` in charge of the first sequence of a request; nothing for None."""
         if policy is not None:
-            prompt_tokens = len(sequence.request.prompt_token_ids)
+            request, model, facts = sequence.request, self.runner.model, self.facts
+            if request.length_class:
+                layers = range(model.config.num_layers)
+                thetas = [model.inverse_frequencies(layer, request.length_class) for layer in layers]
+                facts = replace(facts, inverse_frequencies=thetas)
             sequence.eviction = Eviction(
-                policy, self.runner.cache, self.facts, sequence.token_ids, prompt_tokens, sequence.request.seed
+                policy, self.runner.cache, facts, sequence.token_ids, len(request.prompt_token_ids), request.seed
             )
 
     def run(self, work: list[Work]) -> None:
@@ -128,13 +146,19 @@ class Evictions:
                     piece = now.token_ids[start : start + REPLAY_PIECE]
                     while not lanes.extend(fork, len(piece)):
                         self._make_room(sequence)
-                    self._feed(eviction, scores, fork, now, piece)
+                    self._feed(eviction, scores, fork, now, piece, sequence.request.length_class)
             finally:
                 lanes.close(fork)
         eviction.replay_scores = scores.best
 
     def _feed(
-        self, eviction: Eviction, scores: ReplayScores, fork: int, now: ReplayPass, piece: tuple[int, ...]
+        self,
+        eviction: Eviction,
+        scores: ReplayScores,
+        fork: int,
+        now: ReplayPass,
+        piece: tuple[int, ...],
+        length_class: int,
     ) -> None:
         """Process `piece`, whose slots exist, and show its queries to `scores`."""
         cache, count = self.runner.cache, len(piece)
@@ -144,6 +168,7 @@ class Evictions:
             positions=np.arange(seen - count, seen, dtype=np.int32),
             sequences=np.array([fork], np.int32),
             cu_seqlens_q=np.array([0, count], np.int32),
+            length_class=np.array([length_class], np.int32),
         )
         wanted = StepWanted(
             logit_rows=np.array([count - 1], np.int32),

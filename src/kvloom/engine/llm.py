@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvloom.cache.kvcache import KVCache
+from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.engine import Engine
 from kvloom.engine.output import RequestOutput
@@ -144,6 +145,23 @@ class LLM:
             raise
         return [self.engine.output(request) for request in requests]
 
+    def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams | None = None) -> list[RequestOutput]:
+        """Return one finished `RequestOutput` for each prompt, whose outputs are the best sequences, best first.
+
+        `cumulative_logprob` of an output is the sum over its tokens. Raises as `generate` does; nothing is left behind.
+        """
+        requests: list[Request] = []
+        try:
+            for prompt in _several(prompts):
+                ids, options = self._read_prompt(prompt)
+                requests.append(self.engine.add_beam_search(ids, params or BeamSearchParams(), **options))
+            self._run(requests, show=False)
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request.request_id)
+            raise
+        return [self.engine.output(request) for request in requests]
+
     def chat(
         self,
         messages: Messages | Seq[Messages],
@@ -200,6 +218,11 @@ class LLM:
     def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
             raise InvalidInputError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
+        ids, options = self._read_prompt(prompt)
+        return self.engine.add(ids, params, **options)
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
+        """Return the token ids of a prompt and its options, the text among them."""
         options: dict[str, Any] = {}
         text: str | None = None
         if isinstance(prompt, str):
@@ -219,7 +242,7 @@ class LLM:
             options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
         else:
             ids = _token_ids(prompt)
-        return self.engine.add(ids, params, prompt=text, **options)
+        return ids, {"prompt": text, **options}
 
     def _run(self, requests: list[Request], show: bool) -> None:
         """Step until all of `requests` have ended."""

@@ -71,7 +71,7 @@ def completion_of(sequence: Sequence) -> CompletionOutput:
         text=sequence.detokenizer.text if sequence.detokenizer else "",
         token_ids=sequence.output_token_ids,
         logprobs=list(sequence.logprobs) if wanted else None,
-        cumulative_logprob=sequence.cumulative_logprob if wanted else None,
+        cumulative_logprob=sequence.cumulative_logprob if wanted or sequence.request.beams is not None else None,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
     )

@@ -10,6 +10,7 @@ from kvloom.cache.prefix import PrefixChain
 from kvloom.engine.params import SamplingParams
 
 if TYPE_CHECKING:
+    from kvloom.engine.beam import BeamSearch
     from kvloom.engine.detokenizer import IncrementalDetokenizer
     from kvloom.policies.eviction import Eviction
 
@@ -88,7 +89,8 @@ class Request:
     """A prompt with its options; owns `params.n` sequences, of which the first computes the prompt for all.
 
     `forced_token_ids` makes the answer: every token goes through the decode path as if it had been sampled, and the
-    request ends after the last one. `cache_salt` separates prefix caches. Lower `priority` runs earlier.
+    request ends after the last one. `cache_salt` separates prefix caches, as does `length_class`, by which models whose
+    rotary embedding depends on the length rotate its keys (`RopeConfig.length_class`). Lower `priority` runs earlier.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Request:
         priority: int = 0,
         cache_salt: str = "",
         forced_token_ids: Seq[int] | None = None,
+        length_class: int = 0,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
@@ -114,6 +117,8 @@ class Request:
         self.max_tokens = max_tokens
         self.priority = priority
         self.cache_salt = cache_salt
+        self.length_class = length_class
+        self.beams: BeamSearch | None = None
         self.forced_token_ids = None if forced_token_ids is None else list(forced_token_ids)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
@@ -122,7 +127,8 @@ class Request:
         self.timing = Timing(time.monotonic())
 
     def _sequence(self, index: int) -> Sequence:
-        return Sequence(self, index, list(self.prompt_token_ids), PrefixChain(self.cache_salt))
+        salt = f"{self.cache_salt}\0{self.length_class}" if self.length_class else self.cache_salt
+        return Sequence(self, index, list(self.prompt_token_ids), PrefixChain(salt))
 
     def add_sequence(self) -> Sequence:
         """Append and return one more sequence, which starts where the prompt ends."""

@@ -17,7 +17,7 @@ class Sampler:
     def needs_logits(self, sequence: Sequence) -> bool:
         """Return whether more than the most likely token must be known to choose the next one."""
         request = sequence.request
-        if request.params.logprobs is not None:
+        if request.params.logprobs is not None or request.beams is not None:
             return True
         if request.forced_token_ids is not None:
             return False

@@ -137,10 +137,22 @@ class Scheduler:
         for sequence in chosen:
             if budget == 0:
                 break
-            if sequence.status is Status.RUNNING:  # and not preempted a moment ago
+            # not preempted a moment ago, and no beam that waits for the others
+            if sequence.status is Status.RUNNING and self._pending(sequence):
                 budget -= self._advance(sequence, budget, work)
         self._admit(budget, work)
+        while self.waiting and not work and (idle := [s for s in self.running if not self._pending(s)]):
+            self._park(idle[-1])
+            self._admit(budget, work)
         return [w for w in work if w.sequence.status is Status.RUNNING]
+
+    def _park(self, beam: Sequence) -> None:
+        """Take the blocks of a beam that has offered its tokens, so that another of its search gets room."""
+        self.running.remove(beam)
+        self._close(beam)
+        beam.status = Status.WAITING
+        beam.num_preemptions += 1
+        self.num_preemptions += 1
 
     def _pending(self, sequence: Sequence) -> int:
         assert sequence.row is not None
@@ -310,6 +322,24 @@ class Scheduler:
             self.running.append(child)
             children.append(child)
         return children
+
+    def reparent(self, child: Sequence, parent: Sequence) -> None:
+        """Let the beam `child` go on from where `parent` stands, sharing its blocks; the child's own are released.
+
+        Where one of the two has no blocks now, the child waits to be computed from its tokens.
+        """
+        if child is not parent:
+            child.chain.digests = list(parent.chain.digests)
+            if child.row is not None:
+                self._close(child)
+            if parent.row is not None and child.status is Status.RUNNING:
+                child.row = self.lanes.fork(parent.row)
+                child.num_published = parent.num_published
+                return
+            if child.status is Status.RUNNING:
+                self.running.remove(child)
+        if child.row is None and child not in self.waiting:
+            self._queue(child)
 
     def publish(self, work: list[Work]) -> None:
         """Enter the blocks that closed in this step into the prefix index."""
