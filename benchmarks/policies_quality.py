@@ -2,10 +2,10 @@
 
 Regime: prompts of real text, compressed when the prompt is complete to the same number of tokens a lane (`--keep`),
 then the text's own next tokens by forced decode; nothing is sampled. Metrics: KL(full || method) in nats per token,
-mean over prompts with a bootstrapped 95 % interval; agreement of the most likely token; share of pass keys answered. Floors:
-random eviction and StreamingLLM; ceiling: the full cache against itself (0). The text was in every model's training
-data, so read differences, never absolute values. The question of the pass key is in the prompt, which helps query-aware
-methods. The last line is one JSON object.
+mean over prompts with a bootstrapped 95 % interval; agreement of the most likely token; share of pass keys answered.
+Floors: random eviction and StreamingLLM; ceiling: the full cache against itself (0). The text was in every model's
+training data, so read differences, never absolute values. The question of the pass key is in the prompt, which helps
+query-aware methods. The last line is one JSON object.
 
     python benchmarks/policies_quality.py [--model smollm2] [--keep 0.5 0.25] [--prompts 8] [--context 1024]
 """

@@ -56,7 +56,7 @@ methods = Command(
     callback=run,
     short_help="List the methods that a cache policy may name.",
     help="""List what `--kv-policy` and `kv_policy` may name: what each method scores and needs, whether the question
-    must be in the prompt for its published quality, when it can act, whether lanes get different lengths, and its paper.
+    must be in the prompt for its published quality, when it can act, whether lanes get different lengths, its paper.
     Methods of other installed packages are listed as well.""",
     params=[Flag(["--json", "as_json"], is_flag=True, help="Print one JSON object.")],
 )
