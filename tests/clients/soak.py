@@ -2,7 +2,8 @@
 
 Streams, conversations, echoes, slow readers, clients that leave in the middle, garbage, huge bodies, wrong keys and
 prompts that are too long. After each round nothing may run, no block may be in use, and the process may not have
-grown. Prints a line a round and one line of JSON; the status is 1 when a promise was broken.
+grown. At the end it measures how long a refusal takes while the queue is full and the engine busy.
+Prints a line a round and one line of JSON; the status is 1 when a promise was broken.
 
     python tests/clients/soak.py MODEL --rounds 10 --seconds 30 --clients 200
 """
@@ -24,7 +25,6 @@ DECLARED = {200, 400, 401, 404, 413, 415, 429, 503}
 """Statuses that a client may see; 503 only with a code that says why."""
 
 MAX_BODY = 1 << 20
-MAX_429_SECONDS = 0.1
 GROWTH_BYTES = 8 << 20
 """Most that the process may grow between the second half of the rounds and its end."""
 
@@ -130,6 +130,42 @@ async def round_of(port, num_clients, seconds, seed):
     return tally
 
 
+async def time_refusals(port, count):
+    """Fill the queue, keep it full, and return the sorted seconds of `count` refusals, asked for one after another."""
+    body = json.dumps({"prompt": [1] * 20, "max_tokens": 200, "ignore_eos": True}).encode()
+
+    async def once(patience):
+        """Return the seconds to a refusal, None when there was none within `patience`."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        began = time.perf_counter()
+        writer.write(head(len(body)) + body)
+        try:
+            status = int((await asyncio.wait_for(reader.readline(), patience)).split()[1])
+            return time.perf_counter() - began if status == 429 else None
+        except TimeoutError:
+            return None  # it was let in; leaving aborts it
+        finally:
+            writer.close()
+
+    async def fill():
+        while True:
+            if await once(600) is not None:
+                await asyncio.sleep(1)
+
+    fillers = [asyncio.create_task(fill()) for _ in range(120)]
+    await asyncio.sleep(3)
+    found = []
+    while len(found) < count:
+        took = await once(2)
+        if took is not None:
+            found.append(took)
+        await asyncio.sleep(0.02)
+    for task in fillers:
+        task.cancel()
+    await asyncio.gather(*fillers, return_exceptions=True)
+    return sorted(found)
+
+
 async def ask(port, method, path):
     """Return the JSON of a route, None for an empty body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -200,6 +236,8 @@ def soak(model, log, *, rounds, seconds, clients, arguments=()):
             report["broken"] += [f"round {number}: {wrong}" for wrong in tally.wrong[:5]]
             if engine["kv_bytes_in_use"] or line["running"]:
                 report["broken"].append(f"round {number}: something still runs or holds blocks")
+        quiet = asyncio.run(time_refusals(port, 200))
+        report["full_queue_429_ms"] = {f"p{p}": round(quiet[len(quiet) * p // 100] * 1000, 1) for p in (50, 90, 99)}
         memory = [line["resident_mib"] for line in report["rounds"]]
         if len(memory) >= 4 and (memory[-1] - memory[len(memory) // 2]) * (1 << 20) > GROWTH_BYTES:
             report["broken"].append(f"the process grew: {memory} MiB")
