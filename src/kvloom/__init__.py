@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from kvloom.engine.llm import LLM as LLM
     from kvloom.engine.output import RequestOutput as RequestOutput
     from kvloom.engine.params import SamplingParams as SamplingParams
+    from kvloom.engine.structured_params import StructuredOutputsParams as StructuredOutputsParams
 
 _LAZY = {
     "BeamSearchParams": "kvloom.engine.beam",
     "LLM": "kvloom.engine.llm",
     "RequestOutput": "kvloom.engine.output",
     "SamplingParams": "kvloom.engine.params",
+    "StructuredOutputsParams": "kvloom.engine.structured_params",
 }
 
-__all__ = ["LLM", "BeamSearchParams", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.beamsteps import BeamSteps
 from kvloom.engine.detokenizer import IncrementalDetokenizer
 from kvloom.engine.evictions import Evictions
+from kvloom.engine.logits_processors import ProcessorFactory
 from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Logprob, Request, Sequence, Status
@@ -67,6 +68,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.sampler = Sampler(eos_token_ids)
+        self.processors = ProcessorFactory(tokenizer, runner.model.config.vocab_size, eos_token_ids)
         self.beams = BeamSteps(scheduler, eos_token_ids, self._start_text)
         self.seed = seed
         self.observer: LogitsObserver | None = None
@@ -143,6 +145,7 @@ class Engine:
             forced_token_ids=forced_token_ids,
             length_class=self.runner.model.config.length_class(len(prompt_token_ids) + max_tokens),
         )
+        request.processors = self.processors.processors(params)
         self.evictions.start(self.evictions.policy(kv_policy), request.sequences[0])
         self.scheduler.add(request)
         self._start_text(request.sequences[0])
@@ -183,6 +186,7 @@ class Engine:
         """
         policy = self.evictions.policy(kv_policy)
         max_tokens = self._max_tokens(prompt, params, forced, policy)
+        self.processors.processors(params)
         if params.n > self.scheduler.max_num_seqs:
             raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
         if policy is None:

@@ -1,9 +1,15 @@
 """SamplingParams: how a request's tokens are chosen; names and meanings as in vLLM."""
 
 import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from kvloom.engine.structured_params import StructuredOutputsParams
 from kvloom.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from kvloom.engine.logits_processors import LogitsProcessor
 
 MAX_LOGPROBS = 1024
 MAX_STOP_STRINGS = 64
@@ -15,7 +21,9 @@ class SamplingParams:
 
     `temperature=0` is greedy. `top_k` 0 or -1 means all. `seed` makes the request's samples independent of the
     batch around it. `logprobs=k` returns the k best and the chosen token's, from the raw logits; the same for
-    `prompt_logprobs`. `max_tokens=None` means up to the model's length.
+    `prompt_logprobs`. `max_tokens=None` means up to the model's length. `bad_words` are never completed,
+    `allowed_token_ids` are the only ones that may be generated, `structured_outputs` is the form of the answer, and
+    `logits_processors` change logits last, in order.
     """
 
     n: int = 1
@@ -38,12 +46,21 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    logits_processors: "tuple[LogitsProcessor, ...]" = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, what in (("stop", "non-empty strings"), ("stop_token_ids", "token ids (integers from 0)")):
+            if not isinstance(getattr(self, name), Sequence | Set):
+                raise InvalidInputError(f"{name} must be {what}; got {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name in ("n", "top_k", "min_tokens"):
             self._integer(name)
         for name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
@@ -75,11 +92,36 @@ class SamplingParams:
             raise InvalidInputError("stop strings need detokenize=True; use stop_token_ids instead")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.stop_token_ids):
             raise InvalidInputError(f"stop_token_ids must be token ids (integers from 0); got {self.stop_token_ids!r}")
+        self._check_words()
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidInputError(f"logit_bias maps token ids to numbers; got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise InvalidInputError(f"logit_bias maps token ids to numbers; {token!r} is not a token id")
             if not isinstance(bias, int | float) or not math.isfinite(bias) or abs(bias) > 100:
                 raise InvalidInputError(f"logit_bias of token {token} is {bias!r}; it must be from -100 to 100")
+
+    def _check_words(self) -> None:
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
+        if any(not isinstance(word, str) or not word.strip(" ") for word in self.bad_words):
+            raise InvalidInputError(f"bad_words must be non-empty strings; got {self.bad_words!r}")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            if not self.allowed_token_ids or any(
+                isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.allowed_token_ids
+            ):
+                wrong = self.allowed_token_ids
+                raise InvalidInputError(
+                    f"allowed_token_ids must be token ids (integers from 0), one or more; got {wrong!r}"
+                )
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputsParams):
+                raise InvalidInputError("structured_outputs must be StructuredOutputsParams")
+            if self.min_tokens or self.ignore_eos:
+                raise InvalidInputError(
+                    "structured_outputs end where their form does; leave out min_tokens, ignore_eos"
+                )
 
     @property
     def greedy(self) -> bool:

@@ -12,6 +12,7 @@ from kvloom.engine.params import SamplingParams
 if TYPE_CHECKING:
     from kvloom.engine.beam import BeamSearch
     from kvloom.engine.detokenizer import IncrementalDetokenizer
+    from kvloom.engine.logits_processors import LogitsProcessor
     from kvloom.policies.eviction import Eviction
 
 
@@ -68,6 +69,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     detokenizer: "IncrementalDetokenizer | None" = None
+    processors: "list[LogitsProcessor]" = field(default_factory=list)
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -119,6 +121,7 @@ class Request:
         self.cache_salt = cache_salt
         self.length_class = length_class
         self.beams: BeamSearch | None = None
+        self.processors: list[LogitsProcessor] = []
         self.forced_token_ids = None if forced_token_ids is None else list(forced_token_ids)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]

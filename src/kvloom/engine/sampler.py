@@ -58,7 +58,8 @@ class Sampler:
         """Return whether bias, penalties or forbidden tokens apply to the next token."""
         params = sequence.request.params
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        return bool(params.logit_bias or penalised or sequence.num_output_tokens < params.min_tokens)
+        early = sequence.num_output_tokens < params.min_tokens
+        return bool(params.logit_bias or penalised or early or sequence.request.processors)
 
     def _adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         """Return logits [V] after penalties, bias and forbidden tokens; a copy where anything applies."""
@@ -69,10 +70,22 @@ class Sampler:
         penalise(changed, sequence)
         for token, bias in params.logit_bias.items():
             changed[token] += bias
+        self._process(changed, sequence)
         forbidden = self._forbidden(sequence)
         if forbidden:
             changed[forbidden] = float("-inf")
+        if self.eos_token_ids and bool(torch.isneginf(changed).all()):
+            changed[self.eos_token_ids[0]] = 0.0  # nothing is allowed: the sequence ends
         return changed
+
+    @staticmethod
+    def _process(logits: torch.Tensor, sequence: Sequence) -> None:
+        """Let the request's processors change logits [V] in place."""
+        request = sequence.request
+        if request.processors and not sequence.processors:
+            sequence.processors = [processor.start() for processor in request.processors]
+        for processor in sequence.processors:
+            processor(request.prompt_token_ids, sequence.output_token_ids, logits)
 
     def _forbidden(self, sequence: Sequence) -> list[int]:
         """Return the tokens that would end the sequence before `min_tokens`."""
