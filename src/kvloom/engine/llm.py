@@ -1,7 +1,7 @@
 """LLM: the Python API. A model, its cache and an engine in one object."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -18,9 +18,10 @@ from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
-from kvloom.errors import InvalidInputError
+from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
+from kvloom.policies.policy import Policy
 from kvloom.spec.store import NATIVE_STORE
 
 Prompt = str | Mapping[str, Any] | Seq[int]
@@ -78,6 +79,8 @@ class LLM:
         )
         if not isinstance(model, str | os.PathLike):
             raise InvalidInputError(f"model must be a name or a path, not {type(model).__name__}")
+        if kv_policy is not None:
+            Policy.parse(kv_policy)  # a misspelt policy is refused before anything is loaded
         checkpoint = open_checkpoint(os.fspath(model), revision=revision)
         self.model = checkpoint.name
         self.generation_config = checkpoint.generation_config
@@ -88,9 +91,17 @@ class LLM:
         kv_bytes = config.resolve_kv_bytes(spec, checkpoint.config.max_position)
         length = config.resolve_max_model_len(spec, checkpoint.config.max_position, kv_bytes)
         self.tokenizer = checkpoint.tokenizer() if tokenizer is None else open_checkpoint(tokenizer).tokenizer()
-        runnable = load_model(
-            checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization
-        )
+        try:
+            runnable = load_model(
+                checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization
+            )
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            raise DoesNotFitError(
+                f"the weights of {self.model} in {self.dtype} cannot be had: no memory is left. Use a smaller model, "
+                "another --dtype or --quantization"
+            ) from error
         cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
         scheduler = Scheduler(
             cache.lanes,
@@ -171,12 +182,17 @@ class LLM:
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Return answers to one conversation or several, through the model's chat template (`ChatTemplateError`)."""
+        if not isinstance(messages, Seq):
+            kind = type(messages).__name__
+            raise InvalidInputError(f"messages are a list of dicts, or a list of such lists; not {kind}")
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Seq[Any] = [messages] if single else messages
         prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(list(c), **template_options)} for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Yield the request as it grows, after every token; closing the iterator early aborts it."""
         request = self._add(prompt, sampling_params or SamplingParams())
         try:
