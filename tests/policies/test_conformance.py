@@ -161,3 +161,13 @@ def test_requests_with_different_policies_in_one_batch_answer_as_they_do_alone(n
     for (prompt, policy), tokens in zip(requests, together, strict=True):
         alone = small_engine(prefix=False)
         assert run(alone, [alone.add(prompt, greedy(5), kv_policy=policy)]) == [tokens]
+
+
+@pytest.mark.parametrize("policy", ["keydiff(budget=64)+chunk(tokens=128)", "tova(budget=64)+chunk(tokens=128)",
+                                    "knorm(budget=64,skip_layers=0)+chunk(tokens=128)"])  # fmt: skip
+def test_a_policy_that_evicts_inside_the_prompt_takes_no_prefix_from_beyond_its_first_eviction(policy):
+    prompt = prompt_of(600)
+    alone, _ = after_prompt(policy, prompt, prefix=False)
+    hit, cached = after_prompt(policy, prompt, before=prompt[:592])
+    assert hit == alone
+    assert cached == 112, "the last whole block before position 128"

@@ -98,3 +98,14 @@ def test_a_request_never_holds_more_than_was_reserved_for_it(policy, sequences):
     run(engine, [request])
     assert engine.cache.arena.peak_bytes <= reserved
     assert engine.scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("policy", ["knorm(budget=32,skip_layers=0)", "snapkv(budget=32,window=8)+adaptive"])
+def test_requests_that_cannot_be_preempted_never_run_short_of_each_other(smol, policy):
+    engine = small_engine(model=smol, slabs=1, prefix=False)
+    held = engine.cache.spec.max_tokens_in(engine.cache.arena.num_bytes)
+    requests = [engine.add(prompt_of(120, seed=i), greedy(200), kv_policy=policy) for i in range(5)]
+    assert 5 * (32 + 200) > held > 3 * 120
+    answers = run(engine, requests)
+    assert all(len(answer[0]) == 200 for answer in answers)
+    assert engine.scheduler.num_preemptions == 0
