@@ -135,7 +135,7 @@ class LaneTable:
 
     def blocks_needed(self, sequence: int, num_tokens: int) -> dict[int, int]:
         """Return the fresh blocks (block bytes -> number) that `extend` would take, copies of shared ones included."""
-        first, count, _ = self._growth(sequence, num_tokens)
+        _, count, _ = self._growth(sequence, num_tokens)
         return self._by_size(count)
 
     def _growth(self, sequence: int, num_tokens: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
