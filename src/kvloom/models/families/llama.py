@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
-from kvloom.models.families.skeleton import nothing_implied, skeleton
+from kvloom.models.families.skeleton import skeleton
 from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS, Weight
 
 if TYPE_CHECKING:
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
     reader.refuse_if_set("mlp_bias")
-    return skeleton(reader, "llama", [None] * reader.integer("num_hidden_layers"))
+    window = None if reader.get(_WINDOW) is None else reader.integer(_WINDOW)
+    return skeleton(reader, "llama", [window] * reader.integer("num_hidden_layers"))
+
+
+_WINDOW = "window_of_all_layers"
+"""Entry that no config.json has: GGUF files call Mistral a llama, and a window in their metadata is of all layers."""
+
+
+def _from_gguf(config: dict[str, Any]) -> None:
+    config[_WINDOW] = config.pop("sliding_window", None)
 
 
 def _halves_from_pairs(weight: Tensor, num_heads: int) -> Tensor:
@@ -65,7 +74,7 @@ LLAMA = Family(
         "eos_token_id": 2,
     },
     configure=_configure,
-    from_gguf=nothing_implied,
+    from_gguf=_from_gguf,
     weights=(
         *map(reordered, PROJECTIONS),
         *PRE_NORMS,
