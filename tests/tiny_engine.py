@@ -23,9 +23,12 @@ from tolerances import GREEDY_TIE
 
 
 def letters() -> Tokenizer:
-    """Return a tokenizer of 211 tokens of two characters each: 0 is `a0`, 1 is `b0`, 26 is `a1`."""
-    vocab = {f"{chr(97 + i % 26)}{i // 26}": i for i in range(211)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    """Return a tokenizer of 211 tokens of two characters each, 0 is `a0`, 1 is `b0`, 26 is `a1`, and 35 of one."""
+    pairs = [(chr(97 + i % 26), str(i // 26)) for i in range(211)]
+    vocab = {letter + digit: i for i, (letter, digit) in enumerate(pairs)}
+    for character in "abcdefghijklmnopqrstuvwxyz012345678":
+        vocab[character] = len(vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend, special_tokens={})
 
