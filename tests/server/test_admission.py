@@ -55,6 +55,13 @@ def test_a_full_queue_refuses_at_once_while_the_engine_is_in_a_step(tiny_folder)
         assert complete(server).status == 200
 
 
+def test_a_server_that_ends_takes_nothing_new_and_says_so(tiny_folder):
+    with running(make_llm(tiny_folder)) as server:
+        server.service.draining = True
+        for reply in (complete(server), converse(server), call(server, "GET", "/health")):
+            assert (reply.status, reply.json()["error"]["code"]) == (503, "shutting_down")
+
+
 def test_a_body_with_more_prompts_than_the_queue_holds_is_refused_whole(tiny_folder):
     with running(make_llm(tiny_folder), max_num_queued_reqs=2) as server:
         assert complete(server, prompt=["a", "b", "c"]).status == 429

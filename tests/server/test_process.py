@@ -93,22 +93,13 @@ def test_a_pause_of_the_whole_process_loses_nothing(start):
     assert server.end()[0] == 0
 
 
-def test_sigterm_lets_running_answers_finish_and_refuses_new_ones(start):
+def test_sigterm_lets_running_answers_finish(start):
     server = start("--shutdown-timeout", "60")
-    kept = socket.create_connection(("127.0.0.1", server.port))
-    server.sockets.append(kept)
     expected = complete(server, max_tokens=240, ignore_eos=True).json()["choices"][0]["text"]
     sock = server.stream(max_tokens=240)
     received = sock.recv(4096)
     server.send(signal.SIGTERM)
-    body = b'{"prompt": "x"}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
-    time.sleep(0.3)
-    kept.sendall(head + body)
-    late = kept.recv(65536)
     assert text_of(read_stream(sock, received)) == expected
-    assert late.startswith(b"HTTP/1.1 503") or late == b""  # drained already: the connection is closed
-    assert b"shutting_down" in late or late == b""
     status, lines = server.end()
     assert status == 0 and lines[-1]["message"] == "stopped"
 
