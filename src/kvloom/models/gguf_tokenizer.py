@@ -16,7 +16,7 @@ from kvloom.models.cache_dir import cache_dir, write_atomically
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.registry import nearest
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Part of the key of converted tokenizers: raise it when the conversion gives other results than before."""
 
 _PREFIX = "tokenizer.ggml."
@@ -180,9 +180,10 @@ def _sentencepiece(facts: _Facts, gemma: bool) -> tokenizers.Tokenizer:
     if gemma:
         tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    elif prefix:  # one more space stands before a text, and before what follows a special token, even before a space
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     else:
-        scheme = "first" if prefix else "never"
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([*spell, decoders.Strip(" ", 1, 0)] if prefix else spell)
     return tokenizer
 
