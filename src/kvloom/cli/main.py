@@ -18,8 +18,8 @@ from kvloom.cli.chat import chat
 from kvloom.cli.collectenv import collect_env
 from kvloom.cli.command import Group
 from kvloom.cli.generate import generate
-from kvloom.cli.plan import plan
 from kvloom.cli.methods import methods
+from kvloom.cli.plan import plan
 from kvloom.cli.pull import pull
 from kvloom.cli.serve import serve
 from kvloom.cli.twins import misspelt_twins

@@ -1,10 +1,13 @@
 """Downloading one wheel with the running interpreter's pip, so that the user's own index settings apply."""
 
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +17,7 @@ from rich.progress import Progress as Bar
 from kvloom.errors import DownloadError
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes so far, bytes in all)."""
+"""Called with (bytes so far, bytes in all); 0 in all while that is not known."""
 
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 _MAX_REASON_CHARS = 300
@@ -25,13 +28,22 @@ def download_wheel(package: str, version: str, folder: Path, progress: Progress)
 
     Raises `DownloadError` with pip's own reason. pip is ended when this function is left early.
     """
+    scratch = folder / "pip"  # what pip writes while it downloads, so that it can be watched and goes with the folder
+    scratch.mkdir()
+    style = "raw" if _pip_version() >= (24, 1) else "off"  # older ones cannot give numbers
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(folder), f"{package}=={version}"]
+    command += ["--disable-pip-version-check", "--progress-bar", style, "--dest", str(folder), f"{package}=={version}"]
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(scratch)},
     ) as pip:
         try:
-            said = _follow(pip, progress)
+            said = _follow(pip, progress) if style == "raw" else _watch(pip, scratch, progress)
         except BaseException:
             pip.kill()
             raise
@@ -44,6 +56,15 @@ def download_wheel(package: str, version: str, folder: Path, progress: Progress)
     return wheels[0]
 
 
+def _pip_version() -> tuple[int, int]:
+    """Return pip's major and minor version, (0, 0) where it has none (running it will say so)."""
+    try:
+        major, minor = metadata.version("pip").split(".")[:2]
+        return int(major), int(minor)
+    except (metadata.PackageNotFoundError, ValueError):
+        return 0, 0
+
+
 def _follow(pip: subprocess.Popen[str], progress: Progress) -> list[str]:
     """Read what pip says until it ends; report its progress and return the other lines."""
     said: list[str] = []
@@ -54,6 +75,27 @@ def _follow(pip: subprocess.Popen[str], progress: Progress) -> list[str]:
         elif line.strip():
             said.append(line.strip())
     return said
+
+
+def _watch(pip: subprocess.Popen[str], scratch: Path, progress: Progress) -> list[str]:
+    """Report how much pip has written below `scratch` until it ends; return what it says."""
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(_follow(pip, progress)), daemon=True)
+    reader.start()
+    while reader.is_alive():
+        progress(_bytes_below(scratch), 0)
+        reader.join(0.2)
+    return said
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue  # moved to its place a moment ago
+    return total
 
 
 def _reason(said: list[str]) -> str:
@@ -77,4 +119,4 @@ def terminal_progress(name: str) -> Iterator[Progress]:
     )
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"fetching {name}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
