@@ -1,0 +1,60 @@
+"""kvloom beside other engines: same weights, token ids and thread count, interleaved in one run.
+
+Regime: a small model on few cores, decode bound by memory bandwidth, prefill by arithmetic. Metric: tokens per second
+as each case defines it (peers.py). Every engine and case runs in a process of its own, engines in turn, several rounds;
+the table gives medians and the spread, the last line is JSON. Run it on a machine that does nothing else: a neighbour
+on one core makes every engine's barriers collapse, and only ratios within one run count.
+
+    python benchmarks/compare.py --checkpoint FOLDER --rounds 3 \
+        --engine kvloom=.venv/bin/python --engine vllm=OTHER/bin/python --engine llama.cpp=THIRD/bin/python:MODEL.gguf
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+
+CASES = ("single:512", "single:2048", "single:4096", "single:8000", "uniform")
+SCHEMA_VERSION = 1
+
+
+def main() -> None:
+    """Run every engine on every case in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="folder with bf16 safetensors")
+    parser.add_argument("--engine", action="append", required=True, metavar="NAME=PYTHON[:CHECKPOINT]")
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for _ in range(options.rounds):
+        for case in options.cases:
+            for engine in options.engine:
+                name, _, where = engine.partition("=")
+                python, _, checkpoint = where.partition(":")
+                for figure, value in run(name, python, checkpoint or options.checkpoint, case).items():
+                    found.setdefault((name, case, figure), []).append(value)
+    for (name, case, figure), values in sorted(found.items(), key=lambda item: (item[0][1:], item[0][0])):
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"{case:12} {figure:8} {name:14} {middle:9.1f} tok/s   ({low:.1f} to {high:.1f})")
+    rows = [{"engine": k[0], "case": k[1], "figure": k[2], "values": v} for k, v in found.items()]
+    print(json.dumps({"schema_version": SCHEMA_VERSION, "rounds": options.rounds, "rows": rows}))
+
+
+def run(name: str, python: str, checkpoint: str, case: str) -> dict[str, float]:
+    """Return the figures of one process, {} when the engine cannot run the case."""
+    command = [python, str(Path(__file__).with_name("peers.py")), name, checkpoint, case]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"engine"')]
+    if done.returncode or not lines:
+        print(f"{name} on {case}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}", flush=True)
+        return {}
+    figures: dict[str, float] = json.loads(lines[-1])
+    return {key: value for key, value in figures.items() if key not in ("engine", "case")}
+
+
+if __name__ == "__main__":
+    main()
