@@ -190,11 +190,11 @@ class PrefixIndex:
     def idle_blocks(self) -> dict[int, int]:
         """Return the blocks (block bytes -> number) that `reclaim` could free now."""
         found: dict[int, int] = {}
-        for entry in self._entries.values():
-            for index, addresses in enumerate(entry.blocks):
-                if addresses is not None:
-                    size = self.spec.groups[index].block_bytes
-                    found[size] = found.get(size, 0) + int((self.arena.references(addresses) == 1).sum())
+        for index, group in enumerate(self.spec.groups):
+            held = [b for b in (entry.blocks[index] for entry in self._entries.values()) if b is not None]
+            if held:
+                idle = int((self.arena.references(np.concatenate(held)) == 1).sum())
+                found[group.block_bytes] = found.get(group.block_bytes, 0) + idle
         return found
 
     @property
