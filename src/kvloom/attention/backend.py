@@ -1,4 +1,4 @@
-"""AttentionBackend: what attention over lanes must offer; a backend is chosen by what it declares."""
+"""AttentionBackend: what attention over lanes must offer to the decoder that runs operation by operation."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,16 +7,6 @@ import torch
 
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
-
-
-@dataclass(frozen=True)
-class AttentionRequest:
-    """What a model asks of attention, for a backend to accept or refuse before anything runs."""
-
-    head_dims: frozenset[int]
-    dtype: torch.dtype
-    device: str
-    stores: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,6 @@ class AttentionBackend(Protocol):
     """Appends new K and V to lanes and attends over them."""
 
     name: str
-
-    def unsupported(self, request: AttentionRequest) -> list[str]:
-        """Return every reason why this backend cannot serve `request`; [] means that it can."""
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> None:
         """Write k [T, G, Dk] and v [T, G, Dv] of the batch into the lanes of `layer`; mutates the arena."""

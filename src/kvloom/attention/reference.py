@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kvloom.attention.backend import NO_TERMS, AttentionRequest, ScoreTerms
+from kvloom.attention.backend import NO_TERMS, ScoreTerms
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
@@ -16,10 +16,6 @@ class ReferenceBackend:
     """Attention by gathering; one sequence at a time, so that no sequence's result depends on the batch."""
 
     name = "reference"
-
-    def unsupported(self, request: AttentionRequest) -> list[str]:
-        """Everything that the cache can hold is supported (see `AttentionBackend`)."""
-        return []
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> None:
         """Write the batch's K and V into the lanes of `layer` (see `AttentionBackend`)."""

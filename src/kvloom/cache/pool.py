@@ -79,11 +79,6 @@ class BlockPool:
         for holder in self.holders:
             holder.rename(renamed)
 
-    @property
-    def reclaimable_bytes(self) -> int:
-        """Bytes that are free, plus those that only the prefix index keeps."""
-        return self.arena.num_bytes - self.arena.used_bytes + self.index.idle_bytes
-
     def check_invariants(self) -> None:
         """Raise AssertionError unless every reference count equals the references that holders really hold."""
         self.arena.check_invariants()
