@@ -11,10 +11,10 @@ from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta
-from kvloom.server.completions import FIRST_NEWS_PATIENCE, adopt
-from kvloom.server.eventstream import EventStream, event, primed
-from kvloom.server.exchange import Context, context_of, json_response, unless_gone
+from kvloom.server.eventstream import event
+from kvloom.server.exchange import Context
 from kvloom.server.fields import CHAT, Body
+from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
 from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service
@@ -266,14 +266,4 @@ def _readable(call: Any) -> Any:
 
 async def respond(request: Request, service: Service) -> ASGIApp:
     """Answer POST /v1/chat/completions."""
-    context = context_of(request)
-    config = service.config
-    service.check_open(1)
-    body = await service.read_body(request, CHAT)
-    adopt(context, body, config)
-    job = ChatJob(service, context, body)
-    tickets = await unless_gone(request.receive, job.tickets())
-    if job.stream:
-        events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
-        return EventStream(events, service.dog)
-    return json_response(await unless_gone(request.receive, job.answer(tickets)))
+    return await respond_with(ChatJob, CHAT, request, service)

@@ -10,18 +10,15 @@ from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta, Update
-from kvloom.server.eventstream import EventStream, event, primed
-from kvloom.server.exchange import Context, context_of, json_response, unless_gone
+from kvloom.server.eventstream import event
+from kvloom.server.exchange import Context
 from kvloom.server.fields import COMPLETION, Body
+from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
-from kvloom.server.refusal import Refusal, bad_field
+from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service, checked_text
-from kvloom.server.settings import ServerConfig
 from kvloom.server.ticket import Ticket
 from kvloom.server.usage import Usage
-
-FIRST_NEWS_PATIENCE = 10.0
-"""Seconds for which a streamed answer may still become an error status."""
 
 PromptLogprobs = list[Any]
 
@@ -246,32 +243,4 @@ class CompletionJob:
 
 async def respond(request: Request, service: Service) -> ASGIApp:
     """Answer POST /v1/completions."""
-    context = context_of(request)
-    config = service.config
-    service.check_open(1)
-    body = await service.read_body(request, COMPLETION)
-    adopt(context, body, config)
-    job = CompletionJob(service, context, body)
-    tickets = await unless_gone(request.receive, job.tickets())
-    if job.stream:
-        events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
-        return EventStream(events, service.dog)
-    return json_response(await unless_gone(request.receive, job.answer(tickets)))
-
-
-UNLOGGED = ("prompt", "messages", "tools", "stop", "logit_bias", "cache_salt")
-"""Fields that hold what people wrote, or too much; never logged."""
-
-
-def adopt(context: Context, body: Body, config: ServerConfig) -> None:
-    """Take the warnings about `body` and its `request_id` over into the context, and its options if they are logged."""
-    context.warnings += body.warnings
-    if config.enable_log_requests:
-        context.facts["options"] = {name: value for name, value in body.values.items() if name not in UNLOGGED}
-    if "stream_options" in body and not body.get("stream", False):
-        raise Refusal(400, "stream_options needs stream=true", param="stream_options")
-    name = body.get("request_id")
-    if name is not None:
-        if not all(c.isalnum() or c in "-_.:" for c in name) or not name.isascii():
-            raise bad_field("request_id", "request_id may hold letters, digits and -_.: only")
-        context.request_id = name
+    return await respond_with(CompletionJob, COMPLETION, request, service)

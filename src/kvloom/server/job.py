@@ -1,0 +1,68 @@
+"""Job: what one body asks of the engine, and the one way in which every job is answered, streamed or whole."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from kvloom.server.eventstream import EventStream, primed
+from kvloom.server.exchange import Context, context_of, json_response, unless_gone
+from kvloom.server.fields import Body, Field
+from kvloom.server.refusal import Refusal, bad_field
+from kvloom.server.service import Service
+from kvloom.server.settings import ServerConfig
+from kvloom.server.ticket import Ticket
+
+FIRST_NEWS_PATIENCE = 10.0
+"""Seconds for which a streamed answer may still become an error status."""
+
+
+class Job(Protocol):
+    """The requests of one body, and how their answers are put into a reply."""
+
+    stream: bool
+
+    async def tickets(self) -> list[Ticket]:
+        """Hand the requests over to the engine."""
+
+    async def answer(self, tickets: list[Ticket]) -> dict[str, Any]:
+        """Return the whole reply when all have ended."""
+
+    def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
+        """Yield the reply's events as text comes."""
+
+
+async def respond_with(
+    make: Callable[[Service, Context, Body], Job], table: Mapping[str, Field], request: Request, service: Service
+) -> ASGIApp:
+    """Read a body by `table`, run the job that `make` makes of it, and answer."""
+    context = context_of(request)
+    config = service.config
+    service.check_open(1)
+    body = await service.read_body(request, table)
+    adopt(context, body, config)
+    job = make(service, context, body)
+    tickets = await unless_gone(request.receive, job.tickets())
+    if job.stream:
+        events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
+        return EventStream(events, service.dog)
+    return json_response(await unless_gone(request.receive, job.answer(tickets)))
+
+
+UNLOGGED = ("prompt", "messages", "tools", "stop", "logit_bias", "cache_salt")
+"""Fields that hold what people wrote, or too much; never logged."""
+
+
+def adopt(context: Context, body: Body, config: ServerConfig) -> None:
+    """Take the warnings about `body` and its `request_id` over into the context, and its options if they are logged."""
+    context.warnings += body.warnings
+    if config.enable_log_requests:
+        context.facts["options"] = {name: value for name, value in body.values.items() if name not in UNLOGGED}
+    if "stream_options" in body and not body.get("stream", False):
+        raise Refusal(400, "stream_options needs stream=true", param="stream_options")
+    name = body.get("request_id")
+    if name is not None:
+        if not all(c.isalnum() or c in "-_.:" for c in name) or not name.isascii():
+            raise bad_field("request_id", "request_id may hold letters, digits and -_.: only")
+        context.request_id = name
