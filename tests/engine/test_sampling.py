@@ -224,6 +224,19 @@ def test_presence_and_frequency_penalties_look_at_the_output_only(presence: floa
 # ---- ends ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_bias_comes_before_the_penalties_and_no_bias_frees_a_forbidden_token() -> None:
+    token = PROMPT[0]
+    engine = tiny_engine()
+    options = {"repetition_penalty": 2.0, "logit_bias": {token: 6.0}, "allowed_token_ids": (token, 3), "min_tokens": 1}
+    request = engine.add(PROMPT, greedy(1, stop_token_ids=(3,), **options))
+    logits = torch.full((211,), 9.0)
+    logits[token] = -2.0
+    changed = engine.sampler._adjusted(logits, request.sequences[0])
+    assert changed[token] == (-2.0 + 6.0) / 2.0  # and not -2 * 2 + 6
+    assert bool(torch.isneginf(changed).sum() == 210)
+    finish(engine)
+
+
 def test_min_tokens_forbids_every_end_until_it_is_reached() -> None:
     free = recorded(temperature=0)[0].output_token_ids
     eos, stop = free[0], free[1]

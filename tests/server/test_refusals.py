@@ -4,6 +4,8 @@ import pytest
 
 from serving import call, complete, converse, make_llm, running
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
 
 def refused(reply, status, param=None, code=None):
     assert reply.status == status, reply.body
@@ -37,9 +39,19 @@ def refused(reply, status, param=None, code=None):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"suffix": "x"}, "suffix"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {}, "structural_tag": "x"}}, "structured_outputs"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "(" * 70}, "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_regex": "a", "min_tokens": 2}, "structured_outputs"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": "one"}, "bad_words"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [257]}, None),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"priority": 1}, "priority"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
@@ -59,7 +71,8 @@ def test_a_wrong_field_is_named(tiny_server, fields, param):
         ({"messages": [{"content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"functions": [{}]}, "functions"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

@@ -1,5 +1,6 @@
 """LogitsProcessors: what changes the logits of a sequence before its next token is chosen."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -55,6 +56,22 @@ class BadWords:
                 logits[last] = float("-inf")
 
 
+class Biases:
+    """Adds numbers to the logits of some tokens."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._tokens = torch.tensor(list(biases))
+        self._values = torch.tensor(list(biases.values()), dtype=torch.float32)
+
+    def start(self) -> "Biases":
+        """Return itself."""
+        return self
+
+    def __call__(self, prompt_token_ids: Seq[int], output_token_ids: Seq[int], logits: torch.Tensor) -> None:
+        """Add the biases; what is forbidden stays forbidden."""
+        logits[self._tokens.to(logits.device)] += self._values.to(logits.device)
+
+
 class ProcessorFactory:
     """Makes the processors that requests ask for, and says why it cannot."""
 
@@ -83,6 +100,8 @@ class ProcessorFactory:
             if self._structured is None:
                 raise InvalidInputError("structured outputs need a tokenizer, which this engine does not have")
             found.append(self._structured.processor(params.structured_outputs))
+        if params.logit_bias:
+            found.append(Biases(params.logit_bias))
         found += params.logits_processors
         return found
 

@@ -23,7 +23,7 @@ class SamplingParams:
     batch around it. `logprobs=k` returns the k best and the chosen token's, from the raw logits; the same for
     `prompt_logprobs`. `max_tokens=None` means up to the model's length. `bad_words` are never completed,
     `allowed_token_ids` are the only ones that may be generated, `structured_outputs` is the form of the answer, and
-    `logits_processors` change logits last, in order.
+    `logits_processors` change logits in order, after `logit_bias` and before the penalties.
     """
 
     n: int = 1

@@ -9,7 +9,7 @@ from kvloom.engine.runner import top_logprobs
 
 
 class Sampler:
-    """Applies bias and penalties, filters, draws. Random numbers come from (seed, sequence index, place) alone."""
+    """Applies processors and penalties, filters, draws. Random numbers: of (seed, sequence index, place) alone."""
 
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self.eos_token_ids = eos_token_ids
@@ -55,25 +55,26 @@ class Sampler:
         return int(torch.argmax(logits)) if sequence.request.params.greedy else self._draw(logits, sequence)
 
     def _changes(self, sequence: Sequence) -> bool:
-        """Return whether bias, penalties or forbidden tokens apply to the next token."""
+        """Return whether processors, penalties or forbidden tokens apply to the next token."""
         params = sequence.request.params
         penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         early = sequence.num_output_tokens < params.min_tokens
-        return bool(params.logit_bias or penalised or early or sequence.request.processors)
+        return bool(penalised or early or sequence.request.processors)
 
     def _adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        """Return logits [V] after penalties, bias and forbidden tokens; a copy where anything applies."""
+        """Return logits [V] after forbidden tokens, processors and penalties; a copy where anything applies.
+
+        The order is vLLM's: what is forbidden, then biases and the caller's processors, then penalties, so that a
+        repetition penalty scales the biased logit.
+        """
         if not self._changes(sequence):
             return logits
-        params = sequence.request.params
         changed = logits.clone()
-        penalise(changed, sequence)
-        for token, bias in params.logit_bias.items():
-            changed[token] += bias
-        self._process(changed, sequence)
         forbidden = self._forbidden(sequence)
         if forbidden:
             changed[forbidden] = float("-inf")
+        self._process(changed, sequence)
+        penalise(changed, sequence)
         if self.eos_token_ids and bool(torch.isneginf(changed).all()):
             changed[self.eos_token_ids[0]] = 0.0  # nothing is allowed: the sequence ends
         return changed

@@ -9,6 +9,10 @@ from kvloom.errors import InvalidInputError
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
+MAX_FORM_CHARS = 1 << 16
+MAX_FORM_DEPTH = 64
+"""Longest text of a form, and how deep brackets may be nested in it: compilers recurse, and strangers write forms."""
+
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
@@ -16,7 +20,8 @@ class StructuredOutputsParams:
 
     `json` is a JSON schema (an object, or its text), `regex` a regular expression, `choice` a list of strings,
     `grammar` a GBNF grammar whose start is `root`, `json_object` asks for any JSON object. JSON is written without
-    optional white space unless `any_whitespace`, which lets small models go on with blanks for ever.
+    optional white space unless `any_whitespace`, which lets small models go on with blanks for ever; line breaks are in
+    none.
     """
 
     json: Mapping[str, Any] | str | None = None
@@ -39,6 +44,14 @@ class StructuredOutputsParams:
                 raise InvalidInputError(f"structured outputs: choice must be non-empty strings, not {self.choice!r}")
         if self.json is not None:
             self._check_schema(self.json)
+        if len(self.text) > MAX_FORM_CHARS:
+            raise InvalidInputError(
+                f"structured outputs: {self.kind} has {len(self.text)} characters; at most {MAX_FORM_CHARS} are read"
+            )
+        if (depth := _depth(self.text)) > MAX_FORM_DEPTH:
+            raise InvalidInputError(
+                f"structured outputs: {self.kind} is nested {depth} brackets deep; at most {MAX_FORM_DEPTH} are read"
+            )
 
     @staticmethod
     def _check_schema(schema: Mapping[str, Any] | str) -> None:
@@ -61,3 +74,15 @@ class StructuredOutputsParams:
         if isinstance(value, str):
             return value
         return jsonlib.dumps(value if not isinstance(value, Mapping) else dict(value))
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets are nested, wherever they stand; too many of those that close count for nothing."""
+    depth = most = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            most = max(most, depth)
+        elif character in ")]}" and depth:
+            depth -= 1
+    return most

@@ -80,19 +80,20 @@ class ChatJob:
         return int(self.body.get("top_logprobs", 0)) if wanted else None
 
     def _params(self) -> SamplingParams:
-        kind = self.body.get("response_format", {}).get("type", "text")
-        if kind != "text":
-            raise bad_field("response_format", f"response_format {kind!r} is not supported: answers follow no schema")
         max_tokens = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
         if max_tokens == 0:
             raise bad_field("max_tokens", "max_tokens is 0; ask for at least 1 token")
-        return self.service.limits.params(self.body, n=self.n, max_tokens=max_tokens, logprobs=self.logprobs)
+        params = self.service.limits.params(self.body, n=self.n, max_tokens=max_tokens, logprobs=self.logprobs)
+        if self.tools is not None and params.structured_outputs is not None:
+            raise bad_field("tools", "an answer of a given form holds no calls; send tool_choice 'none' or ask no form")
+        return params
 
     # ---- the prompt -----------------------------------------------------------------------------------------------
 
     async def tickets(self) -> list[Ticket]:
         """Return the checked ticket of the conversation; template and tokenisation run in the pool."""
         self.service.check_open(1)
+        await self.service.prepare(self.params)
         ids = await self.service.offload(self._encoded)
         return self.service.tickets(self.context, self.body, [(ids, None)], self.params)
 

@@ -77,9 +77,6 @@ class CompletionJob:
 
     def _params(self) -> SamplingParams:
         max_tokens = self.body.get("max_tokens", 16)
-        kind = self.body.get("response_format", {}).get("type", "text")
-        if kind != "text":
-            raise bad_field("response_format", f"response_format {kind!r} is not supported: answers follow no schema")
         if max_tokens == 0:
             if not self.echo:
                 raise bad_field("max_tokens", "max_tokens is 0, which needs echo=true; ask for at least 1 token")
@@ -112,6 +109,7 @@ class CompletionJob:
                 "prompt", f"{len(prompts)} prompts with {self.best_of} answers each are more than {limit} at once"
             )
         self.service.check_open(len(prompts))
+        await self.service.prepare(self.params)
         encoded = await self.service.offload(lambda: [self._encoded(prompt) for prompt in prompts])
         return self.service.tickets(self.context, self.body, encoded, self.params)
 

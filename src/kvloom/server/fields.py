@@ -20,6 +20,7 @@ from kvloom.server.values import (
     Object,
     Text,
     TokenIds,
+    Verbatim,
 )
 
 MAX_N = 256
@@ -29,6 +30,8 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_LOGIT_BIASES = 1024
 MAX_WARNINGS = 16
+MAX_BAD_WORDS = 256
+MAX_CHOICES = 1024
 
 
 class Effect(enum.Enum):
@@ -84,6 +87,22 @@ def _refused(name: str, doc: str, *neutral: Any) -> Field:
 
 STREAM_OPTIONS = Object({"include_usage": Boolean(), "continuous_usage_stats": Boolean()})
 
+CHOICES = ListOf(Text(least=1), MAX_CHOICES, 1)
+FORM = Object(
+    {
+        "json": AnyOf((Verbatim(), Text())),
+        "regex": Text(),
+        "choice": CHOICES,
+        "grammar": Text(),
+        "json_object": Boolean(),
+        "disable_any_whitespace": Boolean(),
+    }
+)
+FORMAT = Object(
+    {"type": Text(choices=("text", "json_object", "json_schema")), "json_schema": Object({"schema": Verbatim()})},
+    required=("type",),
+)
+
 MESSAGE = Object(
     {
         "role": Text(least=1, most=64),
@@ -135,17 +154,18 @@ SAMPLING = _table(
     _warned("prompt_cache_key", "A hosted service's routing hint; use `cache_salt` to separate caches."),
     _warned("prompt_cache_retention", "How long a hosted service keeps prefixes."),
     _warned("prediction", "A guess of the answer, to speed it up."),
-    _refused("structured_outputs", "Answers bound to a grammar."),
-    _refused("guided_json", "Answers bound to a schema."),
-    _refused("guided_regex", "Answers bound to an expression."),
-    _refused("guided_choice", "Answers bound to a list."),
-    _refused("guided_grammar", "Answers bound to a grammar."),
+    Field("structured_outputs", FORM, "The form of the answer: one of json, regex, choice, grammar, json_object."),
+    Field("guided_json", AnyOf((Verbatim(), Text())), "As `structured_outputs` with `json`."),
+    Field("guided_regex", Text(), "As `structured_outputs` with `regex`."),
+    Field("guided_choice", CHOICES, "As `structured_outputs` with `choice`."),
+    Field("guided_grammar", Text(), "As `structured_outputs` with `grammar`."),
+    Field("response_format", FORMAT, "`text`, `json_object`, or `json_schema` with a schema that answers follow."),
+    Field("bad_words", ListOf(Text(MAX_STOP_CHARS, 1), MAX_BAD_WORDS), "Words that no answer holds."),
+    Field("allowed_token_ids", TokenIds(), "The only tokens that answers may hold."),
     _refused("logits_processors", "Code of the caller in the sampler."),
     _refused("use_beam_search", "Beam search.", False),
     _refused("length_penalty", "A weight of beam search.", 1, 1.0),
     _refused("early_stopping", "A rule of beam search.", False),
-    _refused("bad_words", "Words that the answer may not hold.", []),
-    _refused("allowed_token_ids", "The only tokens that the answer may hold."),
     _refused("spaces_between_special_tokens", "Another way to write control tokens.", True),
     _refused("detokenize", "Answers without text.", True),
     _refused("kv_transfer_params", "KV caches from another server."),
@@ -168,7 +188,6 @@ COMPLETION = {
         Field("add_special_tokens", Boolean(), "Let the tokenizer add BOS to prompts of text; the default."),
         _refused("suffix", "Text after the answer.", ""),
         _refused("prompt_embeds", "Prompts as embeddings."),
-        Field("response_format", Object({"type": Text()}), "Only `text`.", Effect.USED),
     ),
 }
 """Body of /v1/completions."""
@@ -180,7 +199,6 @@ CHAT = {
         Field("max_completion_tokens", Integer(1), "Most tokens of one answer; wins over `max_tokens`."),
         Field("logprobs", Boolean(), "Log-probabilities of each token."),
         Field("top_logprobs", Integer(0, MAX_LOGPROBS), "Also of the K best tokens; needs `logprobs`."),
-        Field("response_format", Object({"type": Text()}), "Only `text`; answers are not bound to a schema."),
         Field("tools", ListOf(Object({"type": Text()}, required=("type",)), 128), "Functions that the model may call."),
         Field("tool_choice", AnyOf((Text(), Object())), "`auto` or `none`."),
         Field("parallel_tool_calls", Boolean(), "false keeps only the first call."),

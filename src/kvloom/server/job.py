@@ -50,7 +50,10 @@ async def respond_with(
     return json_response(await unless_gone(request.receive, job.answer(tickets)))
 
 
-UNLOGGED = ("prompt", "messages", "tools", "stop", "logit_bias", "cache_salt")
+UNLOGGED = (
+    "prompt", "messages", "tools", "stop", "logit_bias", "cache_salt", "bad_words", "allowed_token_ids",
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+)  # fmt: skip
 """Fields that hold what people wrote, or too much; never logged."""
 
 

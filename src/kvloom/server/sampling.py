@@ -7,6 +7,7 @@ from typing import Any
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import InvalidInputError
 from kvloom.server.fields import MAX_LOGIT_BIASES, Body
+from kvloom.server.form import read_form
 from kvloom.server.refusal import bad_field
 
 DIRECT = (
@@ -52,6 +53,9 @@ class SamplingLimits:
                 stop=_stops(body),
                 stop_token_ids=tuple(body.get("stop_token_ids", ())),
                 logit_bias=_biases(body),
+                bad_words=tuple(body.get("bad_words", ())),
+                allowed_token_ids=body.get("allowed_token_ids"),
+                structured_outputs=read_form(body),
                 **values,
             )
         except InvalidInputError as error:

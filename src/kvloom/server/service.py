@@ -67,6 +67,7 @@ class Service:
         self._queued: set[Ticket] = set()
         self._ends: deque[float] = deque(maxlen=1024)
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._forms = ThreadPoolExecutor(1, thread_name_prefix="forms")
 
     def start(self) -> None:
         """Start the engine's thread; news is delivered on the running loop."""
@@ -81,7 +82,8 @@ class Service:
     def close(self) -> None:
         """Stop the engine's thread, aborting what still runs; for any thread, once the loop is done with it."""
         self.thread.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._forms):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- before a request runs ------------------------------------------------------------------------------------
 
@@ -179,6 +181,15 @@ class Service:
     async def offload(self, function: Callable[[], T]) -> T:
         """Run `function` (tokenisation, a chat template) in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def prepare(self, params: SamplingParams) -> None:
+        """Compile the form of the answers, if they have one, in a thread of its own: a large one takes seconds.
+
+        Raises the engine's errors for a form that cannot be had; later checks of `params` find it compiled.
+        """
+        if params.structured_outputs is not None:
+            processors = self.engine.processors.processors
+            await asyncio.get_running_loop().run_in_executor(self._forms, processors, params)
 
     # ---- a request runs -------------------------------------------------------------------------------------------
 

@@ -201,6 +201,21 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Verbatim:
+    """A JSON object kept as it is, nulls included: a schema may say that something is null."""
+
+    def read(self, value: Any) -> dict[str, Any]:
+        """Return `value`."""
+        if not isinstance(value, dict):
+            raise ValueError("an object")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema."""
+        return {"type": "object"}
+
+
+@dataclass(frozen=True)
 class Anything:
     """Any JSON value."""
 
