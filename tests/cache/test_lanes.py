@@ -220,7 +220,7 @@ def test_an_adopted_prefix_is_shared_and_its_windowed_lane_starts_at_the_window(
 
 def test_a_forked_or_adopted_sequence_that_lost_tokens_is_never_published(desk: Desk) -> None:
     sequence = desk.opened(8)
-    desk.lanes.keep_slots(sequence, 0, np.arange(8))
+    desk.lanes.pack_slots(sequence, np.zeros(8, np.int64), np.arange(8), np.arange(8))
     child = desk.lanes.fork(sequence)
     for each in (sequence, child):
         desk.lanes.publish(each, PrefixChain(), list(range(8)), 0, 2)
@@ -235,7 +235,7 @@ def repack(desk: Desk, sequence: int, kept: list[int], unchanged: list[int]) -> 
     done = desk.lanes.repack(sequence, np.array([0, 1]), np.array(kept, np.int32), np.array(unchanged, np.int32))
     assert done is not None
     for lane, count in enumerate(kept):
-        desk.lanes.keep_slots(sequence, lane, np.arange(count))
+        desk.lanes.pack_slots(sequence, np.full(count, lane), np.arange(count), np.arange(count))
     freed = desk.arena.release(done[1])
     desk.check()
     return freed

@@ -72,8 +72,8 @@ class Life:
             self.put(index, self.row, layer.k[start:end], layer.v[start:end])
         first = self.eviction.first_watched(start, end - start)
         if first is not None:
-            for index, layer in enumerate(self.layers):
-                self.eviction.observe(index, self.row, torch.from_numpy(layer.q[start + first : end]).float())
+            queries = np.stack([layer.q[start + first : end] for layer in self.layers])
+            self.eviction.observe(self.row, torch.from_numpy(queries).float())
 
     def put(self, index, row, k, v):
         """Write keys and values [n, G, D] into the newest slots of a layer."""

@@ -159,66 +159,88 @@ class KVCache:
     ) -> bool:
         """Keep only the given live slots (ascending) of each lane in `keep`; the blocks left over are free at once.
 
-        Lanes in `survivors` get that content instead of what the kept slots held (merging, moved sinks). Shared blocks
-        are left as they are for their other owners. False, and no change, when the few fresh blocks that replace
-        shared ones cannot be had now.
+        Lanes in `survivors` get that content at their start instead of what the kept slots held (merging, moved sinks).
+        Shared blocks are left as they are for their other owners. False, and no change, when the few fresh blocks that
+        replace shared ones cannot be had now.
         """
         lanes = np.array(sorted(keep), np.int64)
         if not len(lanes):
             return True
-        self._check_compactable(sequence, keep)
-        size = self.spec.block_size
-        kept = np.array([len(keep[lane]) for lane in lanes], np.int32)
-        changed = survivors or {}
-        unchanged = np.array([0 if lane in changed else leading_run(keep[lane]) // size for lane in lanes], np.int32)
+        size, changed = self.spec.block_size, survivors or {}
+        kept = np.array([len(keep[lane]) for lane in lanes.tolist()], np.int32)
+        slots = np.concatenate([keep[lane] for lane in lanes.tolist()])
+        places = ragged_arange(kept).astype(np.int64)
+        lane_of = np.repeat(lanes, kept)
+        self._check_compactable(sequence, lanes, lane_of, slots)
+        stays = leading_runs(slots, places, kept)
+        stays[[int(lane) in changed for lane in lanes]] = 0
+        unchanged = stays // size
         repacked = self.lanes.repack(sequence, lanes, kept, unchanged)
         if repacked is None:
             return False
         before, spare = repacked
-        for layer in sorted({self.spec.lane_layer[lane] for lane in lanes}):
-            kv = self.spec.layers[layer]
-            chosen = [i for i, lane in enumerate(lanes) if self.spec.lane_layer[lane] == layer]
-            sources = [keep[int(lanes[i])][unchanged[i] * size :] for i in chosen]
-            counts = np.array([len(s) for s in sources], np.int32)
-            rows = np.repeat(np.array(chosen), counts)
-            slots = np.concatenate(sources)
-            k, v = self._gather(before[rows, slots // size], slots % size, kv.k_width, kv.v_width)
-            for i, start in zip(chosen, np.cumsum(counts) - counts, strict=True):
-                new = changed.get(int(lanes[i]))
-                if new is not None:
-                    k[start : start + len(new.keys)], v[start : start + len(new.keys)] = new.keys, new.values
-            target = np.repeat(unchanged[chosen].astype(np.int64) * size, counts) + ragged_arange(counts)
-            addresses = self.lanes.table[sequence, lanes[rows], target // size]
-            self.native.write(addresses, target % size, k, v)
-        for lane in lanes.tolist():
-            self.lanes.keep_slots(sequence, lane, keep[lane])
-            new = changed.get(lane)
-            if new is not None and new.log_count is not None:
+        self._move(sequence, lanes, before, (np.repeat(np.arange(len(lanes)), kept), slots, places), unchanged, changed)
+        moved = slots != places
+        self.lanes.pack_slots(sequence, lane_of[moved], slots[moved], places[moved])
+        for lane, new in changed.items():
+            if new.log_count is not None:
                 self.lanes.set_log_counts(sequence, lane, new.log_count.float().numpy())
         self.arena.release(spare)
         return True
 
-    def _gather(
-        self, addresses: Addresses, slots: NDArray[np.int64], k_width: int, v_width: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K [N, Dk] and V [N, Dv] of single tokens of native blocks."""
-        blocks, inverse = np.unique(addresses, return_inverse=True)
-        k, v = self.native.read(blocks, k_width, v_width)
-        at, slot = torch.from_numpy(inverse), torch.from_numpy(slots)
-        return k[at, slot], v[at, slot]
+    def _move(
+        self,
+        sequence: int,
+        lanes: NDArray[np.int64],
+        before: Addresses,
+        kept: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+        unchanged: NDArray[np.int32],
+        changed: Mapping[int, Survivors],
+    ) -> None:
+        """Bring survivors to their places; `before` [n, C] are the blocks of `lanes` [n] as they were.
 
-    def _check_compactable(self, sequence: int, keep: Mapping[int, NDArray[np.int64]]) -> None:
+        `kept` are three arrays [N]: index in `lanes`, slot and place of each survivor. The first `unchanged` [n] blocks
+        of a lane are left out; what `changed` names is written instead of moved.
+        """
+        size, table = self.spec.block_size, self.lanes.table[sequence]
+        new = [changed.get(lane) for lane in lanes.tolist()]
+        written = np.array([0 if x is None else len(x.keys) for x in new])
+        index, slots, places = (x[kept[2] >= np.maximum(unchanged * size, written)[kept[0]]] for x in kept)
+        widths = [(view.k_width, view.v_width) for view in (self.layers[self.spec.lane_layer[i]] for i in lanes)]
+        for k_width, v_width in sorted(set(widths)):
+            chosen = np.array([width == (k_width, v_width) for width in widths])
+            mine = chosen[index]
+            row, slot, place = index[mine], slots[mine], places[mine]
+            if len(row):
+                runs = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
+                source = before[row, slot // size], slot % size
+                self.native.move(source, (table[lanes[row], place // size], place % size), runs, k_width, v_width)
+            parts = [x for x, own in zip(new, chosen, strict=True) if own and x is not None]
+            if parts:
+                place = ragged_arange(written[chosen]).astype(np.int64)
+                addresses = table[np.repeat(lanes[chosen], written[chosen]), place // size]
+                k, v = torch.cat([x.keys for x in parts]), torch.cat([x.values for x in parts])
+                self.native.write(addresses, place % size, k.to(self.native.dtype), v.to(self.native.dtype))
+
+    def _check_compactable(
+        self, sequence: int, lanes: NDArray[np.int64], lane_of: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> None:
+        """Raise unless `lanes` may lose tokens and their survivors are ascending: slot `slots[i]` of `lane_of[i]`."""
         reasons = []
-        for lane, slots in keep.items():
-            begin, held = int(self.lanes.begin[sequence, lane]), int(self.lanes.held[sequence, lane])
+        for lane in lanes.tolist():
             if self.spec.layers[self.spec.lane_layer[lane]].window is not None:
                 reasons.append(f"lane {lane} is windowed and forgets by its window")
             if not self.lanes.segments.is_native(sequence, lane):
                 reasons.append(f"lane {lane} has encoded blocks; select before encoding")
-            if len(slots) and (slots[0] < begin or slots[-1] >= begin + held or (np.diff(slots) <= 0).any()):
-                raise InvalidInputError(
-                    f"lane {lane} holds slots {begin}..{begin + held - 1}; keep must be ascending slots among them"
-                )
+        begin = self.lanes.begin[sequence, lane_of]
+        wrong = (slots < begin) | (slots >= begin + self.lanes.held[sequence, lane_of])
+        wrong[1:] |= (np.diff(slots) <= 0) & (np.diff(lane_of) == 0)
+        if wrong.any():
+            lane = int(lane_of[np.argmax(wrong)])
+            first, held = int(self.lanes.begin[sequence, lane]), int(self.lanes.held[sequence, lane])
+            raise InvalidInputError(
+                f"lane {lane} holds slots {first}..{first + held - 1}; keep must be ascending slots among them"
+            )
         if reasons:
             raise UnsupportedError("compaction", reasons)
 
@@ -298,6 +320,10 @@ class KVCache:
         self.lanes.check_invariants()
 
 
-def leading_run(slots: NDArray[np.int64]) -> int:
-    """Return how many of the ascending `slots` are 0, 1, 2, ... from the start."""
-    return int(np.cumprod(slots == np.arange(len(slots))).sum())
+def leading_runs(slots: NDArray[np.int64], places: NDArray[np.int64], counts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return how many of each lane's `counts` survivors, in `slots`, are from the start where they go, in `places`."""
+    moved = np.flatnonzero(slots != places)
+    starts = np.cumsum(counts) - counts
+    first = np.append(moved, len(slots))[np.searchsorted(moved, starts)]
+    run: NDArray[np.int32] = np.minimum(first - starts, counts).astype(np.int32)
+    return run

@@ -294,13 +294,15 @@ class LaneTable:
             return self.positions[sequence][lane, begin : begin + held].copy()
         return np.arange(begin, begin + held, dtype=np.int32)
 
-    def keep_slots(self, sequence: int, lane: int, slots: NDArray[np.int64]) -> None:
-        """Note that a lane, packed to the front, now holds what was in `slots`; starts explicit positions."""
+    def pack_slots(
+        self, sequence: int, lanes: NDArray[np.int64], slots: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        """Note that what was in slot `slots[i]` of lane `lanes[i]` is now in `places[i]`; starts explicit positions."""
         if sequence not in self.positions:
             capacity = self.table.shape[2] * self.spec.block_size
             self.positions.start(sequence, np.arange(capacity, dtype=np.int32))  # position = slot until now
-        self.positions.keep(sequence, lane, slots)
-        self.log_counts.keep(sequence, lane, slots)
+        self.positions.pack(sequence, lanes, slots, places)
+        self.log_counts.pack(sequence, lanes, slots, places)
 
     def set_log_counts(self, sequence: int, lane: int, log_count: NDArray[np.float32]) -> None:
         """Set what is added to the logits of the first slots of a lane that was packed to the front."""

@@ -38,11 +38,13 @@ class SlotValues(Generic[Number]):
         slots = end[:, None] + np.arange(len(new))
         values[np.arange(len(end))[:, None], slots] = new
 
-    def keep(self, sequence: int, lane: int, slots: NDArray[np.int64]) -> None:
-        """Move the values of `slots` (ascending) to the front of the lane, if the sequence is tracked."""
+    def pack(
+        self, sequence: int, lanes: NDArray[np.int64], slots: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> None:
+        """Move the value in slot `slots[i]` of lane `lanes[i]` to slot `places[i]`, if the sequence is tracked."""
         if sequence in self._values:
-            row = self._values[sequence][lane]
-            row[: len(slots)] = row[slots]
+            values = self._values[sequence]
+            values[lanes, places] = values[lanes, slots]
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` its own copy of the values of `source`, if that is tracked."""

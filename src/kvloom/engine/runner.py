@@ -29,6 +29,7 @@ class Runner:
         Policies are shown the queries that they watch. `logits` says whether the best tokens alone would do.
         """
         starts = np.cumsum([0, *(w.num_tokens for w in work)])
+        weighs = False
         watched: list[tuple[Work, int]] = []
         rows: list[NDArray[np.int32]] = []
         for item, start in zip(work, starts.tolist(), strict=False):
@@ -36,6 +37,7 @@ class Runner:
                 first = item.sequence.eviction.first_watched(item.start, item.num_tokens)
                 if first is not None:
                     watched.append((item, item.num_tokens - first))
+                    weighs |= item.sequence.eviction.policy.needs.key_mass
                     rows.append(np.arange(start + first, start + item.num_tokens, dtype=np.int32))
         output = self.model.step(
             self._batch(work, starts.astype(np.int32)),
@@ -45,6 +47,7 @@ class Runner:
                 logits=logits,
                 hidden=any(self._wants_prompt_logprobs(w) for w in work),
                 query_rows=np.concatenate(rows) if rows else None,
+                lse=weighs,
             ),
         )
         self._show_queries(watched, output)
@@ -63,12 +66,13 @@ class Runner:
         )
 
     def _show_queries(self, watched: list[tuple[Work, int]], output: StepOutput) -> None:
-        """Hand each policy the queries [n, H, D] of its own sequence, layer by layer."""
+        """Hand each policy the queries [L, n, H, D] of its own sequence."""
         first = 0
         for item, count in watched:
             assert output.queries is not None and item.sequence.eviction is not None and item.sequence.row is not None
-            for layer, queries in enumerate(output.queries[:, first : first + count]):
-                item.sequence.eviction.observe(layer, item.sequence.row, queries)
+            rows = slice(first, first + count)
+            lse = None if output.lse is None else output.lse[:, rows]
+            item.sequence.eviction.observe(item.sequence.row, output.queries[:, rows], lse)
             first += count
 
     @staticmethod

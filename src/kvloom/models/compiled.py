@@ -102,6 +102,7 @@ class CompiledModel:
         self._lanes: Lanes | None = None
         self._end: NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._seen_table: NDArray[np.int32] | None = None
+        self._queries: NDArray[np.float32] = np.empty(0, np.float32)
 
     # ---- loading --------------------------------------------------------------------------------------------------
 
@@ -193,8 +194,10 @@ class CompiledModel:
         hidden = np.empty((batch.num_tokens, config.hidden_size), np.float32) if wanted.hidden else None
         queries = None
         if wanted.query_rows is not None:
-            shape = (config.num_layers, len(wanted.query_rows), config.num_heads * config.head_dim)
-            queries = np.empty(shape, np.float32)
+            queries = self._memory_for_queries(len(wanted.query_rows))
+        lse, rows = None, wanted.query_rows
+        if wanted.lse and rows is not None:
+            lse = np.empty((config.num_layers, batch.num_tokens, config.num_heads), np.float32)
         self._decoder.step(
             lanes,
             batch.token_ids,
@@ -207,6 +210,7 @@ class CompiledModel:
             hidden=hidden,
             query_rows=wanted.query_rows,
             queries=queries,
+            lse=lse,
             bias=self._bias(batch, cache),
         )
         return StepOutput(
@@ -216,7 +220,16 @@ class CompiledModel:
             queries=None
             if queries is None
             else torch.from_numpy(queries).view(*queries.shape[:2], config.num_heads, config.head_dim),
+            lse=None if lse is None or rows is None else torch.from_numpy(lse.take(rows, axis=1)),
         )
+
+    def _memory_for_queries(self, rows: int) -> NDArray[np.float32]:
+        """Return [L, rows, H * D] of memory that every step uses again: fresh pages would cost more than the copy."""
+        shape = (self.config.num_layers, rows, self.config.num_heads * self.config.head_dim)
+        needed = int(np.prod(shape))
+        if self._queries.size < needed:
+            self._queries = np.empty(needed, np.float32)
+        return self._queries[:needed].reshape(shape)
 
     def _view(self, batch: AttentionBatch, cache: KVCache) -> Lanes:
         """Return the kernels' view of the lane table, which is made again only when the table itself was."""

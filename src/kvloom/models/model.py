@@ -23,6 +23,7 @@ class StepWanted:
     logits       their logits are wanted, not only the best token
     hidden       all final hidden states are wanted
     query_rows   tokens whose rotated queries are wanted in every layer; Q of them
+    lse          the log-sum-exps of those rows are wanted, from models that have them
     input_norms  the norm of every token's input to every layer is wanted (only where `shows_layer_inputs`)
     """
 
@@ -30,6 +31,7 @@ class StepWanted:
     logits: bool = True
     hidden: bool = False
     query_rows: Rows | None = None
+    lse: bool = False
     input_norms: bool = False
 
 
@@ -38,7 +40,9 @@ class StepOutput:
     """What `StepWanted` asked for.
 
     greedy [N] the most likely next tokens; logits [N, vocab] float32; hidden [T, hidden], normalised; queries
-    [L, Q, H, D], rotated and unscaled; input_norms [L, T] float32, 2-norms of the residual stream before each layer.
+    [L, Q, H, D], rotated and unscaled, good until the next step; input_norms [L, T] float32, 2-norms of the residual
+    stream before each layer; lse [L, Q, H] float32, the log of each softmax's denominator, None where the model does
+    not hand it out.
     """
 
     greedy: list[int]
@@ -46,6 +50,7 @@ class StepOutput:
     hidden: torch.Tensor | None
     queries: torch.Tensor | None
     input_norms: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
 
 class Model(Protocol):

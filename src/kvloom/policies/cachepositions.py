@@ -22,27 +22,26 @@ class MovedSinks:
     def __init__(self, cache: KVCache, sinks: int) -> None:
         self.cache = cache
         self.sinks = sinks
-        self._unrotated: dict[int, torch.Tensor] = {}  # layer -> keys [G, sinks, D]
+        self._unrotated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values [G, sinks, D]
 
     def survivors(
         self, layer: int, row: int, theta: torch.Tensor | None, keep: Mapping[int, NDArray[np.int64]]
     ) -> dict[int, Survivors]:
-        """Return what the lanes of a layer hold when the slots in `keep` stay; lanes keep equal numbers of tokens."""
+        """Return what the sinks of a layer's lanes hold when the slots in `keep` stay.
+
+        Lanes hold equal numbers of tokens, and the sinks are the first of them.
+        """
         if theta is None or self.sinks == 0:
             return {}
         view = self.cache.layers[layer]
-        k, v, _ = self.cache.read_layer(layer, row)
-        if layer not in self._unrotated:
-            self._unrotated[layer] = rotated(k[:, : self.sinks].float(), theta, -torch.arange(self.sinks))
+        known = self._unrotated.get(layer)
+        if known is None:
+            k, values, _ = self.cache.read_layer(layer, row)
+            keys = rotated(k[:, : self.sinks].float(), theta, -torch.arange(self.sinks))
+            known = self._unrotated[layer] = (keys, values[:, : self.sinks].clone())
         places = torch.arange(self.sinks) + int(self.cache.lanes.seen[row]) - len(keep[view.first])
-        moved = rotated(self._unrotated[layer], theta, places).to(k.dtype)
-        changed: dict[int, Survivors] = {}
-        for head in range(view.num_lanes):
-            slots = torch.from_numpy(keep[view.first + head])
-            keys = k[head, slots].clone()
-            keys[: self.sinks] = moved[head]
-            changed[view.first + head] = Survivors(keys, v[head, slots])
-        return changed
+        moved = rotated(known[0], theta, places)
+        return {view.first + head: Survivors(moved[head], known[1][head]) for head in range(view.num_lanes)}
 
     def fork(self) -> "MovedSinks":
         """Return an independent copy for a forked sequence."""

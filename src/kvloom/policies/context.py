@@ -1,6 +1,8 @@
 """ScoreContext: one layer of one sequence as a scorer sees it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -20,7 +22,8 @@ class QueryMoments:
 class ScoreContext:
     """What is held in the G lanes of one layer, in S slots; shorter lanes are padded in front (`valid` False).
 
-    keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32
+    keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32; gathered by `read` when
+                          they are first looked at
     positions  [G, S]     int64, ascending where valid          valid   [G, S]      bool
     queries    [w, H, D]  newest queries, float32, with query_positions [w]; None unless needed
     key_mass   [G, S]     attention summed over the queries so far, mean over the query group; None unless needed
@@ -38,8 +41,7 @@ class ScoreContext:
     num_layers: int
     num_query_heads: int
     scale: float
-    keys: torch.Tensor
-    values: torch.Tensor
+    read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     positions: torch.Tensor
     valid: torch.Tensor
     seen: int
@@ -59,10 +61,25 @@ class ScoreContext:
     punctuation: torch.Tensor | None = None
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def _content(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.read()
+        return keys.float(), values.float()
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """K [G, S, D], float32."""
+        return self._content[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """V [G, S, Dv], float32."""
+        return self._content[1]
+
     @property
     def num_lanes(self) -> int:
         """G."""
-        return self.keys.shape[0]
+        return self.valid.shape[0]
 
     @property
     def group_size(self) -> int:

@@ -50,7 +50,9 @@ class Eviction:
         self._lanes = np.array(
             [cache.layers[i].first + g for i in self.layers for g in range(cache.layers[i].num_lanes)], np.int64
         )
-        self.observation = Observation(policy.needs, cache, model.query_scale, prompt_tokens)
+        self.observation = Observation(
+            policy.needs, cache, model.query_scale, prompt_tokens, self.layers, model.inverse_frequencies
+        )
         self.replay_scores: dict[int, torch.Tensor] = {}
         self.evicted_tokens = 0
         self._acted_at = 0  # tokens seen when a selector last acted
@@ -64,10 +66,9 @@ class Eviction:
         """Return from which of the `count` tokens that begin at `start` on queries are wanted, None for none."""
         return self.observation.first_needed(start, count, self.policy.triggers.while_decoding)
 
-    def observe(self, layer: int, row: int, q: torch.Tensor) -> None:
-        """Take in the rotated queries q [n, H, D] of the newest n tokens of a layer, after the step."""
-        if layer in self.layers:
-            self.observation.observe(layer, row, q, self.model.inverse_frequencies[layer])
+    def observe(self, row: int, q: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+        """Take in the rotated queries q [L, n, H, D] of the newest n tokens, and lse [L, n, H] if there are any."""
+        self.observation.observe(row, q, lse)
 
     @property
     def usable_prefix(self) -> int:
@@ -145,15 +146,15 @@ class Eviction:
         """Evict what the policy says; False, and no change, when shared blocks cannot be replaced now."""
         if not self._nothing_to_drop(row):
             keep, survivors, state = self._choose(row)
-            held = {lane: int(self.cache.lanes.held[row, lane]) for lane in keep}
+            held = self.cache.lanes.held[row].copy()
             if self.policy.cache_positions and keep:
                 for layer in self.layers:
                     survivors |= self._sinks.survivors(layer, row, self.model.inverse_frequencies[layer], keep)
             if not self.cache.compact(row, keep, survivors):
                 return False
             for lane, slots in keep.items():
-                self.observation.keep(lane, slots, held[lane])
-                self.evicted_tokens += held[lane] - len(slots)
+                self.observation.keep(lane, slots)
+                self.evicted_tokens += int(held[lane]) - len(slots)
             self._state.update(state)
             self._acted_at = int(self.cache.lanes.seen[row])
         self.replay_scores.clear()
@@ -165,36 +166,55 @@ class Eviction:
         """Return the slots that stay, changed survivors by lane, and what the method now remembers by layer."""
         keep: Kept = {}
         changed: dict[int, Survivors] = {}
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        shared: dict[int, torch.Tensor] = {}
-        rule, budget = self.policy.rule, self.policy.budget
-        protected = self.policy.num_protected(self.budget)
-        if isinstance(rule, Scorer) and budget.spans_layers:
-            parts = [self._score(rule, self.context(layer, row)) for layer in self.layers]
-            counts = budget.counts(parts, self.budget, protected, self.prompt_tokens)
-            shared = dict(zip(self.layers, counts, strict=True))
-        for layer in self.layers:
-            context = self.context(layer, row)
-            if isinstance(rule, Selector):
-                mask, scores = rule.keep(context) & context.valid, context.positions.double()
-            else:
-                part = self._score(rule, context)
-                if layer not in shared:
-                    shared[layer] = budget.counts([part], self.budget, protected, self.prompt_tokens)[0]
-                mask, scores = self._select(part, shared[layer], context), part.scores
+        state = {layer: dict(self._state.get(layer, {})) for layer in self.layers}
+        rule = self.policy.rule
+        scores: dict[int, torch.Tensor] = {}
+        if isinstance(rule, Selector):
+            contexts = (self.context(layer, row, state[layer]) for layer in self.layers)
+            masks = [rule.keep(context) & context.valid for context in contexts]
+        else:
+            # keys and values of one layer at a time: nothing here holds on to a context
+            parts = [self._score(rule, self.context(layer, row, state[layer])) for layer in self.layers]
+            masks = self._select(row, parts, state)
+            scores = {layer: part.scores for layer, part in zip(self.layers, parts, strict=True)}
+        for layer, mask in zip(self.layers, masks, strict=True):
+            first, lanes = self.cache.layers[layer].first, self.cache.layers[layer].num_lanes
+            held = self.cache.lanes.held[row, first : first + lanes].tolist()
+            kept = mask.sum(1).tolist()
+            if kept == held:
+                continue
             merged = None
-            if not bool((mask == context.valid).all()):
-                merged = self.policy.action.merge(context, mask, scores)
-            state[layer] = context.state
-            for head in range(context.num_lanes):
-                lane = self.cache.layers[layer].first + head
-                pad = int((~context.valid[head]).sum())
-                slots = torch.nonzero(mask[head]).flatten().numpy() - pad
-                if len(slots) < int(self.cache.lanes.held[row, lane]):
-                    keep[lane] = slots.astype(np.int64)
+            if self.policy.merges:
+                context = self.context(layer, row, state[layer])
+                merged = self.policy.action.merge(context, mask, scores.get(layer, context.positions.double()))
+            own = np.split(np.nonzero(mask.numpy())[1], np.cumsum(kept)[:-1])
+            for head, slots in enumerate(own):
+                if kept[head] < held[head]:
+                    keep[first + head] = slots - (mask.shape[1] - held[head])
                     if merged is not None:
-                        changed[lane] = merged[head]
+                        changed[first + head] = merged[head]
         return keep, changed, state
+
+    def _select(
+        self, row: int, parts: list[LayerScores], state: dict[int, dict[str, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Return [G, S] bool for each layer: the tokens that stay by scores, budget and refinements."""
+        protected, budget = self.policy.num_protected(self.budget), self.policy.budget
+        if budget.spans_layers:
+            counts = budget.counts(parts, self.budget, protected, self.prompt_tokens)
+        else:
+            counts = [budget.counts([part], self.budget, protected, self.prompt_tokens)[0] for part in parts]
+        for refinement in self.policy.refinements:
+            if refinement.chooses:
+                return [
+                    refinement.choose(p.scores, p.protected, count, self.context(layer, row, state[layer]))
+                    for layer, p, count in zip(self.layers, parts, counts, strict=True)
+                ]
+        if len({part.valid.shape for part in parts}) > 1:
+            return [keep_best(p.scores, p.protected, p.valid, n) for p, n in zip(parts, counts, strict=True)]
+        together = [torch.cat([getattr(p, name) for p in parts]) for name in ("scores", "protected", "valid")]
+        mask = keep_best(together[0], together[1], together[2], torch.cat(counts))
+        return list(torch.chunk(mask, len(parts)))
 
     def _score(self, rule: Scorer, context: ScoreContext) -> LayerScores:
         scores = rule.score(context)
@@ -206,30 +226,20 @@ class Eviction:
             scores = standardised(scores, context.valid)
         return LayerScores(scores, protected & context.valid, context.valid)
 
-    def _select(self, part: LayerScores, counts: torch.Tensor, context: ScoreContext) -> torch.Tensor:
-        for refinement in self.policy.refinements:
-            if refinement.chooses:
-                return refinement.choose(part.scores, part.protected, counts, context)
-        return keep_best(part.scores, part.protected, part.valid, counts)
-
-    def context(self, layer: int, row: int) -> ScoreContext:
-        """Return what a method may see of one layer now."""
+    def context(self, layer: int, row: int, state: dict[str, torch.Tensor] | None = None) -> ScoreContext:
+        """Return what a method may see of one layer now; it may change `state`, a copy of what it remembers."""
         view, needs = self.cache.layers[layer], self.policy.needs
-        k, v, held = self.cache.read_layer(layer, row)
-        slots = k.shape[1]
-        valid = torch.arange(slots)[None, :] >= slots - torch.from_numpy(held)[:, None]
-        positions = torch.full((view.num_lanes, slots), -1, dtype=torch.int64)
-        mass = torch.zeros(view.num_lanes, slots, dtype=torch.float64) if needs.key_mass else None
-        near = torch.zeros(view.num_lanes, slots, dtype=torch.float64) if needs.near is not None else None
-        for head in range(view.num_lanes):
-            count, lane = int(held[head]), view.first + head
-            places = self.cache.lanes.positions_of(row, lane)
-            positions[head, slots - count :] = torch.from_numpy(places.astype(np.int64))
-            if mass is not None:
-                mass[head, slots - count :] = self.observation.mass_of(lane, count)
-            if near is not None:
-                near[head, slots - count :] = self.observation.mass_of(lane, count, near=True)
-        queries = self.observation.queries.get(layer)
+        lanes = slice(view.first, view.first + view.num_lanes)
+        held = self.cache.lanes.held[row, lanes].copy()
+        slots = int(held.max())
+        source = np.arange(slots)[None, :] - (slots - held[:, None])  # slots of each lane, negative where it is padded
+        valid = torch.from_numpy(source >= 0)
+        places = source
+        if row in self.cache.lanes.positions:
+            places = np.take_along_axis(self.cache.lanes.positions[row][lanes], np.maximum(source, 0), 1)
+        positions = torch.from_numpy(np.where(source >= 0, places, -1).astype(np.int64))
+        mass = self.observation.mass
+        queries = self.observation.queries(layer)
         seen = int(self.cache.lanes.seen[row])
         special, punctuation = self._kinds(positions) if needs.token_kinds else (None, None)
         return ScoreContext(
@@ -237,8 +247,7 @@ class Eviction:
             num_layers=len(self.cache.layers),
             num_query_heads=self.model.num_query_heads,
             scale=self.model.query_scale,
-            keys=k.float(),
-            values=v.float(),
+            read=lambda: self.cache.read_layer(layer, row)[:2],
             positions=positions,
             valid=valid,
             seen=seen,
@@ -247,8 +256,8 @@ class Eviction:
             request_seed=self.seed,
             queries=None if queries is None else queries.float(),
             query_positions=None if queries is None else torch.arange(seen - len(queries), seen),
-            key_mass=mass,
-            near_mass=near,
+            key_mass=mass.of_layer(layer, held) if needs.key_mass else None,
+            near_mass=mass.of_layer(layer, held, near=True) if needs.near is not None else None,
             log_count=self.cache.read_log_counts(layer, row),
             query_moments=self.observation.moments(layer) if needs.query_moments else None,
             inverse_frequencies=self.model.inverse_frequencies[layer],
@@ -256,7 +265,7 @@ class Eviction:
             replay=self.replay_scores.get(layer),
             special=special,
             punctuation=punctuation,
-            state=dict(self._state.get(layer, {})),
+            state=dict(self._state.get(layer, {})) if state is None else state,
         )
 
     def _kinds(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

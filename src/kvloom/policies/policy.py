@@ -50,6 +50,11 @@ class Policy:
         """True when positions are counted in the cache (StreamingLLM's own convention), so that text has no end."""
         return self.spec.selector.get("positions") == "cache"
 
+    @property
+    def merges(self) -> bool:
+        """True when evicted tokens leave something in those that stay."""
+        return self.spec.action.name != "drop"
+
     def num_protected(self, budget: int) -> int:
         """Return the most tokens of a lane that stay whatever their score."""
         if isinstance(self.rule, Selector):
@@ -144,6 +149,6 @@ def _conflicts(policy: Policy) -> Sequence[str]:
                 reasons.append(f"{term.name} weighs attention, and scores of {name} are not")
     if policy.cache_positions and not isinstance(policy.budget, Uniform):
         reasons.append("positions=cache needs lanes of equal length")
-    if policy.cache_positions and policy.spec.action.name != "drop":
+    if policy.cache_positions and policy.merges:
         reasons.append("positions=cache rewrites the sinks; it cannot be combined with merging")
     return reasons

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from kvloom.cache.kvcache import KVCache
-from kvloom.kernels import reference
 from kvloom.policies.context import output_norms
 from kvloom.policies.modelfacts import ModelFacts
 
@@ -20,7 +19,7 @@ HINT = 8
 """Tokens of the chunk before that say where to go on."""
 
 TILE = 128
-"""Queries at a time: bounds the weights to H x 128 x (chunk + replay)."""
+"""Queries at a time: bounds the scores to H x 128 x (chunk + replay)."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,16 @@ class ReplayScores:
             values = v[:, now.first : now.last].float()
             norms = output_norms(self.model.output_weight(layer), values, self.model.num_query_heads, 2)
         known = self.best[layer][:, now.first : now.last]
+        shown = sinks + now.last - now.first  # slots that every query sees; those fed again follow, causally
         for start in range(0, len(q), TILE):
             rows = q[start : start + TILE]
-            own = self.context + fed - len(q) + start + torch.arange(len(rows))
-            seen = (slots[None, :] <= own[:, None]).expand(lanes, -1, -1)
-            weights = reference.attention_weights(rows, k, seen, self.model.query_scale)[:, :, part]  # [H, n, chunk]
+            query = (rows.float() * self.model.query_scale).transpose(0, 1).reshape(lanes, -1, rows.shape[2])
+            scores = torch.bmm(query, k.transpose(1, 2)).view(lanes, -1, len(rows), k.shape[1])
+            own = fed - len(q) + start + torch.arange(len(rows))[:, None]
+            scores[..., shown:].masked_fill_(torch.arange(fed) > own, float("-inf"))
+            share = scores[..., part] - torch.logsumexp(scores, dim=-1, keepdim=True)  # ln of the weights
             if norms is not None and input_norms is not None:
-                weights = weights * norms[:, None] / input_norms[start : start + len(rows), None]
-            known = torch.maximum(known, weights.reshape(lanes, -1, part.stop - part.start).amax(1))
+                share += norms.view(lanes, -1, 1, norms.shape[1]).log()
+                share -= input_norms[start : start + len(rows)].log()[:, None]
+            known = torch.maximum(known, share.flatten(1, 2).amax(1).exp())
         self.best[layer][:, now.first : now.last] = known

@@ -9,7 +9,11 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
     Protected tokens come first, then higher scores; equal scores are decided by position, the earlier stays.
     scores [G, S] float, protected and valid [G, S] bool, counts [G] int. A NaN score counts as the lowest.
     """
-    order = ranking(scores, protected, valid)
+    if bool((protected.sum(1) <= counts).all()):  # then order among the protected does not matter
+        value = _comparable(scores).masked_fill(protected & valid, float("inf")).masked_fill(~valid, float("-inf"))
+        order = torch.argsort(value, dim=1, descending=True, stable=True)
+    else:
+        order = ranking(scores, protected, valid)
     keep = torch.zeros_like(valid)
     chosen = torch.arange(valid.shape[1], device=valid.device)[None, :] < counts[:, None]
     keep.scatter_(1, order, chosen)
@@ -18,12 +22,16 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
 
 def ranking(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Return slots [G, S] from the most to the least deserving, padding last; ties in slot order."""
-    value = torch.nan_to_num(scores.double(), nan=float("-inf"), posinf=torch.finfo(torch.float64).max)
-    value = value.clamp(min=torch.finfo(torch.float64).min)
-    by_score = torch.argsort(value, dim=1, descending=True, stable=True)
+    by_score = torch.argsort(_comparable(scores), dim=1, descending=True, stable=True)
     tier = torch.where(valid, torch.where(protected, 2, 1), 0).gather(1, by_score)
     by_tier = torch.argsort(tier, dim=1, descending=True, stable=True)
     return by_score.gather(1, by_tier)
+
+
+def _comparable(scores: torch.Tensor) -> torch.Tensor:
+    """Return finite scores in float64; NaN counts as the lowest."""
+    value = torch.nan_to_num(scores.double(), nan=float("-inf"), posinf=torch.finfo(torch.float64).max)
+    return value.clamp(min=torch.finfo(torch.float64).min)
 
 
 def standardised(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

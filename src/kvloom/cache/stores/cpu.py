@@ -31,3 +31,15 @@ class CPUStore(Store):
             self.dtype,
         )
         return k.view(number, size, k_width), v.view(number, size, v_width)
+
+    def move(
+        self,
+        source: tuple[Addresses, NDArray[np.int64]],
+        target: tuple[Addresses, NDArray[np.int64]],
+        runs: NDArray[np.int64],
+        k_width: int,
+        v_width: int,
+    ) -> None:
+        """Copy tokens without decoding them (see `Store.move`)."""
+        widths = (k_width, v_width)
+        cpu.copy_slots(self.memory.bytes, self.spec.name, self.block_size, widths, source, target, runs)

@@ -29,6 +29,24 @@ class Store(ABC):
     def read(self, addresses: Addresses, k_width: int, v_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K [N, P, Dk] and V [N, P, Dv] of the blocks at `addresses` [N], in the store's compute dtype."""
 
+    def move(
+        self,
+        source: tuple[Addresses, NDArray[np.int64]],
+        target: tuple[Addresses, NDArray[np.int64]],
+        runs: NDArray[np.int64],
+        k_width: int,
+        v_width: int,
+    ) -> None:
+        """Copy tokens as they are encoded from `source` to `target`, each (addresses [N], slots [N]).
+
+        Run r is moves `runs[r] .. runs[r + 1] - 1`: a lane that is packed to its front, in order, with no target behind
+        its source. Different runs touch different slots.
+        """
+        blocks, inverse = np.unique(source[0], return_inverse=True)
+        k, v = self.read(blocks, k_width, v_width)
+        at, slot = torch.from_numpy(inverse), torch.from_numpy(source[1])
+        self.write(*target, k[at, slot], v[at, slot])
+
     def block_bytes(self, k_width: int, v_width: int) -> int:
         """Return the bytes of one block."""
         return self.spec.block_bytes(self.block_size, k_width, v_width)

@@ -1,0 +1,137 @@
+"""KeyMass: attention that the queries of one sequence have paid each slot so far. The n x n matrix never exists."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvloom.cache.kvcache import KVCache
+from kvloom.kernels import reference
+
+TILE = 256
+"""Queries at a time: bounds the weights to H x 256 x S."""
+
+Masses = NDArray[np.float64]
+"""Sums by lane and slot [R, capacity]; zero beyond what a lane holds."""
+
+
+class KeyMass:
+    """Softmax weights summed over queries, mean over each query group, for the lanes of `layers`.
+
+    Lanes have no window, so they begin at slot 0. With a `reach` also the part that came from prompt queries closer
+    than that many tokens.
+    """
+
+    def __init__(
+        self, cache: KVCache, scale: float, layers: Sequence[int], prompt_tokens: int, reach: int | None
+    ) -> None:
+        self.cache = cache
+        self.scale = scale
+        self.layers = layers
+        self.prompt_tokens = prompt_tokens
+        self.reach = reach
+        self._all: Masses = np.zeros((0, 0))
+        self._near: Masses = np.zeros((0, 0))
+
+    def add(self, sequence: int, q: torch.Tensor, lse: torch.Tensor | None, first: int) -> None:
+        """Add the weights of the newest queries q [L, n, H, D], at positions `first` on, over what is held.
+
+        With `lse` [L, n, H] and lanes that the CPU kernels read, one pass over the keys; else by the definition.
+        """
+        slots = int(self.cache.lanes.held[sequence].max())
+        self._all = self._widened(self._all, slots)
+        near = self.reach is not None and first < self.prompt_tokens
+        if near:
+            self._near = self._widened(self._near, slots)
+        if lse is not None and self.cache.layout == "cpu" and sequence not in self.cache.lanes.log_counts:
+            self._add_by_kernel(sequence, q, lse, self._all, 0)
+            if near:
+                rows = min(q.shape[1], self.prompt_tokens - first)
+                assert rows == q.shape[1], "a step has prompt tokens or generated ones"
+                if self.reach:
+                    self._add_by_kernel(sequence, q, lse, self._near, self.reach)
+            return
+        for layer in self.layers:
+            self._add_by_definition(sequence, layer, q[layer], first)
+
+    def _widened(self, sums: Masses, slots: int) -> Masses:
+        """Return `sums` with room for `slots` slots in every lane of the cache."""
+        lanes = self.cache.spec.num_lanes
+        if sums.shape[1] >= slots:
+            return sums
+        wider = np.zeros((lanes, max(slots + 256, 2 * sums.shape[1])))
+        wider[: len(sums), : sums.shape[1]] = sums
+        return wider
+
+    def _add_by_kernel(self, sequence: int, q: torch.Tensor, lse: torch.Tensor, sums: Masses, window: int) -> None:
+        from kvloom.kernels import cpu  # needs the compiled extension
+
+        cache = self.cache
+        table = cache.lanes
+        lanes = cpu.Lanes(
+            cache.memory.bytes, table.table, table.begin, table.begin + table.held, cache.spec.block_size,
+            cache.spec.store,
+        )  # fmt: skip
+        count, heads = q.shape[1:3]
+        bounds, rows = np.array([0, count], np.int32), np.array([sequence], np.int32)
+        low = cache.native.dtype == torch.bfloat16  # as the model attends, so that weights sum to 1
+        for layer in self.layers:
+            view = cache.layers[layer]
+            shape = cpu.LayerShape(heads, view.num_lanes, view.k_width, view.v_width, view.first, window)
+            found = cpu.key_mass(lanes, shape, bounds, rows, q[layer], lse[layer], self.scale, low_precision=low)[0]
+            part = sums[view.first : view.first + view.num_lanes, : found.shape[1]]
+            part += found.numpy() * (view.num_lanes / heads)
+
+    def _add_by_definition(self, sequence: int, layer: int, q: torch.Tensor, first: int) -> None:
+        view = self.cache.layers[layer]
+        k, _, held = self.cache.read_layer(layer, sequence)
+        log_count = self.cache.read_log_counts(layer, sequence)
+        slots = k.shape[1]
+        slot = torch.arange(slots)
+        there = slot[None, None, :] >= slots - torch.from_numpy(held)[:, None, None]
+        for start in range(0, len(q), TILE):
+            rows = q[start : start + TILE]
+            own = slots - len(q) + start + torch.arange(len(rows))
+            seen = (slot[None, None, :] <= own[None, :, None]) & there
+            weights = reference.attention_weights(rows, k, seen, self.scale, log_count)
+            weights = weights.view(view.num_lanes, -1, len(rows), slots).double().mean(1)
+            found = [(self._all, weights.sum(1))]
+            if self.reach is not None and first < self.prompt_tokens:
+                # only prompt queries, and before anything was evicted: a slot is a position
+                close = (own[:, None] - slot[None, :] < self.reach) & (own[:, None] < self.prompt_tokens)
+                found.append((self._near, (weights * close).sum(1)))
+            for sums, more in found:
+                for head, count in enumerate(held.tolist()):
+                    sums[view.first + head, :count] += more[head, slots - count :].numpy()
+
+    def of_layer(self, layer: int, held: NDArray[np.int32], near: bool = False) -> torch.Tensor:
+        """Return the mass [G, S] of what a layer's lanes hold, shorter lanes padded in front; 0 where none counted."""
+        view, sums = self.cache.layers[layer], self._near if near else self._all
+        slots = int(held.max())
+        own = self._widened(sums, slots)[view.first : view.first + view.num_lanes]
+        if int(held.min()) == slots:
+            return torch.from_numpy(own[:, :slots].copy())
+        source = np.arange(slots)[None, :] - (slots - held[:, None])
+        return torch.from_numpy(np.where(source >= 0, np.take_along_axis(own, np.maximum(source, 0), 1), 0.0))
+
+    def keep(self, lane: int, slots: NDArray[np.int64]) -> None:
+        """Follow a lane that keeps only `slots` (ascending)."""
+        needed = int(slots[-1]) + 1 if len(slots) else 0
+        self._all = self._widened(self._all, needed)
+        if len(self._near):
+            self._near = self._widened(self._near, needed)
+        for sums in (self._all, self._near):
+            if len(sums):
+                sums[lane, : len(slots)] = sums[lane, slots]
+                sums[lane, len(slots) :] = 0.0
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._all = self._near = np.zeros((0, 0))
+
+    def fork(self) -> "KeyMass":
+        """Return an independent copy."""
+        other = KeyMass(self.cache, self.scale, self.layers, self.prompt_tokens, self.reach)
+        other._all, other._near = self._all.copy(), self._near.copy()
+        return other
