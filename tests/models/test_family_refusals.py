@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from kvloom.errors import CheckpointError, UnsupportedError
+from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.families import family_of_config
 
@@ -51,6 +51,30 @@ def refused(architecture, **entries):
 def test_every_reason_is_named(architecture, entries, reasons):
     message = str(refused(architecture, **entries))
     assert [reason for reason in reasons if reason not in message] == []
+
+
+def test_overrides_replace_entries_of_the_config_and_one_that_nothing_reads_is_refused():
+    raw = {**BASE, "architectures": ["LlamaForCausalLM"]}
+    family = family_of_config(raw)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    assert family.config(raw, {"rope_scaling": linear}).layers[0].rope.kind == "linear"
+    newer = {**raw, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    rope = family.config(newer, {"rope_scaling": linear}).layers[0].rope
+    assert (rope.kind, rope.base) == ("linear", 5e5)
+    nested = {**raw, "text_config": {"max_position_embeddings": 64}}
+    assert family.config(nested, {"max_position_embeddings": 128}).max_position == 128
+    with pytest.raises(InvalidInputError, match=r"called rope_scalin \(did you mean 'rope_scaling'"):
+        family.config(raw, {"rope_scalin": linear})
+    with pytest.raises(UnsupportedError, match="mrope"):
+        family.config(raw, {"rope_scaling": {"rope_type": "mrope"}})
+
+
+def test_overrides_reach_the_config_of_a_folder_and_of_a_gguf_file(tmp_path):
+    model = tiny.save_tiny(tmp_path, "llama")
+    path = tiny.write_tiny_gguf(tmp_path / "tiny.gguf", "llama", model)
+    linear = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    for source in (tmp_path, path):
+        assert open_checkpoint(str(source), overrides=linear).config.layers[0].rope.kind == "linear"
 
 
 def test_unknown_code_is_never_run_and_known_architectures_do_not_need_it():

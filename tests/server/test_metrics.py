@@ -7,8 +7,9 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvloom.server.enginestats import read_stats
 from kvloom.server.logs import JSONFormatter
-from kvloom.server.metrics import TWINS
+from kvloom.server.metrics import TWINS, ServerMetrics
 from serving import call, complete, converse, make_llm, open_stream, running
 
 LABELS = {"model_name": "tiny", "engine": "0"}
@@ -109,6 +110,40 @@ def test_every_twin_has_the_value_of_its_own(after_a_run):
 def test_the_caches_options_are_labels(after_a_run):
     (labels,) = [labels for name, labels in after_a_run[0] if name == "vllm:cache_config_info"]
     assert dict(labels)["block_size"] == "4" and dict(labels)["cache_dtype"] == "fp32"
+
+
+def test_what_policies_did_is_counted_in_bytes_tokens_and_spread(tiny_folder):
+    with running(make_llm(tiny_folder, enable_prefix_caching=False)) as server:  # the index would keep blocks
+        fields = {"prompt": [3, 5, 7, 11] * 25, "max_tokens": 4, "ignore_eos": True, "kv_policy": "tova(budget=16)"}
+        kv = complete(server, **fields).json()["usage"]["kv"]
+        server.wait_idle()
+        found = scrape(server)
+        lanes = server.service.engine.cache.spec.num_lanes
+        per_token = server.service.engine.cache.spec.bytes_per_token // lanes
+    assert found["kvloom:evicted_tokens_total", (("policy", kv["method"]),)] == kv["evicted_tokens"] > 0
+    assert found["kvloom:kv_returned_bytes_total", ()] >= (100 - 16 - 4) // 4 * 4 * lanes * per_token
+    # the prompt's step and three more, each over what a lane then holds: 100, then 16 and the new one
+    assert found["kvloom:kv_read_bytes_total", ()] == (100 + 3 * 17) * lanes * per_token
+    assert found["kvloom:request_lane_spread_tokens_sum", ()] == kv["longest_lane"] - kv["shortest_lane"]
+
+
+def test_bytes_and_bits_of_running_sequences_are_told_by_policy(tiny_folder):
+    with running(make_llm(tiny_folder)) as server:
+        sock = open_stream(server, prompt=[3, 5, 7, 11] * 20, max_tokens=150, kv_policy="tova(budget=16)")
+        sock.recv(1000)
+        stats = server.service.thread.call(read_stats).result(60)
+        sock.close()
+        server.wait_idle()
+    [(policy, held)] = stats.kv_bytes_by_policy.items()
+    assert policy == "tova(budget=16)" and held == stats.kv_bytes_in_use
+    assert 0 < stats.kv_bits_per_token < 8 * server.service.engine.cache.spec.bytes_per_token
+
+
+def test_policies_beyond_a_number_share_a_label():
+    metrics = ServerMetrics("tiny", {})
+    labels = {metrics._policy_label(f"streaming(budget={n})") for n in range(1000)}
+    assert len(labels) == 65 and "other" in labels
+    assert metrics._policy_label("streaming(budget=3)") == "streaming(budget=3)"
 
 
 def test_refusals_are_counted_by_code(after_a_run):

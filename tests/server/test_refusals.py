@@ -2,6 +2,8 @@
 
 import pytest
 
+from kvloom.errors import InvalidInputError
+from kvloom.server.kvpolicy import allowed_policies
 from serving import call, complete, converse, make_llm, running
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -96,6 +98,24 @@ def test_ids_beyond_the_vocabulary_are_refused(tiny_server):
 
 def test_an_unknown_policy_is_refused_with_reasons(tiny_server):
     assert "oblivion" in refused(complete(tiny_server, kv_policy="oblivion(budget=4)"), 400)
+
+
+def test_a_policy_that_is_not_allowed_is_refused_with_those_that_are(tiny_folder):
+    with running(make_llm(tiny_folder, allow_kv_policies=("snapkv", "tova(budget=32)"))) as server:
+        for policy in ("knorm(budget=16)", "tova(budget=16)", "kvzip(budget=16)"):
+            message = refused(complete(server, kv_policy=policy), 400, "kv_policy", "unsupported")
+            assert "snapkv" in message and "tova(budget=32" in message
+        for policy in ("snapkv(budget=24,window=8)", "tova(budget=32)", "full", "none"):
+            assert complete(server, kv_policy=policy, max_tokens=2).status == 200
+
+
+def test_a_server_allows_by_default_what_does_not_read_the_prompt_again():
+    allowed = allowed_policies(())
+    assert "kvzip" not in allowed and {"full", "snapkv", "streaming", "h2o"} <= set(allowed)
+    assert allowed_policies(("all",)) is None and allowed_policies(("none",)) == ()
+    assert allowed_policies(("snapkv", "tova(budget=32)")) == ("snapkv", "tova(budget=32)")
+    with pytest.raises(InvalidInputError, match="stand alone"):
+        allowed_policies(("all", "snapkv"))
 
 
 @pytest.mark.parametrize(

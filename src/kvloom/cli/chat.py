@@ -78,17 +78,25 @@ class Conversation:
             write_figures(answer.figures())
 
 
-def run(argument: str | None, model: str, system: str | None, stats: bool, **values: Any) -> None:
+def run(
+    argument: str | None, model: str, system: str | None, chat_template: str | None, stats: bool, **values: Any
+) -> None:
     """Hold a conversation until /exit or the end of the input."""
     name = choose_model(click.get_current_context(), argument, model)
     sampling = sampling_params(values)
     interactive = sys.stdin.isatty()
 
     from kvloom.engine.llm import LLM
+    from kvloom.models.chat_template import read_template
 
+    template = None if chat_template is None else read_template(chat_template)
     llm = LLM(name, **engine_arguments(values))
+    if template is not None:
+        llm.tokenizer.chat_template = template
     if not llm.tokenizer.has_chat_template:
-        raise ChatTemplateError(f"{name} has no chat template and cannot converse; use `kvloom generate`")
+        raise ChatTemplateError(
+            f"{name} has no chat template and cannot converse; use `kvloom generate`, or give one by --chat-template"
+        )
     conversation = Conversation(llm, sampling, system, interactive, stats)
     if not interactive:
         for line in sys.stdin:
@@ -127,6 +135,13 @@ chat = Command(
         MODEL_FLAG,
         *ENGINE_FLAGS,
         Flag(["--system"], section="Prompt and output", type=Text(), help="System message before the conversation."),
+        Flag(
+            ["--chat-template"],
+            section="Prompt and output",
+            type=Text(),
+            metavar="FILE|TEXT",
+            help="Jinja template of conversations in place of the model's own.",
+        ),
         Flag(
             ["--stats"],
             section="Prompt and output",

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from kvloom.cli.configfile import read_config
+from kvloom.cli.foreign import foreign_flag
 
 
 class Flag(click.Option):
@@ -54,6 +55,17 @@ class Command(click.Command):
             "Every flag has an environment twin: --some-flag is KVLOOM_SOME_FLAG. "
             "Order of precedence: command line, environment, --config, default."
         )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse `args`; a flag that other servers have is refused with what to give in its place."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption:
+            reason = foreign_flag(given)
+            if reason is None:
+                raise
+            raise click.UsageError(reason, ctx) from None
 
     @property
     def flags(self) -> dict[str, Flag]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kvloom.cli.command import Flag
-from kvloom.cli.values import ByteCount, Text, TokenCount
+from kvloom.cli.values import ByteCount, JsonObject, Text, TokenCount
 from kvloom.engine.config import BACKENDS, DTYPES, MAX_KV_BYTES_BY_DEFAULT, QUANTIZATIONS, EngineConfig
 from kvloom.units import format_bytes
 
@@ -25,11 +25,11 @@ MODEL_FLAG = Flag(
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 
 
-def _flag(name: str, help: str, **attributes: Any) -> Flag:
+def _flag(name: str, help: str, *aliases: str, **attributes: Any) -> Flag:
     """Return the flag of one field of `EngineConfig`, with the field's default unless `attributes` has another."""
     field = name.removeprefix("--").split("/")[0].replace("-", "_")
     attributes.setdefault("default", _DEFAULTS[field])
-    return Flag([name], section="Model and memory", help=help, **attributes)
+    return Flag([name, *aliases], section="Model and memory", help=help, **attributes)
 
 
 ENGINE_FLAGS = [
@@ -39,6 +39,13 @@ ENGINE_FLAGS = [
         metavar="MODEL",
         help="Tokenizer of this model instead, in any form that MODEL has.",
     ),
+    Flag(
+        ["--hf-overrides"],
+        section="Model and memory",
+        type=JsonObject(),
+        metavar="JSON",
+        help="Entries that replace those of the model's config.json, e.g. another rope_scaling.",
+    ),
     _flag(
         "--dtype",
         "Of weights, activations and KV cache; auto is bfloat16 where the CPU computes in it, else float32.",
@@ -47,6 +54,7 @@ ENGINE_FLAGS = [
     _flag(
         "--max-model-len",
         "Longest prompt plus answer; 4k is 4000, 4K is 4096. auto: what the model was made for and the memory holds.",
+        "--context-length",
         type=TokenCount(),
         metavar="TOKENS",
         default="auto",

@@ -9,6 +9,7 @@ from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.prompt import choose_model
 from kvloom.cli.values import ByteCount, Text
+from kvloom.errors import InvalidInputError
 from kvloom.server.settings import SCHEDULING_POLICIES, ServerConfig
 
 _DEFAULTS = {entry.name: entry.default for entry in fields(ServerConfig)}
@@ -60,9 +61,38 @@ SERVER_FLAGS = [
         metavar="FILE|TEXT",
         help="Jinja template of conversations in place of the model's own.",
     ),
+    Flag(
+        ["--seed"],
+        section="Server",
+        type=int,
+        default=0,
+        help="Seed of requests that send none; with it, the same requests in the same order get the same answers.",
+    ),
+    Flag(
+        ["--device"],
+        section="Server",
+        type=click.Choice(("auto", "cpu")),
+        default="auto",
+        help="Where the model runs; auto is cpu.",
+    ),
+    Flag(
+        ["--enable-chunked-prefill/--no-enable-chunked-prefill"],
+        section="Server",
+        default=True,
+        help="Read long prompts in chunks of --max-num-batched-tokens; it cannot be switched off.",
+    ),
     _flag("--shutdown-timeout", "Time for running answers to finish after SIGTERM.", type=float, metavar="SECONDS"),
 ]
 LIMIT_FLAGS = [
+    Flag(
+        ["--allow-kv-policies"],
+        section="Limits",
+        type=Text(),
+        metavar="POLICY",
+        multiple=True,
+        help="Policy that requests may ask for by `kv_policy`: a method with any arguments, or one whole policy; may "
+        "be repeated; `all`, `none`. Without it: every method but those that read the prompt a second time.",
+    ),
     _flag("--max-num-queued-reqs", "Most prompts that wait; more are refused with 429.", "Limits", type=int),
     _flag("--max-concurrent-requests", "Most HTTP requests at once; more are refused with 503.", "Limits", type=int),
     _flag("--max-body-bytes", "Largest body of a request.", "Limits", type=ByteCount(), metavar="BYTES"),
@@ -89,18 +119,31 @@ LOG_FLAGS = [
 ]
 
 
-def run(argument: str | None, model: str, generation_config: str, chat_template: str | None, **values: Any) -> None:
+def run(
+    argument: str | None,
+    model: str,
+    generation_config: str,
+    chat_template: str | None,
+    seed: int,
+    enable_chunked_prefill: bool,
+    allow_kv_policies: tuple[str, ...],
+    **values: Any,
+) -> None:
     """Check the flags, load the model and serve it; raises `KvloomError`."""
     name = choose_model(click.get_current_context(), argument, model)
+    if not enable_chunked_prefill:
+        raise InvalidInputError("prompts are always read in chunks; raise --max-num-batched-tokens for larger ones")
     names = {entry.name for entry in fields(ServerConfig)}
     given = {key: value for key, value in values.items() if key in names and value is not None}
     for several in ("served_model_name", "api_key"):
         given[several] = tuple(given.get(several, ()))
     config = ServerConfig(**given)
 
+    from kvloom.server.kvpolicy import allowed_policies
     from kvloom.server.serve import serve as serve_model
 
     options = engine_arguments(values)
+    options |= {"seed": seed, "allow_kv_policies": allowed_policies(allow_kv_policies)}
     serve_model(name, config, options, generation_config=generation_config, chat_template=chat_template)
 
 

@@ -70,6 +70,22 @@ class TokenBiases(click.ParamType[dict[int, float]]):
             self.fail(f"""{value!r} is not a JSON object of numbers by token id, e.g. {{"17": -5}}""", param, ctx)
 
 
+class JsonObject(click.ParamType[dict[str, Any]]):
+    """A JSON object, e.g. `{"rope_scaling": {"rope_type": "linear", "factor": 2}}`."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        """Return the object; fails as a usage error."""
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is not a JSON object", param, ctx)
+        return found
+
+
 def valid_text(text: str, what: str) -> str:
     """Return `text`; raises `InvalidInputError` when it came from bytes that are not UTF-8."""
     try:

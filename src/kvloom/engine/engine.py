@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from kvloom.engine.request import Logprob, Request, Sequence, Status
 from kvloom.engine.runner import Runner
 from kvloom.engine.sampler import Sampler
 from kvloom.engine.scheduler import Scheduler, Work
+from kvloom.engine.stepfigures import StepFigures, Traffic
 from kvloom.engine.tokenfacts import TokenFacts
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.models.model import StepOutput
@@ -32,15 +32,6 @@ UNBOUNDED_TOKENS = 1 << 31
 
 LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
 """Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """What one step did: tokens put through the model, sequences that got a token, seconds."""
-
-    tokens: int
-    sampled: int
-    seconds: float
 
 
 class Engine:
@@ -88,7 +79,7 @@ class Engine:
         self.num_generated_tokens = 0
         self.num_steps = 0
         self.step_seconds = 0.0
-        self.last_step = StepFigures(0, 0, 0.0)
+        self.last_step = StepFigures(0, 0, 0.0, None)
 
     @property
     def cache(self) -> KVCache:
@@ -257,7 +248,9 @@ class Engine:
             output = self.runner.run(work, logits=self._needs_logits(work))
             self.runner.prompt_logprobs(work, output.hidden)
             self.scheduler.publish(work)
+            traffic = Traffic(self.cache, work)
             self.evictions.run(work)
+            traffic.returned(self.cache)
             sequences, greedy, logits = self._sampling_rows(work, output)
             self._grow(sequences, greedy, logits)
         except BaseException:
@@ -266,7 +259,7 @@ class Engine:
             raise
         self.num_steps += 1
         tokens_run = sum(item.num_tokens for item in work)
-        self.last_step = StepFigures(tokens_run, len(sequences), time.perf_counter() - started)
+        self.last_step = StepFigures(tokens_run, len(sequences), time.perf_counter() - started, traffic)
         self.step_seconds += self.last_step.seconds
         return self._progressed(sequences)
 

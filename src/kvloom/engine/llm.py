@@ -40,7 +40,8 @@ class LLM:
 
     `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. `kv_policy` is the
     policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`; `allow_kv_policies` lists which others
-    requests may name (selectors or whole policies), None for any. Raises `KvloomError`s:
+    requests may name (selectors or whole policies), None for any. `hf_overrides` are entries that replace those of the
+    model's config.json, such as `{"rope_scaling": {...}}`. Raises `KvloomError`s:
     model not found, checkpoint damaged, unsupported, does not fit.
     """
 
@@ -62,6 +63,7 @@ class LLM:
         quantization: str | None = None,
         kv_policy: str | None = None,
         allow_kv_policies: Seq[str] | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
     ) -> None:
         config = EngineConfig(
             dtype=dtype,
@@ -81,7 +83,7 @@ class LLM:
             raise InvalidInputError(f"model must be a name or a path, not {type(model).__name__}")
         if kv_policy is not None:
             Policy.parse(kv_policy)  # a misspelt policy is refused before anything is loaded
-        checkpoint = open_checkpoint(os.fspath(model), revision=revision)
+        checkpoint = open_checkpoint(os.fspath(model), revision=revision, overrides=hf_overrides)
         self.model = checkpoint.name
         self.generation_config = checkpoint.generation_config
         self.config = config

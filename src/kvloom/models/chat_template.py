@@ -33,6 +33,16 @@ _PATIENCE_SECONDS = 60.0
 """How long to wait for an answer on the clock: far more than the processor time, which is what ends a loop."""
 
 
+def read_template(source: str) -> str:
+    """Return the template in the file `source`, or `source` itself when it is written out; `InvalidInputError`."""
+    if "{" in source:
+        return source
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"cannot read the chat template {source}: {error}") from None
+
+
 class ChatTemplate:
     """Turns a conversation into a prompt. Threads may share it; renderings wait for each other.
 

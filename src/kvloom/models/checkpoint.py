@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ class Checkpoint:
         elif shapes[stored] != shape:
             faults.append(f"{stored} has shape {list(shapes[stored])}, expected {list(shape)}")
         elif stored in unreadable:
-            known = "F32, F16, BF16, Q8_0, Q4_0/1, Q5_0/1, Q4_K, Q5_K, Q6_K" if self.is_gguf else "F64/32/16, BF16"
+            known = "F32, F16, BF16, Q8_0, Q4_0/1, Q5_0/1, Q4/5/6_K, MXFP4" if self.is_gguf else "F64/32/16, BF16"
             faults.append(f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})")
 
     def _stream(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -104,11 +104,14 @@ class Checkpoint:
             yield name, _owned(weight.transform(self.is_gguf)(tensor, self.config).contiguous())
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Return the checkpoint that `model` names.
 
     `model` is a folder with safetensors, a `.gguf` file, a name of the catalogue or a Hugging Face id, tried in this
     order; the last two are fetched if they are not in their caches. `revision` is a branch, tag or commit of the hub.
+    `overrides` are entries that replace those of the model's config.json, or what a GGUF file says in their place.
     Raises `ModelNotFoundError`, `DownloadError`, `CheckpointError` for damaged files and `UnsupportedError` for models
     that kvloom cannot run, with all reasons.
     """
@@ -120,13 +123,13 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if local and path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is not a model; expected a folder with safetensors or a .gguf file")
-        return _open_gguf(model, path)
+        return _open_gguf(model, path, overrides)
     if local and path.is_dir():
-        return _open_folder(model, path)
+        return _open_folder(model, path, overrides)
     if model in CATALOGUE:
-        return _open_gguf(model, pull(model))
+        return _open_gguf(model, pull(model), overrides)
     if is_hub_id(model) and path.suffix != ".gguf":
-        return _open_folder(model, download_model(model, revision))
+        return _open_folder(model, download_model(model, revision), overrides)
     hint = nearest(model, list(CATALOGUE))
     raise ModelNotFoundError(
         f"no model {model!r}{hint}: there is no such folder or .gguf file here, the catalogue has "
@@ -134,7 +137,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     )
 
 
-def _open_gguf(name: str, path: Path) -> Checkpoint:
+def _open_gguf(name: str, path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
     from kvloom.models.gguf_config import config_of_gguf
     from kvloom.models.gguf_file import GGUFFile
 
@@ -142,18 +145,18 @@ def _open_gguf(name: str, path: Path) -> Checkpoint:
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path} does not say its architecture; fetch the model again")
-    family = family_of_gguf(architecture)
-    config = family.config(config_of_gguf(file, family))
+    family = family_of_gguf(architecture, bool(file.metadata.get(f"{architecture}.expert_count")))
+    config = family.config(config_of_gguf(file, family), overrides)
     names = {name: name for name in file.shapes if name not in _HARMLESS_GGUF}
     return Checkpoint(name, path, family, config, {}, file, names)
 
 
-def _open_folder(name: str, path: Path) -> Checkpoint:
+def _open_folder(name: str, path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
     from kvloom.models.safetensors_folder import SafetensorsFolder
 
     raw = _read_json(path / "config.json", required=True)
-    family = family_of_config(raw)
-    config = family.config(raw)
+    family = family_of_config({**raw, **(overrides or {})})
+    config = family.config(raw, overrides)
     generation_config = _read_json(path / "generation_config.json", required=False)
     config = replace(config, eos_token_ids=_merged_eos(config, generation_config, path))
     file = SafetensorsFolder(path)

@@ -92,7 +92,8 @@ class Tokenizer:
     def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise ChatTemplateError(
-                "this model has no chat template; use generate with plain text, or give a template with --chat-template"
+                "this model has no chat template; give plain text, or a template: --chat-template of kvloom serve and "
+                "chat, `chat_template` of the tokenizer"
             )
         return ChatTemplate(self.chat_template)
 

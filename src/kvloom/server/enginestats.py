@@ -8,7 +8,10 @@ from kvloom.engine.engine import Engine
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start, and what is in use now. `kv_bytes_in_use` are held by requests, `_cached` only by
-    the prefix index, `_stranded` by partly filled slabs."""
+    the prefix index, `_stranded` by partly filled slabs. `kv_bytes_by_policy` counts blocks that are shared once for
+    each sequence, `kv_bits_per_token` is what running sequences hold over the tokens that they have seen, and
+    `lane_spread` the largest difference of the lengths of one sequence's lanes, in tokens.
+    """
 
     running: int
     waiting: int
@@ -25,6 +28,9 @@ class EngineStats:
     kv_bytes_peak: int
     kv_bytes_stranded: int
     store: str
+    kv_bytes_by_policy: dict[str, int]
+    kv_bits_per_token: float
+    lane_spread: int
 
     @property
     def kv_usage(self) -> float:
@@ -35,6 +41,17 @@ class EngineStats:
 def read_stats(engine: Engine) -> EngineStats:
     """Return a snapshot; only for the thread that runs the engine."""
     scheduler, cache = engine.scheduler, engine.cache
+    by_policy: dict[str, int] = {}
+    seen = spread = 0
+    for sequence in scheduler.running:
+        if sequence.row is None:
+            continue
+        scheduler.note_bytes(sequence)
+        eviction = sequence.eviction
+        policy = "full" if eviction is None else str(eviction.policy.spec)
+        by_policy[policy] = by_policy.get(policy, 0) + sequence.kv_bytes
+        seen += int(cache.lanes.seen[sequence.row])
+        spread = max(spread, sequence.kv_spread[1] - sequence.kv_spread[0])
     return EngineStats(
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
@@ -51,4 +68,7 @@ def read_stats(engine: Engine) -> EngineStats:
         kv_bytes_peak=cache.arena.peak_bytes,
         kv_bytes_stranded=cache.arena.stranded_bytes,
         store=cache.spec.store,
+        kv_bytes_by_policy=by_policy,
+        kv_bits_per_token=8.0 * sum(by_policy.values()) / seen if seen else 0.0,
+        lane_spread=spread,
     )

@@ -1,7 +1,10 @@
-"""The `kv_policy` of a request: the one place where a body's wish about the KV cache is read."""
+"""The `kv_policy` of a request: the one place where a body's wish about the KV cache is read, and what is allowed."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from kvloom.errors import InvalidInputError
+from kvloom.policies.description import describe
 from kvloom.server.refusal import bad_field
 
 ALIASES = {"none": "full", "": "full"}
@@ -18,3 +21,19 @@ def read_kv_policy(value: Any) -> str | None:
     if not isinstance(value, str):
         raise bad_field("kv_policy", "kv_policy is one string, such as 'snapkv(budget=1024,window=64)'")
     return ALIASES.get(value.strip(), value)
+
+
+def allowed_policies(given: Sequence[str]) -> tuple[str, ...] | None:
+    """Return what requests may ask for, as the engine takes it; None is anything.
+
+    `given` are methods and policies, or `all` or `none` alone; empty stands for every method that does not read the
+    prompt a second time, because such a request costs as much as several. Raises `InvalidInputError`.
+    """
+    if not given:
+        methods = [method for method in describe() if method["role"] == "selector"]
+        return tuple(method["name"] for method in methods if "replay" not in method["needs"])
+    if len(given) > 1 and {"all", "none"} & set(given):
+        raise InvalidInputError(f"allow_kv_policies is {', '.join(given)}; all and none stand alone")
+    if given[0] == "all":
+        return None
+    return () if given[0] == "none" else tuple(given)

@@ -8,9 +8,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from kvloom.engine.engine import StepFigures
 from kvloom.engine.output import KVUsage
 from kvloom.engine.request import Request
+from kvloom.engine.stepfigures import StepFigures
 from kvloom.server.enginestats import EngineStats
 from kvloom.server.ticket import Ledger
 
@@ -19,6 +19,9 @@ OWN, TWIN = "kvloom:", "vllm:"
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+MAX_POLICY_LABELS = 64
+"""Policies that are counted by name; further ones are counted together, as `other`."""
 
 TWINS = frozenset(
     {
@@ -53,6 +56,8 @@ GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "kv_cache_usage_perc": ("Share of the KV cache that requests hold, 0 to 1.", lambda s: s.kv_usage),
     "kv_bytes_cached": ("Bytes that only the prefix index holds.", lambda s: s.kv_bytes_cached),
     "kv_bytes_peak": ("Most bytes that were ever in use.", lambda s: s.kv_bytes_peak),
+    "kv_bits_per_token": ("Bits that running sequences hold, for each token seen.", lambda s: s.kv_bits_per_token),
+    "lane_spread_tokens": ("Longest less shortest lane of the most uneven sequence.", lambda s: s.lane_spread),
     "kv_bytes_stranded": ("Bytes lost in partly filled slabs.", lambda s: s.kv_bytes_stranded),
 }
 COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
@@ -77,6 +82,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_decode_time_seconds": ("From the first token to the last.", SECONDS),
     "request_prompt_tokens": ("Prompt tokens of a finished request.", TOKENS),
     "request_generation_tokens": ("Tokens generated for a finished request.", TOKENS),
+    "request_lane_spread_tokens": ("Longest less shortest lane of a finished request.", (0, *TOKENS)),
     "request_kv_peak_bytes": ("Most KV bytes of a finished request.", tuple(4.0**k for k in range(8, 20))),
     "iteration_tokens_total": ("Tokens put through the model in one step.", STEP_TOKENS),
 }
@@ -88,6 +94,7 @@ class ServerMetrics:
     def __init__(self, model_name: str, cache_config: dict[str, str]) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._inner = CollectorRegistry()
+        self._policies: set[str] = set()
         names = tuple(self._labels)
         self._histograms = {
             name: Histogram(OWN + name, doc, names, buckets=buckets, registry=self._inner).labels(**self._labels)
@@ -100,6 +107,8 @@ class ServerMetrics:
         self._evicted = Counter(
             OWN + "evicted_tokens", "Tokens dropped, over lanes.", (*names, "policy"), registry=self._inner
         )
+        self._read = self._plain("kv_read_bytes", "Bytes of K and V attended over; with engine_step_seconds the rate.")
+        self._returned = self._plain("kv_returned_bytes", "Bytes that policies gave back to the arena.")
         self._responses = Counter(
             OWN + "http_responses", "HTTP responses.", (*names, "route", "status"), registry=self._inner
         )
@@ -112,12 +121,25 @@ class ServerMetrics:
             self._success.labels(**self._labels, finished_reason=reason)
         self._failures.labels(**self._labels)
 
+    def _policy_label(self, method: str) -> str:
+        """Return the label of a policy: clients choose their numbers, and each new one would be kept for ever."""
+        if method in self._policies or len(self._policies) < MAX_POLICY_LABELS:
+            self._policies.add(method)
+            return method
+        return "other"
+
+    def _plain(self, name: str, doc: str) -> Counter:
+        return Counter(OWN + name, doc, tuple(self._labels), registry=self._inner).labels(**self._labels)
+
     # ---- from the engine's thread ---------------------------------------------------------------------------------
 
     def stepped(self, figures: StepFigures) -> None:
         """Note one step."""
         if figures.tokens:
             self._histograms["iteration_tokens_total"].observe(figures.tokens)
+        if figures.traffic is not None:
+            self._read.inc(figures.traffic.read_bytes)
+            self._returned.inc(figures.traffic.returned_bytes)
 
     def progressed(self, ledger: Ledger, now: float) -> None:
         """Note that a request got a token at `now` (`time.monotonic()`); mutates the ledger's clock."""
@@ -131,7 +153,7 @@ class ServerMetrics:
     def ended(self, request: Request, reason: str, usage: KVUsage) -> None:
         """Note the end of a request, whatever the reason (`stop`, `length`, `abort`, `error`)."""
         if usage.evicted_tokens:
-            self._evicted.labels(**self._labels, policy=usage.method).inc(usage.evicted_tokens)
+            self._evicted.labels(**self._labels, policy=self._policy_label(usage.method)).inc(usage.evicted_tokens)
         if reason == "error":
             self._failures.labels(**self._labels).inc()
             return
@@ -151,6 +173,7 @@ class ServerMetrics:
         observed["request_prompt_tokens"].observe(len(request.prompt_token_ids))
         observed["request_generation_tokens"].observe(tokens)
         observed["request_kv_peak_bytes"].observe(usage.bytes_peak)
+        observed["request_lane_spread_tokens"].observe(usage.longest_lane - usage.shortest_lane)
 
     # ---- from the event loop --------------------------------------------------------------------------------------
 
@@ -195,6 +218,12 @@ class _Exposition(Collector):
         labels = {**self.labels, "store": self.stats.store}
         in_use.samples = [Sample(OWN + "kv_bytes", labels, float(self.stats.kv_bytes_in_use))]
         yield in_use
+        by_policy = self._metric("request_kv_bytes", "Bytes of running sequences, by policy.", "gauge", "", 0.0)
+        by_policy.samples = [
+            Sample(OWN + "request_kv_bytes", {**labels, "policy": policy}, float(count))
+            for policy, count in sorted(self.stats.kv_bytes_by_policy.items())
+        ]
+        yield by_policy
 
     def _metric(self, name: str, doc: str, kind: str, sample: str, value: float) -> Metric:
         metric = Metric(OWN + name, doc, kind)

@@ -19,6 +19,7 @@ from uvicorn.config import Config
 import kvloom
 from kvloom.engine.llm import LLM
 from kvloom.errors import InvalidInputError
+from kvloom.models.chat_template import read_template
 from kvloom.server.app import build_app
 from kvloom.server.logs import configure_logs
 from kvloom.server.sampling import generation_defaults
@@ -167,7 +168,7 @@ def serve(
             "Give --api-key, or --host 127.0.0.1",
             config.host,
         )
-    template = None if chat_template is None else _chat_template(chat_template)
+    template = None if chat_template is None else read_template(chat_template)
     sock = bind(config.host, config.port)
     started = time.monotonic()
     llm = LLM(model, **llm_options)
@@ -220,16 +221,6 @@ def _generation_defaults(source: str, llm: LLM) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidInputError(f"the generation config {path} is not a JSON object")
     return generation_defaults(found)
-
-
-def _chat_template(source: str) -> str:
-    """Return the template in the file `source`, or `source` itself when it is written out."""
-    if "{" in source:
-        return source
-    try:
-        return Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read the chat template {source}: {error}") from None
 
 
 def _address(sock: Any) -> str:

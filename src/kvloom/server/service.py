@@ -14,7 +14,7 @@ from starlette.requests import Request
 from kvloom.engine.engine import Engine
 from kvloom.engine.llm import LLM
 from kvloom.engine.params import SamplingParams
-from kvloom.errors import InvalidInputError
+from kvloom.errors import InvalidInputError, KvloomError
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.registry import nearest
 from kvloom.server.enginethread import EngineThread
@@ -149,7 +149,10 @@ class Service:
         Raises `Refusal` `context_length_exceeded`, and the engine's own errors for what can never run.
         """
         policy = read_kv_policy(body.get("kv_policy"))
-        forgets = self.engine.evictions.policy(policy) is not None
+        try:
+            forgets = self.engine.evictions.policy(policy) is not None
+        except KvloomError as error:
+            raise bad_field("kv_policy", str(error), "unsupported") from None
         longest = self.engine.max_position if forgets else self.engine.max_model_len
         if len(ids) >= longest and not forgets:
             raise _too_long(len(ids), longest)  # before every single id is looked at

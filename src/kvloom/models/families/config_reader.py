@@ -6,22 +6,27 @@ from kvloom.errors import CheckpointError, UnsupportedError
 
 
 class ConfigReader:
-    """Reads `raw` over `defaults`; `finish` raises one error that names all missing, malformed or refused entries."""
+    """Reads `raw` over `defaults`; `finish` raises one error that names all missing, malformed or refused entries.
+
+    `read` holds the entries that were asked for.
+    """
 
     def __init__(self, family: str, raw: dict[str, Any], defaults: dict[str, Any]) -> None:
         self.family = family
         self.raw = raw
         self._values = {**defaults, **raw}
+        self.read: set[str] = set()
         self._wrong: list[str] = []
         self._refused: list[str] = []
 
     def get(self, key: str) -> Any:
-        """Return the entry as it is, or None."""
+        """Return the entry as it is, or None, and note that it was asked for."""
+        self.read.add(key)
         return self._values.get(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return a positive integer; an absent or null entry is `default`, or a fault when that is None."""
-        value = self._values.get(key)
+        value = self.get(key)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
@@ -31,7 +36,7 @@ class ConfigReader:
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a positive finite number; an absent or null entry is `default`, or a fault when that is None."""
-        value = self._values.get(key)
+        value = self.get(key)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -41,14 +46,14 @@ class ConfigReader:
 
     def flag(self, key: str) -> bool:
         """Return a boolean; an absent or null entry is False."""
-        value = self._values.get(key)
+        value = self.get(key)
         if value is not None and not isinstance(value, bool):
             self.wrong(key, "true or false", value)
         return bool(value)
 
     def choice(self, key: str, known: dict[str, str]) -> str:
         """Return what `known` maps the entry to; any other entry is refused."""
-        value = self._values.get(key)
+        value = self.get(key)
         if value not in known:
             self.refuse(f"{key} {value!r} (supported: {', '.join(known)})")
             return next(iter(known.values()))
@@ -56,7 +61,7 @@ class ConfigReader:
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """Return a token id or a list of them as a tuple; an absent or null entry is empty."""
-        value = self._values.get(key)
+        value = self.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             self.wrong(key, "a token id or a list of them", value)
@@ -75,8 +80,8 @@ class ConfigReader:
     def refuse_if_set(self, *keys: str) -> None:
         """Refuse each entry that is present and neither null, false nor zero."""
         for key in keys:
-            if self._values.get(key):
-                self.refuse(f"{key} {self._values[key]!r}")
+            if self.get(key):
+                self.refuse(f"{key} {self.get(key)!r}")
 
     def finish(self) -> None:
         """Raise `CheckpointError` for malformed entries, else `UnsupportedError` for refused ones, else nothing."""

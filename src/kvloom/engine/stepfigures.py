@@ -1,0 +1,38 @@
+"""What one step of the engine did, in tokens, seconds and bytes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvloom.cache.kvcache import KVCache
+from kvloom.engine.scheduler import Work
+
+
+class Traffic:
+    """Bytes of one step, taken when the model has run and before policies forget.
+
+    `read_bytes` are those of K and V that the step's sequences hold, in the native store: attention read each of them
+    at least once. `returned_bytes` are those that policies gave back to the arena.
+    """
+
+    def __init__(self, cache: KVCache, work: Iterable[Work]) -> None:
+        rows = [item.sequence.row for item in work if item.sequence.row is not None]
+        held = cache.lanes.held[rows].sum(axis=0)
+        spec = cache.spec
+        sizes = [spec.layer_block_bytes(layer) // spec.block_size for layer in spec.lane_layer]
+        self.read_bytes = sum(int(tokens) * size for tokens, size in zip(held, sizes, strict=True))
+        self.returned_bytes = 0
+        self._used = cache.arena.used_bytes
+
+    def returned(self, cache: KVCache) -> None:
+        """Note what is free now and was in use before; mutates self."""
+        self.returned_bytes = max(0, self._used - cache.arena.used_bytes)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Tokens put through the model, sequences that got a token, seconds, and the bytes; None before the first step."""
+
+    tokens: int
+    sampled: int
+    seconds: float
+    traffic: Traffic | None
