@@ -10,7 +10,10 @@ from pathlib import Path
 from kvloom.models.cache_dir import cache_dir
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
-NAMES = ("command-r", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "refact", "starcoder")
+NAMES = (
+    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2",
+    "qwen35", "refact", "starcoder",
+)  # fmt: skip
 """Vocabularies whose way of cutting text kvloom knows; the others are refused when they are opened."""
 
 

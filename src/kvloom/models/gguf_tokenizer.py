@@ -28,14 +28,36 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35_SPLIT = _QWEN2_SPLIT.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(r" ?[^\s\p{L}", r" ?[^\s\p{L}\p{M}")
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 _GPT2, _DIGITS, _LLAMA3, _DBRX, _QWEN2 = "gpt2", "digits", "llama3", "dbrx", "qwen2"
+_CUTS = {
+    _LLAMA3: (_LLAMA3_SPLIT,),
+    _DBRX: (_LLAMA3_SPLIT,),
+    _QWEN2: (_QWEN2_SPLIT,),
+    "qwen35": (_QWEN35_SPLIT,),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_SPLIT, r"[0-9][0-9][0-9]"),
+    "deepseek-llm": (
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _CJK,
+        r"\p{N}+",
+    ),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
+}
+"""Expressions that cut text one after the other: each cuts out what it matches in the pieces that those before left."""
+
 _PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _DBRX),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+    **{name: name for name in ("qwen35", "falcon", "deepseek-llm", "deepseek-coder")},
 }
 """How text is cut before merging, by the name that a GGUF file gives it: a wrong cut gives wrong tokens silently."""
 
@@ -147,13 +169,9 @@ def _byte_level(facts: _Facts) -> tokenizers.Tokenizer:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     else:
-        pattern = _QWEN2_SPLIT if cut == _QWEN2 else _LLAMA3_SPLIT
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _CUTS[cut]]
+        spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, spelt])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
