@@ -11,7 +11,7 @@ from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.engine import Engine
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
-from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.errors import InvalidInputError
 from kvloom.models.eager import EagerModel
 from kvloom.spec.store import SLAB_BYTES
 from tiny_engine import finish, greedy, nothing_left
@@ -150,8 +150,6 @@ def test_beams_that_are_preempted_find_the_same_sequences(models):
 
 def test_what_beams_cannot_do_is_refused(models):
     engine = engine_of(models[1])
-    with pytest.raises(UnsupportedError, match="beams share their blocks"):
-        engine.add_beam_search(PROMPTS[0], BeamSearchParams(4, 8), kv_policy="streaming(sinks=2,window=16)")
     for wrong in ({"beam_width": 1}, {"max_tokens": 0}, {"n": 5}, {"length_penalty": "long"}):
         with pytest.raises(InvalidInputError, match=next(iter(wrong))):
             BeamSearchParams(**wrong)

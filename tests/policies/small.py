@@ -35,12 +35,13 @@ def small_engine(
     model=None,
     kinds=True,
     max_model_len=None,
+    dtype=torch.float32,
     **options,
 ):
-    """Return an engine over `decoder` (or over `model`) with an arena of `slabs`."""
+    """Return an engine over `decoder` (or over `model`, which computes in `dtype`) with an arena of `slabs`."""
     model = model or EagerModel(decoder, ReferenceBackend())
-    spec = model.config.kv_spec(block_size, NATIVE_STORE["float32"])
-    cache = KVCache(spec, slabs * SLAB_BYTES, max_num_seqs + 1, torch.float32, layout=model.layout)
+    spec = model.config.kv_spec(block_size, NATIVE_STORE[str(dtype).removeprefix("torch.")])
+    cache = KVCache(spec, slabs * SLAB_BYTES, max_num_seqs + 1, dtype, layout=model.layout)
     scheduler = Scheduler(
         cache.lanes,
         max_num_seqs=max_num_seqs,

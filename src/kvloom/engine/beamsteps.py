@@ -65,6 +65,8 @@ class BeamSteps:
             self.scheduler.reparent(seat, found.parent)
         for seat, found in chosen.items():
             seat.token_ids = grown[seat]
+            if seat.eviction is not None:
+                seat.eviction.token_ids = seat.token_ids
             seat.cumulative_logprob = found.logprob
         search.logprob = {seat: found.logprob for seat, found in chosen.items()}
         return len(chosen)
@@ -95,6 +97,7 @@ class BeamSteps:
             sequence.cumulative_logprob = hypothesis.logprob
             sequence.status, sequence.finish_reason = Status.FINISHED, hypothesis.finish_reason
             sequence.num_cached_tokens = beams[0].num_cached_tokens
+            sequence.eviction = beams[sequence.index].eviction
             sequence.kv_peak_bytes = beams[sequence.index].kv_peak_bytes
             sequence.num_preemptions = beams[sequence.index].num_preemptions
             self._spell(sequence, hypothesis.token_ids, search.ends)

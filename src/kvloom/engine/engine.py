@@ -21,7 +21,7 @@ from kvloom.engine.sampler import Sampler
 from kvloom.engine.scheduler import Scheduler, Work
 from kvloom.engine.stepfigures import StepFigures, Traffic
 from kvloom.engine.tokenfacts import TokenFacts
-from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.errors import InvalidInputError
 from kvloom.models.model import StepOutput
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.policies.policy import Policy
@@ -148,15 +148,11 @@ class Engine:
     def add_beam_search(
         self, prompt_token_ids: Seq[int], params: BeamSearchParams, *, prompt: str | None = None, **options: Any
     ) -> Request:
-        """Queue a beam search; `options` are those of `add`, except that no policy may forget anything.
+        """Queue a beam search; `options` are those of `add`. Under a policy each beam forgets for itself.
 
         The request's sequences are its beams, until it is finished and they are the best `params.n`, best first.
         Raises as `add` does.
         """
-        if self.evictions.policy(options.get("kv_policy")) is not None:
-            raise UnsupportedError(
-                "beam search", ["a policy forgets tokens of each beam, but beams share their blocks"]
-            )
         if options.get("forced_token_ids") is not None:
             raise InvalidInputError("a beam search chooses its tokens; leave out forced_token_ids")
         request = self.add(prompt_token_ids, BeamSteps.sampling_params(params), prompt=prompt, **options)

@@ -141,10 +141,14 @@ class Scheduler:
             if sequence.status is Status.RUNNING and self._pending(sequence):
                 budget -= self._advance(sequence, budget, work)
         self._admit(budget, work)
-        while self.waiting and not work and (idle := [s for s in self.running if not self._pending(s)]):
+        while self.waiting and not work and (idle := self._parkable()):
             self._park(idle[-1])
             self._admit(budget, work)
         return [w for w in work if w.sequence.status is Status.RUNNING]
+
+    def _parkable(self) -> list[Sequence]:
+        """Return the beams that have offered their tokens and may be computed again."""
+        return [s for s in self.running if not self._pending(s) and not self._stays(s)]
 
     def _park(self, beam: Sequence) -> None:
         """Take the blocks of a beam that has offered its tokens, so that another of its search gets room."""
@@ -186,13 +190,22 @@ class Scheduler:
         A sequence that has lost tokens is never a victim, since computing it again would give other tokens; admission
         has kept room for all of its kind, so they never run short of each other.
         """
-        able = [s for s in self.running if not self.is_lossy(s)]
+        able = [s for s in self.running if not self._stays(s)]
         assert able, "sequences that cannot be preempted were admitted beyond the arena"
         return max(able, key=lambda s: (s.request.sort_key, s.index))
 
     def is_lossy(self, sequence: Sequence) -> bool:
         """Return whether a policy has dropped tokens of this sequence."""
         return sequence.row is not None and sequence.row in self.lanes.positions
+
+    def _stays(self, sequence: Sequence) -> bool:
+        """Return whether a sequence may not be preempted: it lost tokens, or is one of beams that may.
+
+        Beams wait for one another. One that had to be computed again beside others that lost tokens might never find
+        room, so all of them keep what admission set aside.
+        """
+        beam = sequence.request.beams is not None and sequence.request.forked
+        return self.is_lossy(sequence) or (beam and sequence.eviction is not None)
 
     def make_room(self, sequence: Sequence) -> bool:
         """Free blocks for a policy that must replace shared ones; False when nothing more can be done.
@@ -203,7 +216,7 @@ class Scheduler:
             self.lanes.pool.index.forget(sequence.chain.digests[: sequence.num_published])
             sequence.num_published = 0
             return True
-        able = [s for s in self.running if s is not sequence and not self.is_lossy(s)]
+        able = [s for s in self.running if s is not sequence and not self._stays(s)]
         if able:
             self._preempt(max(able, key=lambda s: (s.request.sort_key, s.index)), [])
         return bool(able)
@@ -260,7 +273,7 @@ class Scheduler:
         lasting = [self._lasting_bytes(s) for s in (*self.running, sequence)]
         if lasting[-1] and sum(lasting) > self.capacity_bytes:
             return False
-        counted = [s for s in self.running if self._pending(s) > 1 or self.is_lossy(s)]
+        counted = [s for s in self.running if self._pending(s) > 1 or self._stays(s)]
         needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
         arena, index = self.lanes.pool.arena, self.lanes.pool.index
         free = arena.num_bytes - arena.used_bytes
@@ -318,7 +331,8 @@ class Scheduler:
             child.num_published = leader.num_published
             child.chain.digests = list(leader.chain.digests)
             if leader.eviction is not None:
-                child.eviction = leader.eviction.fork(child.token_ids, request.seed + child.index)
+                seed = request.seed + (child.index if request.beams is None else 0)
+                child.eviction = leader.eviction.fork(child.token_ids, seed)
             self.running.append(child)
             children.append(child)
         return children
@@ -330,6 +344,10 @@ class Scheduler:
         """
         if child is not parent:
             child.chain.digests = list(parent.chain.digests)
+            if child.eviction is not None and parent.eviction is not None:
+                before = child.eviction.evicted_tokens
+                child.eviction = parent.eviction.fork(child.token_ids, parent.eviction.seed)
+                child.eviction.evicted_tokens = before
             if child.row is not None:
                 self._close(child)
             if parent.row is not None and child.status is Status.RUNNING:
