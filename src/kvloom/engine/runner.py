@@ -37,7 +37,8 @@ class Runner:
                 first = item.sequence.eviction.first_watched(item.start, item.num_tokens)
                 if first is not None:
                     watched.append((item, item.num_tokens - first))
-                    weighs |= item.sequence.eviction.policy.needs.key_mass
+                    needs = item.sequence.eviction.policy.needs
+                    weighs |= needs.key_mass or needs.queries > 0
                     rows.append(np.arange(start + first, start + item.num_tokens, dtype=np.int32))
         output = self.model.step(
             self._batch(work, starts.astype(np.int32)),

@@ -59,6 +59,7 @@ class ScoreContext:
     replay: torch.Tensor | None = None
     special: torch.Tensor | None = None
     punctuation: torch.Tensor | None = None
+    weigh: Callable[[int], torch.Tensor | None] = lambda window: None  # `window_mass` by the kernels, if they can
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -99,6 +100,11 @@ class ScoreContext:
         queries, places = self.queries[-window:], self.query_positions[-window:]
         seen = self.valid[:, None, :] & (self.positions[:, None, :] <= places[None, :, None])
         return reference.attention_weights(queries, self.keys, seen, self.scale, self.log_count)
+
+    def window_mass(self, window: int) -> torch.Tensor:
+        """Return `window_attention(window)` summed over the queries, mean over the query group: [G, S]."""
+        mass = self.weigh(window)
+        return self.by_lane(self.window_attention(window).sum(1)).mean(1) if mass is None else mass
 
     def newest(self, count: int) -> torch.Tensor:
         """Return [G, S] bool: the tokens among the newest `count` seen, by position."""

@@ -265,6 +265,7 @@ class Eviction:
             replay=self.replay_scores.get(layer),
             special=special,
             punctuation=punctuation,
+            weigh=lambda window: self.observation.window_mass(layer, row, window),
             state=dict(self._state.get(layer, {})) if state is None else state,
         )
 

@@ -16,6 +16,55 @@ Masses = NDArray[np.float64]
 """Sums by lane and slot [R, capacity]; zero beyond what a lane holds."""
 
 
+def kernel_can(cache: KVCache, sequence: int) -> bool:
+    """Return whether `MassKernel` can read the lanes of `sequence`: it knows no merged tokens."""
+    return cache.layout == "cpu" and sequence not in cache.lanes.log_counts
+
+
+class MassKernel:
+    """One pass of the CPU kernels over the keys of one sequence, whose newest tokens' queries pay attention."""
+
+    def __init__(self, cache: KVCache, sequence: int, scale: float) -> None:
+        from kvloom.kernels import cpu  # needs the compiled extension
+
+        table = cache.lanes
+        self._cpu = cpu
+        self._lanes = cpu.Lanes(
+            cache.memory.bytes,
+            table.table,
+            table.begin,
+            table.begin + table.held,
+            cache.spec.block_size,
+            cache.spec.store,
+        )
+        self._views = cache.layers
+        self._scale = scale
+        self._row = np.array([sequence], np.int32)
+        self._low = cache.native.dtype == torch.bfloat16  # as the model attends, so that weights sum to 1
+
+    def __call__(self, layer: int, q: torch.Tensor, lse: torch.Tensor, window: int = 0) -> NDArray[np.float32]:
+        """Return the weights of q [n, H, D], with lse [n, H], summed over n, mean over each group: [G, slots].
+
+        Slots count from the start of each lane; a `window` counts only that many slots up to a query's own.
+        """
+        count, heads = q.shape[:2]
+        view = self._views[layer]
+        shape = self._cpu.LayerShape(heads, view.num_lanes, view.k_width, view.v_width, view.first, window)
+        bounds = np.array([0, count], np.int32)
+        found = self._cpu.key_mass(self._lanes, shape, bounds, self._row, q, lse, self._scale, low_precision=self._low)
+        mass: NDArray[np.float32] = found[0].numpy() * np.float32(view.num_lanes / heads)
+        return mass
+
+
+def aligned(own: NDArray[np.floating], held: NDArray[np.int32]) -> torch.Tensor:
+    """Return values by slot [G, capacity] of lanes that hold `held` [G] as [G, S], shorter lanes padded in front."""
+    slots = int(held.max())
+    if int(held.min()) == slots:
+        return torch.from_numpy(own[:, :slots].copy())
+    source = np.arange(slots)[None, :] - (slots - held[:, None])
+    return torch.from_numpy(np.where(source >= 0, np.take_along_axis(own, np.maximum(source, 0), 1), 0.0))
+
+
 class KeyMass:
     """Softmax weights summed over queries, mean over each query group, for the lanes of `layers`.
 
@@ -44,13 +93,10 @@ class KeyMass:
         near = self.reach is not None and first < self.prompt_tokens
         if near:
             self._near = self._widened(self._near, slots)
-        if lse is not None and self.cache.layout == "cpu" and sequence not in self.cache.lanes.log_counts:
+        if lse is not None and kernel_can(self.cache, sequence):
             self._add_by_kernel(sequence, q, lse, self._all, 0)
-            if near:
-                rows = min(q.shape[1], self.prompt_tokens - first)
-                assert rows == q.shape[1], "a step has prompt tokens or generated ones"
-                if self.reach:
-                    self._add_by_kernel(sequence, q, lse, self._near, self.reach)
+            if near and self.reach:
+                self._add_by_kernel(sequence, q, lse, self._near, self.reach)
             return
         for layer in self.layers:
             self._add_by_definition(sequence, layer, q[layer], first)
@@ -65,23 +111,11 @@ class KeyMass:
         return wider
 
     def _add_by_kernel(self, sequence: int, q: torch.Tensor, lse: torch.Tensor, sums: Masses, window: int) -> None:
-        from kvloom.kernels import cpu  # needs the compiled extension
-
-        cache = self.cache
-        table = cache.lanes
-        lanes = cpu.Lanes(
-            cache.memory.bytes, table.table, table.begin, table.begin + table.held, cache.spec.block_size,
-            cache.spec.store,
-        )  # fmt: skip
-        count, heads = q.shape[1:3]
-        bounds, rows = np.array([0, count], np.int32), np.array([sequence], np.int32)
-        low = cache.native.dtype == torch.bfloat16  # as the model attends, so that weights sum to 1
+        kernel = MassKernel(self.cache, sequence, self.scale)
         for layer in self.layers:
-            view = cache.layers[layer]
-            shape = cpu.LayerShape(heads, view.num_lanes, view.k_width, view.v_width, view.first, window)
-            found = cpu.key_mass(lanes, shape, bounds, rows, q[layer], lse[layer], self.scale, low_precision=low)[0]
+            view, found = self.cache.layers[layer], kernel(layer, q[layer], lse[layer], window)
             part = sums[view.first : view.first + view.num_lanes, : found.shape[1]]
-            part += found.numpy() * (view.num_lanes / heads)
+            part += found
 
     def _add_by_definition(self, sequence: int, layer: int, q: torch.Tensor, first: int) -> None:
         view = self.cache.layers[layer]
@@ -109,11 +143,7 @@ class KeyMass:
         """Return the mass [G, S] of what a layer's lanes hold, shorter lanes padded in front; 0 where none counted."""
         view, sums = self.cache.layers[layer], self._near if near else self._all
         slots = int(held.max())
-        own = self._widened(sums, slots)[view.first : view.first + view.num_lanes]
-        if int(held.min()) == slots:
-            return torch.from_numpy(own[:, :slots].copy())
-        source = np.arange(slots)[None, :] - (slots - held[:, None])
-        return torch.from_numpy(np.where(source >= 0, np.take_along_axis(own, np.maximum(source, 0), 1), 0.0))
+        return aligned(self._widened(sums, slots)[view.first : view.first + view.num_lanes], held)
 
     def keep(self, lane: int, slots: NDArray[np.int64]) -> None:
         """Follow a lane that keeps only `slots` (ascending)."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from kvloom.cache.kvcache import KVCache
 from kvloom.policies.context import QueryMoments
-from kvloom.policies.keymass import KeyMass
+from kvloom.policies.keymass import KeyMass, MassKernel, aligned, kernel_can
 from kvloom.policies.needs import Needs
 
 TILE = 256
@@ -37,6 +37,7 @@ class Observation:
         reach = None if needs.near is None else int(needs.near * prompt_tokens)
         self.mass = KeyMass(cache, scale, self.layers, prompt_tokens, reach)
         self._queries: torch.Tensor | None = None  # [L, w, H, D], of all layers
+        self._lse: torch.Tensor | None = None  # [L, m, H] of the newest m of them, those of the last step
         self._moments: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}  # layer -> count, sum, sum of products
 
     def first_needed(self, start: int, count: int, goes_on: bool) -> int | None:
@@ -74,6 +75,7 @@ class Observation:
             if self._queries is not None and newest.shape[1] < self.needs.queries:
                 newest = torch.cat((self._queries, newest), dim=1)[:, -self.needs.queries :]
             self._queries = newest
+            self._lse = None if lse is None else lse[:, -self.needs.queries :].clone()
         skip = max(0, self._first_weighed - first)
         if self.needs.key_mass and skip < count:
             self.mass.add(sequence, q[:, skip:], None if lse is None else lse[:, skip:], first + skip)
@@ -84,6 +86,22 @@ class Observation:
     def queries(self, layer: int) -> torch.Tensor | None:
         """Return the newest queries [w, H, D] of a layer, None before any was seen."""
         return None if self._queries is None else self._queries[layer]
+
+    def window_mass(self, layer: int, sequence: int, window: int) -> torch.Tensor | None:
+        """Return the weights of the newest `window` queries, summed, mean over the query group: [G, S], by the kernels.
+
+        None where they cannot: then the weights have to be computed. Shorter lanes are padded in front.
+        """
+        if self._queries is None or self._lse is None or not kernel_can(self.cache, sequence):
+            return None
+        count = min(window, self._queries.shape[1])
+        if self._lse.shape[1] < count:
+            return None  # since the earlier ones attended, the policy may have acted
+        view = self.cache.layers[layer]
+        found = MassKernel(self.cache, sequence, self.scale)(
+            layer, self._queries[layer, -count:], self._lse[layer, -count:]
+        )
+        return aligned(found, self.cache.lanes.held[sequence, view.first : view.first + view.num_lanes])
 
     def _add_moments(self, q: torch.Tensor, first: int) -> None:
         """Add queries q [L, n, H, D] at positions `first` on; each tile ends at a multiple of `TILE` positions."""
@@ -126,14 +144,14 @@ class Observation:
 
     def clear(self) -> None:
         """Forget everything: the policy has acted for the last time, or starts again."""
-        self._queries = None
+        self._queries = self._lse = None
         self.mass.clear()
         self._moments.clear()
 
     def fork(self) -> "Observation":
         """Return an independent copy for a forked sequence."""
         other = Observation(self.needs, self.cache, self.scale, self.prompt_tokens, self.layers, self.thetas)
-        other._queries = self._queries
+        other._queries, other._lse = self._queries, self._lse
         other.mass = self.mass.fork()
         other._moments = dict(self._moments)
         return other

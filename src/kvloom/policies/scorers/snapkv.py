@@ -28,9 +28,10 @@ class SnapKV(Scorer):
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return pooled attention mass of the window."""
+        if self.pooling == "avg":  # then mean over the group and pooling may change places
+            return pooled(context.window_mass(self.window), self.kernel, self.pooling)
         mass = context.window_attention(self.window).sum(1)  # [H, S]
-        mass = pooled(mass, self.kernel, self.pooling)
-        return context.by_lane(mass).mean(1)
+        return context.by_lane(pooled(mass, self.kernel, self.pooling)).mean(1)
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the window."""
@@ -42,7 +43,7 @@ class SnapKV(Scorer):
 
 
 def pooled(scores: torch.Tensor, kernel: int, kind: str) -> torch.Tensor:
-    """Return scores [H, S] pooled over neighbours, stride 1; an average counts the zeros beyond the ends."""
+    """Return scores [rows, S] pooled over neighbours, stride 1; an average counts the zeros beyond the ends."""
     if kernel == 1:
         return scores
     pool = F.avg_pool1d if kind == "avg" else F.max_pool1d

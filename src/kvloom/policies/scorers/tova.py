@@ -24,10 +24,10 @@ class Tova(Scorer):
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the mean weight over the heads of the layer."""
-        weights = context.window_attention(1)[:, 0]  # [H, S]
+        weights = context.window_mass(1)  # [G, S]
         if bool((context.positions == context.positions[0]).all()):
             return weights.mean(0).expand(context.num_lanes, -1)
-        return context.by_lane(weights).mean(1)
+        return weights
 
 
 def _tova(args: Mapping[str, Value]) -> Tova:
