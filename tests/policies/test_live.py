@@ -147,6 +147,30 @@ def test_the_spread_of_lane_lengths_leaves_out_windowed_lanes():
     assert usage.method == "knorm(budget=40,skip_layers=0)" and usage.evicted_tokens == 2 * 60
 
 
+@pytest.mark.parametrize("policy", [*POLICIES, "kvzip(budget=40,chunk=200)", "snapkv(budget=40,window=8)",
+                                    "h2o(budget=64)+chunk(tokens=32)+step", "knorm(budget=30)"])  # fmt: skip
+def test_the_bytes_and_tokens_that_are_reported_are_those_of_the_arena_and_the_lanes(policy):
+    engine = small_engine(prefix=False, max_num_batched_tokens=96)
+    request, lanes = engine.add(prompt_of(250), greedy(30), kv_policy=policy), engine.cache.lanes
+    arena, moments = engine.cache.arena, []
+
+    def compare():
+        row = request.sequences[0].row
+        if row is None:
+            return
+        usage, held = engine.kv_usage(request), lanes.held[row]
+        moments.append(usage.evicted_tokens)
+        assert usage.bytes_now == arena.used_bytes and usage.bytes_peak == arena.peak_bytes
+        assert usage.evicted_tokens == lanes.spec.num_lanes * int(lanes.seen[row]) - int(held.sum())
+        assert (usage.shortest_lane, usage.longest_lane) == (held.min(), held.max())
+        assert usage.method == str(request.sequences[0].eviction.policy.spec)
+
+    run(engine, [request], compare)
+    usage = engine.kv_usage(request)
+    assert moments[-1] > 0 and engine.num_evicted_tokens == usage.evicted_tokens
+    assert (usage.bytes_now, usage.bytes_peak) == (0, arena.peak_bytes)
+
+
 def test_half_of_the_prompt_is_half_of_the_prompt():
     engine = small_engine()
     request = engine.add(prompt_of(101), greedy(2), kv_policy="knorm(keep=0.5,skip_layers=0)")

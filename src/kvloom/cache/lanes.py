@@ -331,6 +331,11 @@ class LaneTable:
         counts = (self.table[sequence] >= 0).sum(axis=1)
         return int((counts * self._block_bytes).sum()) + self.segments.extra_bytes(sequence, self.spec)
 
+    def bytes_beyond(self, sequence: int, other: int) -> int:
+        """Return the bytes of the blocks of `sequence` that it does not share with `other`."""
+        own = (self.table[sequence] >= 0) & (self.table[sequence] != self.table[other])
+        return int((own.sum(axis=1) * self._block_bytes).sum())
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless tables, counters and windows agree."""
         size = self.spec.block_size
