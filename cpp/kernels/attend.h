@@ -1,67 +1,12 @@
-// Attention of a few query rows over a part of one lane, online over strips of slots; and the key mass that
-// a log-sum-exp makes of the same scores.
-//
-//   slots   | freed |begin ...            context              ... lane_end| unwritten
-//   strips          [   64   ][   64   ][   64   ][   64   ][  rest ]
-//   one row           first ................................... last
-//
-// Keys lie as [k_width / per][P][per], values as [P / per][v_width][per]: both are the B operand of tile.h, for
-// decode (rows = query heads of the group) and for prefill (rows = queries x heads) alike.
+// Attention of any number of query rows over a part of one lane, online over strips of slots that share a store; and
+// the key mass that a log-sum-exp makes of the same scores.
 #pragma once
 
-#include "kernels.h"
-#include "linear.h"
-#include "tile.h"
+#include "attend_few.h"
 
 namespace KVLOOM_ISA {
 
-using namespace kvloom;
-
-constexpr float kLog2E = 1.44269504089f;
-constexpr int kGroup = 16;   // slots per column group
 constexpr int kStrip = 128;  // most slots per strip
-constexpr int kFewRows = 6;
-constexpr float kMinusInf = -__builtin_inff();
-
-static inline int store_per(Element e) { return e == Element::kBf16 ? 2 : e == Element::kInt8 ? 4 : 1; }
-static inline int store_bytes(Element e) { return e == Element::kFloat ? 4 : e == Element::kInt8 ? 1 : 2; }
-
-static inline int column_of(const Lane& lane, int slot) { return divide_by_block(slot, lane.block_inverse); }
-static inline int within_of(const Lane& lane, int slot) { return slot - column_of(lane, slot) * lane.block_size; }
-static inline const char* block_of(const Lane& lane, int slot) {
-  return lane.arena + (size_t)(uint32_t)lane.columns[column_of(lane, slot)] * 128;
-}
-static inline Element store_of(const Lane& lane, int slot) {
-  if (lane.num_segments == 0) return lane.store;
-  int column = column_of(lane, slot);
-  for (int i = 0; i < lane.num_segments; ++i)
-    if (column < lane.segment_end[i]) return (Element)lane.segment_store[i];
-  return lane.store;
-}
-static inline const char* key_group(const Lane& lane, Element store, int slot) {
-  return block_of(lane, slot) + (size_t)within_of(lane, slot) * store_per(store) * store_bytes(store);
-}
-static inline const char* value_group(const Lane& lane, Element store, int slot) {
-  int within = within_of(lane, slot);
-  return block_of(lane, slot) + ((size_t)lane.block_size * lane.k_width + (size_t)within * lane.v_width) * store_bytes(store);
-}
-// Scales of the int8 store behind the codes: K [P], then V [P].
-static inline const float* scale_group(const Lane& lane, bool value, int slot) {
-  size_t codes = (size_t)lane.block_size * (lane.k_width + lane.v_width);
-  return (const float*)(block_of(lane, slot) + codes) + (value ? lane.block_size : 0) + within_of(lane, slot);
-}
-
-struct Strip {
-  int begin, end;  // slots, multiples of 16 (the end may pass slot_end)
-  Element store;
-};
-
-static inline Strip next_strip(const AttendArgs& args, int begin, int most) {
-  Strip strip = {begin, begin, store_of(args.lane, begin)};
-  while (strip.end < args.slot_end && strip.end - begin < most && store_of(args.lane, strip.end) == strip.store)
-    strip.end += kGroup;
-  return strip;
-}
 
 // Where to prefetch while `slot` is in use: the same kind of group `distance` slots on, in this part or the upcoming.
 static inline const char* ahead_group(const AttendArgs& args, int slot, int distance, bool value, const char* fallback) {
@@ -118,15 +63,7 @@ static void strip_values(const AttendArgs& args, const Strip& strip, const char*
     int slot = strip.begin + g * kGroup;
     base[g] = value_group(lane, strip.store, slot);
     if (distance) base_ahead[g] = ahead_group(args, slot, distance, true, base[g]);
-    if (slot + kGroup > args.lane_end) {  // unwritten slots may hold anything, NaN included: 0 x NaN is not 0
-      const size_t unit = Kind::kPer * Kind::kBBytes;
-      const int written = args.lane_end - slot;
-      memcpy(fixed, base[g], kGroup / Kind::kPer * element_row);
-      for (int j = written; j < kGroup; ++j)
-        for (int d = 0; d < lane.v_width; ++d)
-          memset(fixed + j / Kind::kPer * element_row + d * unit + j % Kind::kPer * Kind::kBBytes, 0, Kind::kBBytes);
-      base[g] = fixed;
-    }
+    if (slot + kGroup > args.lane_end) base[g] = without_unwritten<Kind>(args, base[g], slot, fixed);
   }
   const char* column[4 * kStrip / kGroup];
   const char* ahead[4 * kStrip / kGroup];
@@ -150,92 +87,6 @@ static void strip_values(const AttendArgs& args, const Strip& strip, const char*
   }
 }
 
-// Bring the raw scores of one row to units of log 2, and -inf where the row does not see.
-static inline void finish_scores(const AttendArgs& args, const Strip& strip, int row, float* s) {
-  const int n = strip.end - strip.begin;
-  if (strip.store == Element::kInt8)
-    for (int j = 0; j < n; j += kGroup) {
-      const float* scale = scale_group(args.lane, false, strip.begin + j);
-      for (int i = 0; i < kGroup; i += W) vstore(s + j + i, vmul(vload(s + j + i), vload(scale + i)));
-    }
-  if (args.softcap > 0) {
-    vf inverse = vset(1.0f / args.softcap), cap = vset(args.softcap * kLog2E);
-    for (int j = 0; j < n; j += W) vstore(s + j, vmul(vtanh(vmul(vload(s + j), inverse)), cap));
-  }
-  if (args.slope) {
-    float slope = args.slope[row] * kLog2E;
-    int distance = strip.begin - args.position[row];
-    for (int j = 0; j < n; ++j) s[j] += slope * (float)(distance + j);
-  }
-  int low = args.first[row] > args.slot_begin ? args.first[row] : args.slot_begin;
-  int high = args.last[row] < args.slot_end ? args.last[row] : args.slot_end;
-  low -= strip.begin;
-  high -= strip.begin;
-  if (args.bias)
-    for (int j = low > 0 ? low : 0; j < (high < n ? high : n); ++j) s[j] += args.bias[strip.begin + j] * kLog2E;
-  for (int j = 0; j < (low < n ? low : n); ++j) s[j] = kMinusInf;
-  for (int j = high > 0 ? high : 0; j < n; ++j) s[j] = kMinusInf;
-}
-
-static inline void write_probability(Element compute, char* row, int j, vf p) {
-  if (compute == Element::kBf16)
-    vstore_bf16((uint16_t*)row + j, p);
-  else
-    vstore((float*)row + j, p);
-}
-
-// One step of the online softmax of a row; rescales what was summed so far.
-static inline void softmax_row(const AttendArgs& args, const Strip& strip, int row, float* s, char* probabilities,
-                               float* sum) {
-  const int n = strip.end - strip.begin;
-  finish_scores(args, strip, row, s);
-  vf top = vload(s);
-  for (int j = W; j < n; j += W) top = vmax(top, vload(s + j));
-  float peak = vpeak(top), old = args.peak[row];
-  if (peak > old) {
-    if (old != kMinusInf) {
-      float shrink[W];
-      vstore(shrink, vexp2(vset(old - peak)));
-      vf factor = vset(shrink[0]);
-      for (int d = 0; d < args.lane.v_width; d += W) vstore(sum + d, vmul(vload(sum + d), factor));
-      args.total[row] *= shrink[0];
-    }
-    args.peak[row] = old = peak;
-  }
-  if (old == kMinusInf) {
-    for (int j = 0; j < n; j += W) write_probability(args.compute, probabilities, j, vzero());
-    return;
-  }
-  vf shift = vset(old), total = vzero();
-  for (int j = 0; j < n; j += W) {
-    vf p = vexp2(vsub(vload(s + j), shift));
-    total = vadd(total, p);
-    if (strip.store == Element::kInt8)
-      p = vmul(p, vload(scale_group(args.lane, true, strip.begin + j / kGroup * kGroup) + j % kGroup));
-    if (strip.store == Element::kInt8 && strip.begin + j + W > args.lane_end) {  // scales of unwritten slots
-      float lanes[W];
-      vstore(lanes, p);
-      for (int i = 0; i < W; ++i)
-        if (strip.begin + j + i >= args.lane_end) lanes[i] = 0;
-      p = vload(lanes);
-    }
-    write_probability(args.compute, probabilities, j, p);
-  }
-  args.total[row] += vsum(total);
-}
-
-#define KVLOOM_BY_STORE(store, compute, call)                                   \
-  switch (store) {                                                              \
-    case Element::kFloat: call(WeightF32); break;                               \
-    case Element::kHalf: call(HalfByF32); break;                                \
-    case Element::kBf16:                                                        \
-      if (compute == Element::kBf16) { call(WeightBf16); } else { call(Bf16ByF32); } \
-      break;                                                                    \
-    case Element::kInt8:                                                        \
-      if (compute == Element::kBf16) { call(Int8ByBf16); } else { call(Int8ByF32); } \
-      break;                                                                    \
-  }
-
 static void attend(const AttendArgs& args, char* scratch) {
   float* scores = (float*)scratch;                       // [12, kStrip]
   char* probabilities = scratch + kMaxRows * kStrip * 4; // [12, kRowBytes]
@@ -245,6 +96,11 @@ static void attend(const AttendArgs& args, char* scratch) {
     args.total[r] = 0;
   }
   memset(args.sum, 0, (size_t)args.num_rows * args.lane.v_width * 4);
+  if (args.num_rows <= kMaxRows && args.lane.num_segments == 0) {
+#define KVLOOM_FEW(Kind) FewRows<Kind>(args, scratch).run()
+    KVLOOM_BY_STORE(args.lane.store, args.compute, KVLOOM_FEW)
+    return;
+  }
   const int group_bytes = kGroup * (args.lane.k_width + args.lane.v_width) * store_bytes(args.lane.store);
   int distance = (16 << 10) / group_bytes;
   distance = (distance < 1 ? 1 : distance > 8 ? 8 : distance) * kGroup;
@@ -261,9 +117,10 @@ static void attend(const AttendArgs& args, char* scratch) {
       float* sum = args.sum + (size_t)r0 * args.lane.v_width;
 #define KVLOOM_SCORES(Kind) strip_scores<Kind>(args, strip, queries, rows, ahead, scores)
       KVLOOM_BY_STORE(strip.store, args.compute, KVLOOM_SCORES)
-      for (int r = 0; r < rows; ++r)
-        softmax_row(args, strip, r0 + r, scores + r * kStrip, probabilities + r * kRowBytes,
-                    sum + (size_t)r * args.lane.v_width);
+      for (int r = 0; r < rows; ++r) {
+        const float shrink = softmax_row(args, strip, r0 + r, scores + r * kStrip, probabilities + r * kRowBytes);
+        if (shrink != 1.0f) scale_row(sum + (size_t)r * args.lane.v_width, args.lane.v_width, shrink);
+      }
 #define KVLOOM_VALUES(Kind) strip_values<Kind>(args, strip, probabilities, rows, ahead, fixed, sum)
       KVLOOM_BY_STORE(strip.store, args.compute, KVLOOM_VALUES)
       ahead = 0;
@@ -303,48 +160,6 @@ static void mass(const MassArgs& mass_args, char* scratch) {
     }
     begin = strip.end;
   }
-}
-
-// Encode the key and value of one slot in the store that its column has.
-static void write_slot(const Lane& lane, int slot, const float* k, const float* v) {
-  Element store = store_of(lane, slot);
-  char* block = (char*)block_of(lane, slot);
-  const int within = within_of(lane, slot), P = lane.block_size;
-  if (store == Element::kInt8) {
-    float* scale = (float*)scale_group(lane, false, slot);
-    for (int side = 0; side < 2; ++side) {
-      const float* x = side ? v : k;
-      int width = side ? lane.v_width : lane.k_width;
-      if (width == 0) continue;
-      float peak = row_peak(x, width), inverse = peak > 0 ? 127.0f / peak : 0.0f;
-      scale[side ? P : 0] = peak / 127.0f;
-      int8_t* code = (int8_t*)block + (side ? (size_t)P * lane.k_width : 0);
-      for (int d = 0; d < width; ++d) {
-        size_t at = side ? ((size_t)(within / 4) * width + d) * 4 + within % 4 : ((size_t)(d / 4) * P + within) * 4 + d % 4;
-        code[at] = (int8_t)__builtin_rintf(x[d] * inverse);
-      }
-    }
-    return;
-  }
-  if (store == Element::kFloat) {
-    float* base = (float*)block;
-    for (int d = 0; d < lane.k_width; ++d) base[(size_t)d * P + within] = k[d];
-    memcpy(base + (size_t)P * lane.k_width + (size_t)within * lane.v_width, v, lane.v_width * 4);
-    return;
-  }
-  uint16_t* base = (uint16_t*)block;
-  uint16_t* values = base + (size_t)P * lane.k_width;
-  uint16_t rounded[1024];
-  convert_from_float(store, k, rounded, lane.k_width);
-  if (store == Element::kHalf) {
-    for (int d = 0; d < lane.k_width; ++d) base[(size_t)d * P + within] = rounded[d];
-    convert_from_float(store, v, values + (size_t)within * lane.v_width, lane.v_width);
-    return;
-  }
-  for (int d = 0; d < lane.k_width; d += 2) memcpy(base + ((size_t)(d / 2) * P + within) * 2, rounded + d, 4);
-  convert_from_float(store, v, rounded, lane.v_width);
-  uint16_t* pair = values + (size_t)(within / 2) * lane.v_width * 2 + within % 2;
-  for (int d = 0; d < lane.v_width; ++d) pair[2 * d] = rounded[d];
 }
 
 }  // namespace KVLOOM_ISA

@@ -2,6 +2,7 @@
 #include "attend.h"
 #include "linear.h"
 #include "rows.h"
+#include "slot.h"
 
 namespace KVLOOM_ISA {
 extern const kvloom::Kernels table;

@@ -193,16 +193,16 @@ static inline void tile_product(const char* a, size_t a_segment, const Columns& 
       col[v] = b.column[s * NV + v];
       next[v] = Ahead ? b.ahead[s * NV + v] : nullptr;
     }
+    size_t at = 0, at_next = 0;  // one offset for all columns: fewer additions than a pointer for each
 #pragma GCC unroll 2
     for (int i = 0; i < b.num_rows; ++i) {
       typename Dot<Kind>::B bv[NV * R];
 #pragma GCC unroll 16
-      for (int v = 0; v < NV * R; ++v) bv[v] = Dot<Kind>::b(col[v / R] + (v % R) * kVecBytes);
-      if (Ahead)
-        for (int v = 0; v < NV; ++v) {
-          prefetch(next[v]);
-          next[v] += b.ahead_bytes;
-        }
+      for (int v = 0; v < NV * R; ++v) bv[v] = Dot<Kind>::b(col[v / R] + at + (v % R) * kVecBytes);
+      if (Ahead) {
+        for (int v = 0; v < NV; ++v) prefetch(next[v] + at_next);
+        at_next += b.ahead_bytes;
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         typename Dot<Kind>::A av = Dot<Kind>::a(row + m * kRowBytes);
@@ -210,7 +210,7 @@ static inline void tile_product(const char* a, size_t a_segment, const Columns& 
         for (int v = 0; v < NV * R; ++v) acc[m][v] = Dot<Kind>::dot(acc[m][v], av, bv[v]);
       }
       row += kStep;
-      for (int v = 0; v < NV; ++v) col[v] += b.row_bytes;
+      at += b.row_bytes;
     }
   }
 #pragma GCC unroll 16

@@ -1,0 +1,167 @@
+// A strip of slots of one lane: where its bytes lie, and a step of the online softmax over its scores.
+//
+//   slots   | freed |begin ...            context              ... lane_end| unwritten
+//   strips          [   64   ][   64   ][   64   ][   64   ][  rest ]
+//   one row           first ................................... last
+//
+// Keys lie as [k_width / per][P][per], values as [P / per][v_width][per]: both are the B operand of tile.h, for
+// decode (rows = query heads of the group) and for prefill (rows = queries x heads) alike.
+#pragma once
+
+#include "kernels.h"
+#include "linear.h"
+#include "tile.h"
+
+namespace KVLOOM_ISA {
+
+using namespace kvloom;
+
+constexpr float kLog2E = 1.44269504089f;
+constexpr int kGroup = 16;   // slots per column group
+constexpr float kMinusInf = -__builtin_inff();
+
+static inline int store_per(Element e) { return e == Element::kBf16 ? 2 : e == Element::kInt8 ? 4 : 1; }
+static inline int store_bytes(Element e) { return e == Element::kFloat ? 4 : e == Element::kInt8 ? 1 : 2; }
+
+static inline int column_of(const Lane& lane, int slot) { return divide_by_block(slot, lane.block_inverse); }
+static inline int within_of(const Lane& lane, int slot) { return slot - column_of(lane, slot) * lane.block_size; }
+static inline const char* block_of(const Lane& lane, int slot) {
+  return lane.arena + (size_t)(uint32_t)lane.columns[column_of(lane, slot)] * 128;
+}
+static inline Element store_of(const Lane& lane, int slot) {
+  if (lane.num_segments == 0) return lane.store;
+  int column = column_of(lane, slot);
+  for (int i = 0; i < lane.num_segments; ++i)
+    if (column < lane.segment_end[i]) return (Element)lane.segment_store[i];
+  return lane.store;
+}
+static inline const char* key_group(const Lane& lane, Element store, int slot) {
+  return block_of(lane, slot) + (size_t)within_of(lane, slot) * store_per(store) * store_bytes(store);
+}
+static inline const char* value_group(const Lane& lane, Element store, int slot) {
+  int within = within_of(lane, slot);
+  const size_t elements = (size_t)lane.block_size * lane.k_width + (size_t)within * lane.v_width;
+  return block_of(lane, slot) + elements * store_bytes(store);
+}
+// Scales of the int8 store behind the codes: K [P], then V [P].
+static inline const float* scale_group(const Lane& lane, bool value, int slot) {
+  size_t codes = (size_t)lane.block_size * (lane.k_width + lane.v_width);
+  return (const float*)(block_of(lane, slot) + codes) + (value ? lane.block_size : 0) + within_of(lane, slot);
+}
+
+struct Strip {
+  int begin, end;  // slots, multiples of 16 (the end may pass slot_end)
+  Element store;
+};
+
+static inline Strip next_strip(const AttendArgs& args, int begin, int most) {
+  Strip strip = {begin, begin, store_of(args.lane, begin)};
+  while (strip.end < args.slot_end && strip.end - begin < most && store_of(args.lane, strip.end) == strip.store)
+    strip.end += kGroup;
+  return strip;
+}
+
+// A copy of the value group at `slot` with zeros where the lane is not yet written: such slots may hold anything, NaN
+// included, and 0 x NaN is not 0.
+template <class Kind>
+static inline const char* without_unwritten(const AttendArgs& args, const char* group, int slot, char* copy) {
+  const size_t unit = Kind::kPer * Kind::kBBytes, row_bytes = (size_t)args.lane.v_width * unit;
+  const int written = args.lane_end - slot;
+  memcpy(copy, group, kGroup / Kind::kPer * row_bytes);
+  for (int j = written > 0 ? written : 0; j < kGroup; ++j)
+    for (int d = 0; d < args.lane.v_width; ++d)
+      memset(copy + j / Kind::kPer * row_bytes + d * unit + j % Kind::kPer * Kind::kBBytes, 0, Kind::kBBytes);
+  return copy;
+}
+
+// Bring the raw scores of one row to units of log 2, and -inf where the row does not see.
+static inline void finish_scores(const AttendArgs& args, const Strip& strip, int row, float* s) {
+  const int n = strip.end - strip.begin;
+  if (strip.store == Element::kInt8)
+    for (int j = 0; j < n; j += kGroup) {
+      const float* scale = scale_group(args.lane, false, strip.begin + j);
+      for (int i = 0; i < kGroup; i += W) vstore(s + j + i, vmul(vload(s + j + i), vload(scale + i)));
+    }
+  if (args.softcap > 0) {
+    vf inverse = vset(1.0f / args.softcap), cap = vset(args.softcap * kLog2E);
+    for (int j = 0; j < n; j += W) vstore(s + j, vmul(vtanh(vmul(vload(s + j), inverse)), cap));
+  }
+  if (args.slope) {
+    float slope = args.slope[row] * kLog2E;
+    int distance = strip.begin - args.position[row];
+    for (int j = 0; j < n; ++j) s[j] += slope * (float)(distance + j);
+  }
+  int low = args.first[row] > args.slot_begin ? args.first[row] : args.slot_begin;
+  int high = args.last[row] < args.slot_end ? args.last[row] : args.slot_end;
+  low -= strip.begin;
+  high -= strip.begin;
+  if (args.bias)
+    for (int j = low > 0 ? low : 0; j < (high < n ? high : n); ++j) s[j] += args.bias[strip.begin + j] * kLog2E;
+  for (int j = 0; j < (low < n ? low : n); ++j) s[j] = kMinusInf;
+  for (int j = high > 0 ? high : 0; j < n; ++j) s[j] = kMinusInf;
+}
+
+static inline void write_probability(Element compute, char* row, int j, vf p) {
+  if (compute == Element::kBf16)
+    vstore_bf16((uint16_t*)row + j, p);
+  else
+    vstore((float*)row + j, p);
+}
+
+static inline void scale_row(float* x, int n, float by) {
+  vf factor = vset(by);
+  for (int d = 0; d < n; d += W) vstore(x + d, vmul(vload(x + d), factor));
+}
+
+// One step of the online softmax of a row. Returns what the sums of earlier strips are now to be multiplied by.
+static inline float softmax_row(const AttendArgs& args, const Strip& strip, int row, float* s, char* probabilities) {
+  const int n = strip.end - strip.begin;
+  finish_scores(args, strip, row, s);
+  vf top = vload(s);
+  for (int j = W; j < n; j += W) top = vmax(top, vload(s + j));
+  float peak = vpeak(top), old = args.peak[row], shrink = 1.0f;
+  if (peak > old) {
+    if (old != kMinusInf) {
+      float factor[W];
+      vstore(factor, vexp2(vset(old - peak)));
+      shrink = factor[0];
+      args.total[row] *= shrink;
+    }
+    args.peak[row] = old = peak;
+  }
+  if (old == kMinusInf) {
+    for (int j = 0; j < n; j += W) write_probability(args.compute, probabilities, j, vzero());
+    return 1.0f;
+  }
+  vf shift = vset(old), total = vzero();
+  for (int j = 0; j < n; j += W) {
+    vf p = vexp2(vsub(vload(s + j), shift));
+    total = vadd(total, p);
+    if (strip.store == Element::kInt8)
+      p = vmul(p, vload(scale_group(args.lane, true, strip.begin + j / kGroup * kGroup) + j % kGroup));
+    if (strip.store == Element::kInt8 && strip.begin + j + W > args.lane_end) {  // scales of unwritten slots
+      float lanes[W];
+      vstore(lanes, p);
+      for (int i = 0; i < W; ++i)
+        if (strip.begin + j + i >= args.lane_end) lanes[i] = 0;
+      p = vload(lanes);
+    }
+    write_probability(args.compute, probabilities, j, p);
+  }
+  args.total[row] += vsum(total);
+  return shrink;
+}
+
+#define KVLOOM_BY_STORE(store, compute, call)                                   \
+  switch (store) {                                                              \
+    case Element::kFloat: call(WeightF32); break;                               \
+    case Element::kHalf: call(HalfByF32); break;                                \
+    case Element::kBf16:                                                        \
+      if (compute == Element::kBf16) { call(WeightBf16); } else { call(Bf16ByF32); } \
+      break;                                                                    \
+    case Element::kInt8:                                                        \
+      if (compute == Element::kBf16) { call(Int8ByBf16); } else { call(Int8ByF32); } \
+      break;                                                                    \
+  }
+
+}  // namespace KVLOOM_ISA
