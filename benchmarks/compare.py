@@ -2,11 +2,14 @@
 
 Regime: a small model on few cores, decode bound by memory bandwidth, prefill by arithmetic. Metric: tokens per second
 as each case defines it (peers.py). Every engine and case runs in a process of its own, engines in turn, several rounds;
-the table gives medians and the spread, the last line is JSON. Run it on a machine that does nothing else: a neighbour
-on one core makes every engine's barriers collapse, and only ratios within one run count.
+the table gives medians and the spread, the last line is JSON. Every figure goes to `--results` at once and what is there
+already counts, so that a run can be made in several goes. Run it on a machine that does nothing else: a neighbour on
+one core makes every engine's barriers collapse, and only ratios within one run count.
 
     python benchmarks/compare.py --checkpoint FOLDER --rounds 3 \
         --engine kvloom=.venv/bin/python --engine vllm=OTHER/bin/python --engine llama.cpp=THIRD/bin/python:MODEL.gguf
+
+An engine's name may end in @LABEL, so that it runs twice with different checkpoints (llama.cpp@q8_0).
 """
 
 import argparse
@@ -16,7 +19,7 @@ import statistics
 import subprocess
 from pathlib import Path
 
-CASES = ("single:512", "single:2048", "single:4096", "single:8000", "uniform")
+CASES = ("single:512", "single:2048", "single:4096", "single:8000", "uniform", "mixed")
 SCHEMA_VERSION = 1
 
 
@@ -27,8 +30,13 @@ def main() -> None:
     parser.add_argument("--engine", action="append", required=True, metavar="NAME=PYTHON[:CHECKPOINT]")
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="file of one JSON object a figure; added to, and read first")
     options = parser.parse_args()
     found: dict[tuple[str, str, str], list[float]] = {}
+    if options.results and options.results.exists():
+        for line in options.results.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault((row["engine"], row["case"], row["figure"]), []).append(row["value"])
     for _ in range(options.rounds):
         for case in options.cases:
             for engine in options.engine:
@@ -36,9 +44,13 @@ def main() -> None:
                 python, _, checkpoint = where.partition(":")
                 for figure, value in run(name, python, checkpoint or options.checkpoint, case).items():
                     found.setdefault((name, case, figure), []).append(value)
+                    if options.results:
+                        with options.results.open("a") as file:
+                            print(json.dumps({"engine": name, "case": case, "figure": figure, "value": value}), file=file)
     for (name, case, figure), values in sorted(found.items(), key=lambda item: (item[0][1:], item[0][0])):
         low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{case:12} {figure:8} {name:14} {middle:9.1f} tok/s   ({low:.1f} to {high:.1f})")
+        unit = "MiB" if figure == "peak_mib" else "tok/s"
+        print(f"{case:12} {figure:8} {name:16} {middle:9.1f} {unit:5}  ({low:.1f} to {high:.1f}, {len(values)})")
     rows = [{"engine": k[0], "case": k[1], "figure": k[2], "values": v} for k, v in found.items()]
     print(json.dumps({"schema_version": SCHEMA_VERSION, "rounds": options.rounds, "rows": rows}))
 

@@ -2,16 +2,21 @@
 
     python benchmarks/peers.py ENGINE CHECKPOINT CASE
 
-ENGINE is kvloom, kvloom-int8, transformers, llama.cpp or vllm; CHECKPOINT a folder with bf16 safetensors (for llama.cpp
-a .gguf file of the same weights). CASE is single:N (a 64-token warm-up, then N prompt ids and 65 new tokens) or
-uniform (32 requests of 256 + 128 at once). Two threads, greedy, prefix caching off, end of sequence ignored.
+ENGINE is kvloom, kvloom-int8, kvloom-w8a8, transformers, llama.cpp, vllm or openvino. CHECKPOINT is a folder with bf16
+safetensors; for llama.cpp a .gguf file and for openvino an exported folder of the same weights, in 8 bit for the rows
+of that kind. CASE is single:N (a 64-token warm-up, then N prompt ids and 65 new tokens: prefill is N over the time to
+the first token, decode 64 over the time from it to the last), uniform (32 requests of 256 + 128 at once) or mixed (32
+at once, prompts of 32 to 1,024 and outputs of 16 to 256 tokens, seed 0: 17,727 and 5,001 in all). Two threads, greedy,
+prefix caching off, end of sequence ignored; peak_mib is the peak resident memory of the process.
 """
 
 import json
+import os
 import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 THREADS = 2
 VOCABULARY = 49000
@@ -118,6 +123,54 @@ def vllm_engine(checkpoint: str) -> Stamps:
     return run
 
 
+def openvino_engine(folder: str) -> Stamps:
+    """Return OpenVINO GenAI's continuous batching, stepped in process; KV_PRECISION (environment) is the cache's."""
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = 2, 1024, False
+    properties: dict[str, object] = {"INFERENCE_NUM_THREADS": THREADS}
+    if precision := os.environ.get("KV_PRECISION"):
+        properties["KV_CACHE_PRECISION"] = precision
+    pipe = openvino_genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", properties)
+    names = iter(range(1 << 30))
+
+    def run(prompts: list[Ids], new: list[int]) -> list[float]:
+        handles = []
+        for ids, count in zip(prompts, new, strict=True):
+            config = openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+            tensor = openvino.Tensor(np.array([ids], dtype=np.int64))
+            handles.append(pipe.add_request(next(names), tensor, config))
+        stamps = []
+        while pipe.has_non_finished_requests():
+            pipe.step()
+            # A long prompt takes several steps; only those that gave a token count.
+            if len(handles) > 1 or handles[0].can_read():
+                stamps.append(time.perf_counter())
+                if len(handles) == 1:
+                    handles[0].read()
+        return stamps
+
+    return run
+
+
+def mixed() -> tuple[list[Ids], list[int]]:
+    """Return the prompts and output lengths of the mixed load."""
+    numbers = random.Random(0)
+    lengths = [(numbers.randint(32, 1024), numbers.randint(16, 256)) for _ in range(32)]
+    return [prompt(n, 200 + i) for i, (n, _) in enumerate(lengths)], [new for _, new in lengths]
+
+
+def peak_mib() -> float:
+    """Return the peak resident memory of this process in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
 def measure(run: Stamps, case: str) -> dict[str, float]:
     """Return tokens per second of one case."""
     run([prompt(64, 1)], [8])
@@ -126,8 +179,9 @@ def measure(run: Stamps, case: str) -> dict[str, float]:
     if kind == "single":
         stamps = run([prompt(int(length), 2)], [65])
         return {"prefill": int(length) / (stamps[0] - started), "decode": 64 / (stamps[-1] - stamps[0])}
-    stamps = run([prompt(256, 100 + i) for i in range(32)], [128] * 32)
-    return {"output": 32 * 128 / (stamps[-1] - started)}
+    prompts, new = mixed() if kind == "mixed" else ([prompt(256, 100 + i) for i in range(32)], [128] * 32)
+    stamps = run(prompts, new)
+    return {"output": sum(new) / (stamps[-1] - started)}
 
 
 def main() -> None:
@@ -136,11 +190,14 @@ def main() -> None:
     makers: dict[str, Callable[[], Stamps]] = {
         "kvloom": lambda: kvloom_engine(checkpoint, None),
         "kvloom-int8": lambda: kvloom_engine(checkpoint, "int8"),
+        "kvloom-w8a8": lambda: kvloom_engine(checkpoint, "w8a8"),
         "transformers": lambda: transformers_engine(checkpoint),
         "llama.cpp": lambda: llama_engine(checkpoint),
         "vllm": lambda: vllm_engine(checkpoint),
+        "openvino": lambda: openvino_engine(checkpoint),
     }
-    print(json.dumps({"engine": engine, "case": case, **measure(makers[engine](), case)}))
+    figures = measure(makers[engine.partition("@")[0]](), case)
+    print(json.dumps({"engine": engine, "case": case, **figures, "peak_mib": peak_mib()}))
 
 
 if __name__ == "__main__":
