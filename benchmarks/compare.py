@@ -46,7 +46,9 @@ def main() -> None:
                     found.setdefault((name, case, figure), []).append(value)
                     if options.results:
                         with options.results.open("a") as file:
-                            print(json.dumps({"engine": name, "case": case, "figure": figure, "value": value}), file=file)
+                            print(
+                                json.dumps({"engine": name, "case": case, "figure": figure, "value": value}), file=file
+                            )
     for (name, case, figure), values in sorted(found.items(), key=lambda item: (item[0][1:], item[0][0])):
         low, middle, high = min(values), statistics.median(values), max(values)
         unit = "MiB" if figure == "peak_mib" else "tok/s"
