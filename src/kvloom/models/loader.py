@@ -9,6 +9,7 @@ from kvloom.errors import UnsupportedError
 from kvloom.models.checkpoint import Checkpoint
 from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel
+from kvloom.models.heap import release_free_heap
 from kvloom.models.model import Model
 
 
@@ -32,8 +33,13 @@ def load_model(
             raise UnsupportedError(f"{checkpoint.name} on the CPU kernels", reasons)
         from kvloom.models.compiled import CompiledModel
 
-        return CompiledModel(checkpoint.config, checkpoint.tensors(dtype), dtype, quantization)
-    return EagerModel(Decoder(checkpoint.config, dict(checkpoint.tensors(dtype))), ReferenceBackend())
+        release_free_heap()  # what reading the vocabulary left
+        model: Model = CompiledModel(checkpoint.config, checkpoint.tensors(dtype), dtype, quantization)
+    else:
+        release_free_heap()
+        model = EagerModel(Decoder(checkpoint.config, dict(checkpoint.tensors(dtype))), ReferenceBackend())
+    release_free_heap()  # what decoding the weights left
+    return model
 
 
 def cpu_reasons(checkpoint: Checkpoint, block_size: int) -> list[str]:
