@@ -195,7 +195,14 @@ class GGUFFile:
         out = torch.empty(math.prod(tensor.shape), dtype=dtype)
         for start, values in self._decoded(tensor):
             out[start : start + values.size] = torch.from_numpy(values)
+        self._let_go(tensor)
         return out.view(tensor.shape)
+
+    def _let_go(self, tensor: GGUFTensor) -> None:
+        """Unmap the pages of a tensor that was read, so that the file does not lie in memory beside the weights."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._data.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
 
     def _decoded(self, tensor: GGUFTensor) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float32]]]]:
         """Yield (first element, float32 values) in pieces. Blocks are independent, so rows may be regrouped."""
