@@ -7,6 +7,8 @@ from pathlib import Path
 from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.registry import nearest
 from kvloom.spec.kv import KVSpec
+from kvloom.spec.policy import PolicySpec
+from kvloom.spec.slabs import longest_request
 from kvloom.spec.store import SLAB_BYTES
 from kvloom.units import GIB, format_bytes
 
@@ -84,12 +86,16 @@ class EngineConfig:
         return max(SLAB_BYTES, min(most, limit) // SLAB_BYTES * SLAB_BYTES)
 
     def resolve_max_model_len(self, spec: KVSpec, max_position: int, kv_bytes: int) -> int:
-        """Return the longest sequence: as asked, else what model and arena allow; raises `DoesNotFitError`."""
+        """Return the longest sequence that keeps all its tokens: as asked, else what model and arena allow.
+
+        Under a policy of its own that evicts, the engine may be asked for more than fits uncompressed; each request is
+        then checked by itself. Raises `InvalidInputError` beyond the model's length and `DoesNotFitError`.
+        """
         if self.max_model_len is not None and self.max_model_len > max_position:
             raise InvalidInputError(
                 f"max_model_len is {self.max_model_len}; the model was made for at most {max_position} positions"
             )
-        fits = min(spec.max_tokens_in(kv_bytes, self.max_num_batched_tokens), max_position)
+        fits = min(longest_request(spec, kv_bytes, self.max_num_batched_tokens), max_position)
         if fits < 2:
             raise DoesNotFitError(
                 f"a KV cache of {format_bytes(kv_bytes)} holds {fits} tokens of this model "
@@ -98,6 +104,8 @@ class EngineConfig:
         if self.max_model_len is None:
             return fits
         if self.max_model_len > fits:
+            if self.kv_policy is not None and PolicySpec.parse(self.kv_policy).evicts:
+                return fits
             raise DoesNotFitError(
                 f"one sequence of {self.max_model_len} tokens needs "
                 f"{format_bytes(spec.request_bytes(self.max_model_len, self.max_num_batched_tokens))} of KV cache; "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Request, Sequence, Status
 from kvloom.errors import DoesNotFitError
+from kvloom.spec.slabs import longest_request, slabs_of_request, sure_bytes
 from kvloom.units import format_bytes
 
 
@@ -66,31 +67,21 @@ class Scheduler:
     @property
     def capacity_bytes(self) -> int:
         """Bytes of blocks, of whatever mixture of sizes, that are sure to fit into the arena once it is evacuated."""
-        arena = self.lanes.pool.arena
-        sizes = {group.block_bytes for group in self.lanes.spec.groups}
-        slabs = arena.num_slabs - (len(sizes) - 1)  # the last slab of each further size may be almost empty
-        return max(0, slabs) * min(arena.blocks_per_slab(size) * size for size in sizes)
+        return sure_bytes(self.lanes.spec, self.lanes.pool.arena.num_bytes)
 
     def _refuse(self, needed: int, num_tokens: int, what: str) -> None:
         arena, spec = self.lanes.pool.arena, self.lanes.spec
         raise DoesNotFitError(
             f"{what}: {num_tokens} tokens need {format_bytes(needed)} of KV cache; "
             f"the arena has {format_bytes(arena.num_bytes)}, room for about "
-            f"{spec.max_tokens_in(arena.num_bytes, self.max_num_batched_tokens)} tokens. Shorten the prompt, "
+            f"{longest_request(spec, arena.num_bytes, self.max_num_batched_tokens)} tokens. Shorten the prompt, "
             "lower max_tokens, raise --kv-cache-memory-bytes or choose a policy that evicts during prefill"
         )
 
     def fits_alone(self, num_tokens: int) -> bool:
         """Return whether one sequence of `num_tokens` fits into the empty arena, counted in whole slabs."""
-        slabs = 0
-        arena, spec = self.lanes.pool.arena, self.lanes.spec
-        needs: dict[int, int] = {}
-        for group in spec.groups:
-            blocks = spec.lane_blocks(num_tokens, group.window, self.max_num_batched_tokens)
-            needs[group.block_bytes] = needs.get(group.block_bytes, 0) + len(group.lanes) * blocks
-        for size, count in needs.items():
-            slabs += -(-count // arena.blocks_per_slab(size))
-        return slabs <= arena.num_slabs
+        needed = slabs_of_request(self.lanes.spec, num_tokens, self.max_num_batched_tokens)
+        return needed <= self.lanes.pool.arena.num_slabs
 
     def _peak_bytes(self, num_tokens: int) -> int:
         return self.lanes.spec.request_bytes(num_tokens, self.max_num_batched_tokens)

@@ -1,0 +1,30 @@
+"""What fits into an arena: slabs of 2 MiB, each of which serves blocks of one size at a time."""
+
+from kvloom.spec.kv import KVSpec
+from kvloom.spec.store import SLAB_BYTES
+
+
+def slabs_of_request(kv: KVSpec, num_tokens: int, chunk: int) -> int:
+    """Return the slabs that one request of `num_tokens` takes in an empty arena: each serves blocks of one size."""
+    needs: dict[int, int] = {}
+    for group in kv.groups:
+        blocks = len(group.lanes) * kv.lane_blocks(num_tokens, group.window, chunk)
+        needs[group.block_bytes] = needs.get(group.block_bytes, 0) + blocks
+    return sum(-(-count // (SLAB_BYTES // size)) for size, count in needs.items())
+
+
+def longest_request(kv: KVSpec, num_bytes: int, chunk: int) -> int:
+    """Return the longest request, in tokens, that fits alone into an empty arena of `num_bytes`."""
+    slabs = num_bytes // SLAB_BYTES
+    low, high = 0, kv.max_tokens_in(num_bytes, chunk) + 1  # rounding to slabs only shortens it
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if slabs_of_request(kv, middle, chunk) <= slabs else (low, middle)
+    return low
+
+
+def sure_bytes(kv: KVSpec, num_bytes: int) -> int:
+    """Return the bytes of blocks, of whatever mixture of sizes, that are sure to fit into an evacuated arena."""
+    sizes = {group.block_bytes for group in kv.groups}
+    slabs = num_bytes // SLAB_BYTES - (len(sizes) - 1)  # the last slab of each further size may be almost empty
+    return max(0, slabs) * min(SLAB_BYTES // size * size for size in sizes)
