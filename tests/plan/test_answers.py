@@ -16,9 +16,10 @@ from kvloom.plan.explain import TOPICS, explain
 from kvloom.plan.measured import read_measurements
 from kvloom.plan.memory import Memory, device_params
 from kvloom.plan.question import Question
-from kvloom.plan.recommend import parse_loss, recommend, serve_command
+from kvloom.plan.recommend import parse_loss, recommend
 from kvloom.plan.roofline import Roofline, causal_pairs
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
+from kvloom.spec.format import SERVED_STORES
 from kvloom.spec.hardware import find_device
 from kvloom.spec.hypothetical import Hypothesis
 from kvloom.spec.policy import PolicySpec
@@ -39,8 +40,16 @@ def test_weights_and_kv_of_llama_3_8b_are_those_of_its_shape():
 
 def test_the_total_is_the_sum_of_its_parts():
     memory = Memory(ask(users=8))
-    parts = (memory.weights, memory.activations, memory.runtime, memory.kv)
+    parts = (memory.weights, memory.activations, memory.runtime, memory.tokenizer, memory.kv)
     assert memory.total.value == sum(part.value for part in parts)
+
+
+def test_on_a_cpu_the_total_is_that_of_loading_where_running_takes_less():
+    short, long = (Memory(ask("gemma-3-270m", "cpu:8GiB", prompt=n)) for n in (10, 100_000))
+    idle = sum(part.value for part in (short.runtime, short.tokenizer, short.weights))
+    assert short.total.value == idle + short.loading.value
+    assert short.loading.value == 2 * 2 * 262_144 * 640 - short.weights.value + (32 << 20)
+    assert long.total.value == idle + long.activations.value + long.kv.value
 
 
 @pytest.mark.parametrize("model", ["llama-3-8b", "gemma-3-1b", "deepseek-v2-lite", "qwen3-next-80b-a3b"])
@@ -102,7 +111,7 @@ def test_decode_of_llama_3_8b_reads_all_weights_but_the_embedding_and_every_key_
 
 def test_times_are_bytes_over_bandwidth_and_operations_over_peak():
     roof = Roofline(ask())
-    moved = roof.weight_bytes(1) + roof.kv_read_bytes(3584, 511)
+    moved = roof.weight_bytes(1) + sum(roof.kv_read_bytes(3584, made) for made in range(1, 512)) / 511
     assert roof.tpot().value == pytest.approx(moved / 3.35e12)
     assert roof.ttft().value == pytest.approx(roof.prefill_flops(3584) / 989.4e12)
 
@@ -151,8 +160,8 @@ def test_comparing_attention_lists_the_model_first_and_mqa_smallest():
 def test_comparing_stores_says_which_only_exist_on_paper():
     rows = {row.name: row for row in compare(ask(), "stores")}
     assert rows["bf16"].max_users < rows["int8"].max_users
-    assert "planned only" in rows["kivi2"].note
-    assert "planned only" not in rows["int8"].note
+    assert "planned only" not in rows["bf16"].note
+    assert all(("planned only" in rows[name].note) is (name not in SERVED_STORES) for name in ("int8", "int4", "kivi2"))
 
 
 def test_comparing_policies_starts_with_the_asked_one():
@@ -170,7 +179,7 @@ def test_advice_is_given_only_when_it_does_not_fit_and_says_what_is_enough():
     assert advise(ask(users=2)) == []
     found = advise(ask(users=200, device="a100-80"))
     assert any(advice.enough for advice in found)
-    users = next(a for a in found if a.flags.startswith("--max-num-seqs"))
+    users = next(a for a in found if a.flags.startswith("--users"))
     assert int(users.flags.split()[1]) == Memory(ask(users=200, device="a100-80")).max_users()
 
 
@@ -186,11 +195,12 @@ RESULTS = {
     "model": "llama-3-8b",
     "machine": "test",
     "results": [
-        {"policy": "int8", "context": 4096, "loss": 0.001, "loss_high": 0.004, "metric": "perplexity", "tpot_s": 0.02},
-        {"policy": "snapkv(budget=1024)", "context": 4096, "loss": 0.008, "loss_high": 0.009, "metric": "perplexity"},
+        {"policy": "knorm(budget=2048)", "context": 4096, "loss": 0.001, "loss_high": 0.004, "metric": "perplexity",
+         "tpot_s": 0.02},
+        {"policy": "snapkv(budget=512)", "context": 4096, "loss": 0.008, "loss_high": 0.009, "metric": "perplexity"},
         {"policy": "snapkv(budget=256)", "context": 4096, "loss": 0.1, "loss_high": 0.2, "metric": "perplexity"},
     ],
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -206,10 +216,16 @@ def test_the_full_cache_is_recommended_when_it_fits(results):
 
 
 def test_the_least_lossy_policy_that_fits_is_recommended_with_its_command(results):
-    found = recommend(ask(users=150), "llama-3-8b", 0.01, results)
-    assert str(found.policy) == "int8"
-    assert "--kv-policy int8" in found.command
+    found = recommend(ask(users=150, device="cpu:80GiB"), "llama-3-8b", 0.01, results)
+    assert str(found.policy) == "knorm(budget=2048)"
+    assert "--kv-policy 'knorm(budget=2048)'" in found.command
     assert "at most 0.40% loss" in found.promise
+
+
+def test_a_recommendation_for_what_does_not_run_yet_says_why_there_is_no_command(results):
+    found = recommend(ask(users=150, device="h100"), "llama-3-8b", 0.01, results)
+    assert found.command == ""
+    assert "not yet on h100" in found.promise
 
 
 def test_a_policy_whose_interval_exceeds_the_loss_is_not_recommended(results):
@@ -217,14 +233,23 @@ def test_a_policy_whose_interval_exceeds_the_loss_is_not_recommended(results):
 
 
 def test_more_users_need_a_stronger_policy(results):
-    assert str(recommend(ask(users=250), "llama-3-8b", 0.01, results).policy) == "snapkv(budget=1024)"
+    assert str(recommend(ask(users=150), "llama-3-8b", 0.01, results).policy) == "knorm(budget=2048)"
+    assert str(recommend(ask(users=250), "llama-3-8b", 0.01, results).policy) == "snapkv(budget=512)"
 
 
-def test_without_measurements_the_candidates_and_the_command_that_measures_them_are_named():
-    found = recommend(ask(users=150), "llama-3-8b", 0.01, None)
-    assert found.policy is None
-    assert PolicySpec.parse("int8") in found.candidates
-    assert found.command.startswith("kvloom measure llama-3-8b --kv-policy int8")
+def test_a_measured_policy_in_a_store_that_is_not_served_is_not_recommended(tmp_path):
+    stored = {"policy": "int4", "context": 4096, "loss": 0.0, "metric": "perplexity"}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**RESULTS, "results": [stored]}))
+    assert recommend(ask(users=150), "llama-3-8b", 0.01, read_measurements(path)).policy is None
+
+
+def test_without_measurements_the_candidates_and_what_is_needed_of_them_are_named():
+    asked = ask(users=150)
+    found = recommend(asked, "llama-3-8b", 0.01, None)
+    assert (found.policy, found.command) == (None, "")
+    assert PolicySpec.parse("snapkv(budget=896)") in found.candidates
+    assert all(Memory(replace(asked, policy=policy)).fits for policy in found.candidates)
     assert "--measured" in found.promise
 
 
@@ -252,16 +277,8 @@ def test_results_that_cannot_be_read_are_refused(tmp_path, change):
 
 
 def test_measured_speed_is_shown_beside_the_bound(results):
-    plan = Plan(ask(policy=PolicySpec.parse("int8")), results)
+    plan = Plan(ask(policy=PolicySpec.parse("knorm(budget=2048)")), results)
     assert (plan.speeds["tpot_measured"].value, plan.speeds["tpot_measured"].label) == (0.02, "measured")
-
-
-def test_the_command_line_that_serves_names_what_differs_from_the_default():
-    asked = ask(users=3, policy=PolicySpec.parse("snapkv(budget=64)+int8"), block_size=32)
-    assert serve_command(asked, "m") == (
-        "kvloom serve m --max-model-len 4096 --max-num-seqs 3 --dtype bfloat16 "
-        "--kv-policy 'snapkv(budget=64)+int8' --block-size 32"
-    )
 
 
 def test_a_target_below_the_bound_is_impossible():

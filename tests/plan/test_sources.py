@@ -76,7 +76,7 @@ def test_a_folder_without_a_model_says_so(tmp_path):
 
 
 def test_a_probe_is_kept_and_makes_the_cpu_measured(tmp_path):
-    save_probe(3e10, {"bfloat16": 4e11}, tmp_path / "probe.json")
+    save_probe(3e10, {"bfloat16": 4e11}, 250 << 20, tmp_path / "probe.json")
     device = find_device("cpu:8GiB", load_probe(tmp_path / "probe.json"))
     assert (device.bandwidth, device.peak("bfloat16"), device.measured, device.memory_bytes) == (
         3e10,

@@ -260,7 +260,7 @@ FLAGS = [
         section=_TELL,
         type=click.Path(path_type=Path),
         metavar="FILE.json",
-        help="Results of `kvloom measure`, for speed and quality.",
+        help="Measured speed and loss of policies (schema kvloom.measure/1).",
     ),
     Flag(
         ["--plot"],

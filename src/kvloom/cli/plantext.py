@@ -10,6 +10,7 @@ from kvloom.units import GIB, format_bytes
 
 _NAMES = {
     "kv_per_token": "KV per token", "kv_per_request": "KV per request", "kv_total": "KV of all users",
+    "loading": "loading, above weights",
     "state_per_request": "state per request", "weights_on_disk": "weights on disk", "max_users": "users that fit",
     "max_context": "context that fits", "ttft_lower_bound": "TTFT at least", "tpot_lower_bound": "TPOT at least",
     "tpot_uniform_routing": "TPOT, experts at random", "decode_weight_bytes": "weights read per step",
@@ -107,7 +108,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.advice:
         yield ""
         rows = [(a.change, a.flags, a.cost, "yes" if a.enough else "not alone") for a in plan.advice]
-        yield from table(("what to change, cheapest first", "flags", "cost", "enough"), rows)
+        yield from table(("what to change, cheapest first", "flags of kvloom plan", "cost", "enough"), rows)
     for what, found in plan.comparisons.items():
         yield from _comparison(what, found, asked.users, asked.context)
     for explanation in plan.explanations:

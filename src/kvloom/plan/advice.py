@@ -17,7 +17,7 @@ MOST_DEVICES = 64
 
 @dataclass(frozen=True)
 class Advice:
-    """One change: the flags that make it, what it costs, and what then fits."""
+    """One change: the flags of `kvloom plan` that make it, what it costs, and whether all fits then."""
 
     change: str
     flags: str
@@ -99,12 +99,14 @@ def _demand(asked: Question) -> Iterator[Advice]:
     memory = Memory(asked)
     users, context = memory.max_users(), memory.max_context()
     if users:
-        yield Advice(f"serve {users} users at once; others wait", f"--max-num-seqs {users}", "longer queues", True)
+        yield Advice(f"serve {users} users at once; others wait", f"--users {users}", "longer queues", True)
     if context and context > 1:
-        yield Advice(f"shorten the context to {context} tokens", f"--max-model-len {context}", "shorter requests", True)
+        yield Advice(f"shorten the context to {context} tokens", f"--context {context}", "shorter requests", True)
 
 
 def _devices(asked: Question) -> Iterator[Advice]:
+    if asked.device.kind == "cpu":
+        return
     for count in range(asked.devices + 1, MOST_DEVICES + 1):
         try:
             changed = replace(asked, devices=count)
@@ -116,7 +118,7 @@ def _devices(asked: Question) -> Iterator[Advice]:
     now = asked.device.memory_bytes or 0
     larger = sorted((d for _, d in DEVICES.items() if (d.memory_bytes or 0) > now), key=lambda d: d.memory_bytes or 0)
     for device in larger:
-        if asked.device.kind == "gpu" and _fits(replace(asked, device=device)):
+        if _fits(replace(asked, device=device)):
             size = format_bytes(device.memory_bytes or 0)
             yield Advice(f"use {device.name} ({size})", f"--device {device.name}", "another device", True)
             break

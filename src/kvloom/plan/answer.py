@@ -13,7 +13,7 @@ from kvloom.plan.memory import MOST_TOKENS, Memory
 from kvloom.plan.question import Question
 from kvloom.plan.recommend import Recommendation
 from kvloom.plan.roofline import Roofline
-from kvloom.spec.format import runs
+from kvloom.plan.serving import serve_refusals
 
 SCHEMA = "kvloom.plan/1"
 
@@ -50,9 +50,9 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What the figures do not say by themselves."""
         asked, found = self.question, list(self.question.model.notes)
-        store = asked.policy.store
-        if store is not None and not runs(store.name):
-            found.append(f"store {store.name} is planned only; no such store runs yet")
+        refusals = [reason for reason in serve_refusals(asked) if "was made for" not in reason]
+        if refusals:
+            found.append(f"kvloom serve cannot run this yet: {'; '.join(refusals)}")
         longest = asked.model.max_position
         if longest is not None and asked.context > longest:
             found.append(f"the model was made for {longest} tokens; {asked.context} are asked")
@@ -71,6 +71,8 @@ class Plan:
             "kv_total": memory.kv,
             "activations": memory.activations,
             "runtime": memory.runtime,
+            "tokenizer": memory.tokenizer,
+            "loading": memory.loading,
             "total": memory.total,
             "usable": memory.usable,
         }

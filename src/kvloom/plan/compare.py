@@ -8,6 +8,7 @@ from kvloom.plan.figure import Figure, weakest
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
 from kvloom.plan.roofline import Roofline
+from kvloom.plan.serving import policy_refusals
 from kvloom.registry import nearest
 from kvloom.spec.footprint import Bounds
 from kvloom.spec.format import runs, store_format, store_names
@@ -77,7 +78,7 @@ def _stores(asked: Question) -> list[str]:
 
 def _store_row(asked: Question, name: str) -> Row:
     store = store_format(name)
-    notes = [] if runs(name) else ["planned only: no such store runs yet"]
+    notes = [] if runs(name) else ["planned only: this store is not served yet"]
     if asked.block_size % store.group:
         size = -(-asked.block_size // store.group) * store.group
         asked = replace(asked, block_size=size)
@@ -91,12 +92,11 @@ def _store_row(asked: Question, name: str) -> Row:
 def _policy_row(asked: Question, policy: PolicySpec) -> Row:
     notes = [] if policy.lengths_known else ["upper bound; lengths depend on the data"]
     if policy.store is not None:
-        if not runs(policy.store.name):
-            notes.append(f"planned only: no store {policy.store.name} runs yet")
         group = store_format(policy.store.name).group
         if asked.block_size % group:
             asked = replace(asked, block_size=-(-asked.block_size // group) * group)
-    return _row(str(policy), replace(asked, policy=policy), "; ".join(notes))
+    changed = replace(asked, policy=policy)
+    return _row(str(policy), changed, "; ".join([*notes, *policy_refusals(changed)]))
 
 
 def per_token(asked: Question, store: Term | None) -> Figure:

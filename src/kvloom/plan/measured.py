@@ -1,4 +1,4 @@
-"""Results that `kvloom measure` saved: what each policy cost this model in quality and gave it in speed.
+"""Measured results: what each policy cost a model in quality and gave it in speed.
 
 Schema `kvloom.measure/1`: {"schema", "model", "machine", "results": [{"policy", "context", "loss", "loss_high",
 "metric", "tpot_s", "ttft_s"}]}. `loss` is relative (0.01 is 1 %), `loss_high` the upper end of its interval.
@@ -53,7 +53,7 @@ def read_measurements(path: Path) -> Measurements:
         raise InvalidInputError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, Mapping) else None
-        raise InvalidInputError(f"{path} has schema {found!r}; expected {SCHEMA!r}, as `kvloom measure` saves it")
+        raise InvalidInputError(f"{path} has schema {found!r}; expected {SCHEMA!r}")
     results = data.get("results")
     if not isinstance(results, list) or not results:
         raise InvalidInputError(f"{path} holds no results")

@@ -1,4 +1,10 @@
-"""Memory of one device: weights, activations, runtime and KV; the largest batch and the longest context."""
+"""Memory of one device: weights, activations, runtime and KV; the largest batch and the longest context.
+
+On a CPU the parts are those of an engine's process, whose peak is that of loading or that of running::
+
+    runtime + tokenizer + the larger of   weights + loading             one matrix beside its packed copy
+                                          weights + activations + KV    buffers of a step, blocks in use
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,8 +17,14 @@ from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 from kvloom.units import MIB
 
-RUNTIME_BYTES = {"cpu": 300 * MIB, "gpu": 800 * MIB}
+RUNTIME_BYTES = {"cpu": 232 * MIB, "gpu": 800 * MIB}
 """Assumed: interpreter, torch and its libraries on the CPU; context, libraries and workspace on a GPU."""
+
+TOKENIZER_BYTES, TOKENIZER_BYTES_PER_TOKEN = 16 * MIB, 400
+"""Assumed: what a tokenizer takes, and more for every token of its vocabulary."""
+
+DECODING_BYTES = 32 * MIB
+"""Assumed: pieces of a stored tensor while it is decoded."""
 
 MOST_TOKENS = 1 << 30
 """Longest context that is searched."""
@@ -46,8 +58,15 @@ class Memory:
         """Largest intermediate results of one step."""
         asked, model = self.question, self.question.model
         rows = min(asked.chunk, asked.users * asked.prompt)
-        width = max(_widest(layer, model.hidden_size) for layer in model.layers)
         size = max(2, DTYPE_BYTES[asked.dtype])
+        if asked.device.kind == "cpu":
+            # products are computed in float32 and packed in the dtype; the residual stream and a branch are float32
+            store = 2 if asked.dtype == "bfloat16" else 4
+            width = max(4 * _projected(layer) + store * (_mixed(layer) + _inner(layer)) for layer in model.layers)
+            amount = rows * (width + (8 + store) * model.hidden_size)
+            amount += 2 * 4 * min(asked.users, rows) * model.vocab_size
+            return Figure(amount, "bytes", "assumed", f"buffers of a step of {rows} tokens, and logits twice")
+        width = max(_widest(layer, model.hidden_size) for layer in model.layers)
         logits = min(asked.users, rows) * model.vocab_size * (4 + size)
         amount = rows * (2 * model.hidden_size + width // asked.devices) * size + logits
         return Figure(amount, "bytes", "assumed", f"{rows} rows of the widest layer, and the logits of last rows")
@@ -55,9 +74,36 @@ class Memory:
     @cached_property
     def runtime(self) -> Figure:
         """What the process takes before it loads a model."""
-        kind = self.question.device.kind
-        return Figure(RUNTIME_BYTES[kind], "bytes", "assumed", "interpreter and libraries" if kind == "cpu" else
-                      "device context, libraries and workspace")
+        device = self.question.device
+        if device.runtime_bytes is not None:
+            return Figure(device.runtime_bytes, "bytes", "measured", "interpreter and libraries, as probed")
+        return Figure(RUNTIME_BYTES[device.kind], "bytes", "assumed", "interpreter and libraries"
+                      if device.kind == "cpu" else "device context, libraries and workspace")
+
+    @cached_property
+    def tokenizer(self) -> Figure:
+        """What the tokenizer takes in the memory of the device: nothing on a GPU."""
+        if self.question.device.kind != "cpu":
+            return Figure(0, "bytes", "exact", "in the memory of the host")
+        tokens = self.question.model.vocab_size
+        amount = TOKENIZER_BYTES + TOKENIZER_BYTES_PER_TOKEN * tokens
+        return Figure(amount, "bytes", "assumed", f"a vocabulary of {tokens:,} tokens")
+
+    @cached_property
+    def loading(self) -> Figure:
+        """Most bytes above the weights while they are loaded on a CPU: each matrix is packed from a copy of its own.
+
+        Embedding and output layer come first, and are the largest; mapped pages of files are not counted.
+        """
+        asked, model = self.question, self.question.model
+        if asked.device.kind != "cpu":
+            return Figure(0, "bytes", "exact", "staged in the memory of the host")
+        width = DTYPE_BYTES[asked.dtype]
+        embedding = model.embedding_params * width
+        head = 0 if model.tie_embeddings else model.head_params * width
+        most = max(2 * embedding, embedding + 2 * head)
+        extra = max(0, most - int(self.weights.value or 0)) + DECODING_BYTES
+        return Figure(extra, "bytes", "assumed", "the largest matrix beside its packed copy, and pieces being decoded")
 
     @cached_property
     def state(self) -> Figure:
@@ -108,10 +154,12 @@ class Memory:
 
     @cached_property
     def total(self) -> Figure:
-        """Everything on one device."""
-        parts = [self.weights, self.activations, self.runtime, self.kv]
-        amount = sum(part.value or 0 for part in parts)
-        return Figure(amount, "bytes", "assumed", "the sum; activations and runtime are assumed")
+        """Everything on one device at the worst moment: while loading, or while running."""
+        idle = sum(int(part.value or 0) for part in (self.runtime, self.tokenizer, self.weights))
+        running = sum(int(part.value or 0) for part in (self.activations, self.kv))
+        loading = int(self.loading.value or 0)
+        note = "the sum" if running >= loading else "the sum while weights are loaded; running takes less"
+        return Figure(idle + max(running, loading), "bytes", "assumed", f"{note}; parts of it are assumed")
 
     @cached_property
     def usable(self) -> Figure:
@@ -127,13 +175,14 @@ class Memory:
         """Bytes left for KV on one device, negative when not even the weights fit; None when memory is not known."""
         if self.usable.value is None:
             return None
-        taken = sum(part.value or 0 for part in (self.weights, self.activations, self.runtime))
-        return int(self.usable.value - taken)
+        parts = (self.weights, self.activations, self.runtime, self.tokenizer)
+        return int(self.usable.value - sum(part.value or 0 for part in parts))
 
     @property
     def fits(self) -> bool | None:
         """Whether all users fit at once; None when the memory of the device is not known."""
-        return None if self.kv_room is None else self.kv_bytes(self.question) <= self.kv_room
+        usable = self.usable.value
+        return None if usable is None else (self.total.value or 0) <= usable
 
     def cell(self, context: int, users: int) -> tuple[int, bool | None]:
         """Return the total bytes of `users` requests of `context` tokens, and whether they fit."""
@@ -193,6 +242,31 @@ def device_params(model: ModelSpec, devices: int) -> float:
         if layer.mlp is not None:
             total += layer.mlp.matrix_params(hidden) / devices + layer.mlp.small_params(hidden)
     return total
+
+
+def _projected(layer: LayerSpec) -> int:
+    """Return the numbers per token that the first projection of a layer makes: q, k and v."""
+    mixer = layer.mixer
+    if isinstance(mixer, Attention):
+        return (mixer.num_heads + mixer.num_kv_heads) * mixer.head_dim + mixer.num_kv_heads * mixer.v_width
+    if isinstance(mixer, Latent):
+        return mixer.num_heads * (2 * (mixer.nope_dim + mixer.rope_dim) + mixer.v_dim)
+    return 0
+
+
+def _mixed(layer: LayerSpec) -> int:
+    """Return the numbers per token that attention puts out."""
+    mixer = layer.mixer
+    if isinstance(mixer, Attention):
+        return mixer.num_heads * mixer.v_width
+    return mixer.num_heads * mixer.v_dim if isinstance(mixer, Latent) else 0
+
+
+def _inner(layer: LayerSpec) -> int:
+    """Return the widest numbers per token inside the MLP: those of a dense one are gated as they are computed."""
+    if isinstance(layer.mlp, Experts):
+        return layer.mlp.matrices * (layer.mlp.per_token * layer.mlp.intermediate + layer.mlp.shared_intermediate)
+    return 0 if layer.mlp is None else layer.mlp.intermediate
 
 
 def _widest(layer: LayerSpec, hidden: int) -> int:

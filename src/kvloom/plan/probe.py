@@ -1,6 +1,6 @@
 """Measures this machine: the best read bandwidth, with the C library alone; and keeps what was measured.
 
-The peak of matrix products comes from the caller, because this room has no mathematics of its own.
+The peak of matrix products and faster ways to read come from the caller: this room has no mathematics of its own.
 """
 
 import ctypes
@@ -62,14 +62,16 @@ def probe_path() -> Path:
     return (Path(root) if root else Path("~/.cache").expanduser()) / "kvloom" / "probe.json"
 
 
-def save_probe(bandwidth: float, peaks: dict[str, float], path: Path | None = None) -> DeviceSpec:
-    """Write what was measured, bytes/s and FLOP/s by dtype, and return it as the device `cpu`."""
+def save_probe(
+    bandwidth: float, peaks: dict[str, float], runtime_bytes: int | None = None, path: Path | None = None
+) -> DeviceSpec:
+    """Write what was measured, bytes/s, FLOP/s by dtype and the bytes of a bare engine, and return it as `cpu`."""
     path = path or probe_path()
     day = time.strftime("%Y-%m-%d")
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"schema": SCHEMA, "bandwidth": bandwidth, "peaks": peaks, "as_of": day}
+    data = {"schema": SCHEMA, "bandwidth": bandwidth, "peaks": peaks, "runtime_bytes": runtime_bytes, "as_of": day}
     path.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    return _device(bandwidth, peaks, day)
+    return _device(bandwidth, peaks, day, runtime_bytes)
 
 
 def load_probe(path: Path | None = None) -> DeviceSpec | None:
@@ -82,10 +84,12 @@ def load_probe(path: Path | None = None) -> DeviceSpec | None:
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']!r}")
         peaks = {str(name): float(peak) for name, peak in data["peaks"].items()}
-        return _device(float(data["bandwidth"]), peaks, str(data["as_of"]))
+        runtime = data.get("runtime_bytes")
+        return _device(float(data["bandwidth"]), peaks, str(data["as_of"]), None if runtime is None else int(runtime))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not understood ({error}); run `kvloom plan --probe` again") from error
 
 
-def _device(bandwidth: float, peaks: dict[str, float], day: str) -> DeviceSpec:
-    return DeviceSpec("cpu", host_memory(), bandwidth, tuple(peaks.items()), "cpu", "probed on this machine", day, True)
+def _device(bandwidth: float, peaks: dict[str, float], day: str, runtime_bytes: int | None) -> DeviceSpec:
+    return DeviceSpec("cpu", host_memory(), bandwidth, tuple(peaks.items()), "cpu", "probed on this machine", day, True,
+                      runtime_bytes)

@@ -1,6 +1,5 @@
 """Which policy to serve with, from measured losses; without measurements, what would have to be measured."""
 
-import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,15 +8,16 @@ from kvloom.plan.compare import candidate_policies
 from kvloom.plan.measured import Measurement, Measurements
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
-from kvloom.spec.format import runs
+from kvloom.plan.serving import policy_refusals, serve_command, serve_refusals
 from kvloom.spec.policy import PolicySpec
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`policy` to serve with and its `command`, or None and the command that would measure candidates first.
+    """`policy` to serve with and its `command`, or None and the candidates of which a measurement is needed first.
 
-    `promise` says what the choice rests on; `measurement` is None where nothing needed measuring.
+    `promise` says what the choice rests on, and why there is no command where it cannot be served yet; `measurement` is
+    None where nothing needed measuring.
     """
 
     policy: PolicySpec | None
@@ -54,57 +54,54 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
     """
     full = replace(asked, policy=PolicySpec())
     if Memory(full).fits:
-        return Recommendation(full.policy, serve_command(full, model), "the full cache fits, so nothing need be lost")
+        return _serve(full, model, "the full cache fits, so nothing need be lost")
     if Memory(full).fits is None:
         raise InvalidInputError("a recommendation needs the memory of the device; give e.g. --device cpu:64GiB")
     if measured is None:
-        return _what_to_measure(asked, model, max_loss, "no measurements were given (--measured results.json)")
+        return _what_to_measure(asked, max_loss, "no measurements were given (--measured results.json)")
     good: list[tuple[float, int, Measurement]] = []
     for result in measured.results:
         try:
             changed = replace(asked, policy=result.policy)
             memory = Memory(changed)
-            fits, needed = memory.fits, memory.kv_bytes(changed)
+            fits, needed = memory.fits and not policy_refusals(changed), memory.kv_bytes(changed)
         except KvloomError:
             continue  # the block size does not suit that store
-        servable = result.policy.store is None or runs(result.policy.store.name)
-        if fits and servable and result.loss_high <= max_loss and 2 * result.context >= asked.context:
+        if fits and result.loss_high <= max_loss and 2 * result.context >= asked.context:
             good.append((result.loss_high, needed, result))
     if not good:
         count = len(measured.results)
         why = f"none of {count} measured policies fits and loses at most {max_loss:.2%} at such a context"
-        return _what_to_measure(asked, model, max_loss, why, measured)
+        return _what_to_measure(asked, max_loss, why, measured)
     best = min(good, key=lambda entry: entry[:2])[2]
     promise = (
         f"at most {best.loss_high:.2%} loss of {best.metric} measured at {best.context} tokens"
         f"{f' on {measured.machine}' if measured.machine else ''}"
     )
-    return Recommendation(best.policy, serve_command(replace(asked, policy=best.policy), model), promise, best)
+    return _serve(replace(asked, policy=best.policy), model, promise, best)
+
+
+def _serve(asked: Question, model: str, promise: str, measurement: Measurement | None = None) -> Recommendation:
+    """Return the recommendation to serve `asked`, with a command only where kvloom can."""
+    reasons = serve_refusals(asked)
+    if reasons:
+        promise = f"{promise}; no command, because {'; '.join(reasons)}"
+    return Recommendation(asked.policy, "" if reasons else serve_command(asked, model), promise, measurement)
 
 
 def _what_to_measure(
-    asked: Question, model: str, max_loss: float, why: str, measured: Measurements | None = None
+    asked: Question, max_loss: float, why: str, measured: Measurements | None = None
 ) -> Recommendation:
     fitting = []
     for policy in candidate_policies(asked):
-        servable = policy.store is None or runs(policy.store.name)
+        changed = replace(asked, policy=policy)
         known = measured is not None and measured.of(policy) is not None
-        if servable and not known and Memory(replace(asked, policy=policy)).fits:
+        if not policy_refusals(changed) and not known and Memory(changed).fits:
             fitting.append(policy)
     if not fitting:
         return Recommendation(None, "", f"{why}, and no policy of the usual ones fits; see what to change")
-    flags = " ".join(f"--kv-policy {shlex.quote(str(policy))}" for policy in fitting)
-    command = f"kvloom measure {shlex.quote(model)} {flags} --save-result results.json"
-    promise = f"{why}; {len(fitting)} policies would fit. Measure them, then plan again with --measured results.json"
-    return Recommendation(None, command, promise, None, tuple(fitting))
-
-
-def serve_command(asked: Question, model: str) -> str:
-    """Return the command line that serves `asked`."""
-    parts = ["kvloom", "serve", shlex.quote(model), "--max-model-len", str(asked.context),
-             "--max-num-seqs", str(asked.users), "--dtype", asked.dtype]
-    if asked.policy != PolicySpec():
-        parts += ["--kv-policy", shlex.quote(str(asked.policy))]
-    if asked.block_size != 16:
-        parts += ["--block-size", str(asked.block_size)]
-    return " ".join(parts)
+    promise = (
+        f"{why}; these would fit and may lose less than {max_loss:.2%}: {', '.join(map(str, fitting))}. It needs their "
+        f"loss at {-(-asked.context // 2)} tokens or more, as --measured results.json (schema kvloom.measure/1)"
+    )
+    return Recommendation(None, "", promise, None, tuple(fitting))

@@ -67,24 +67,35 @@ class Roofline:
         return (routed * bytes_per_weight(model, asked.dtype, True) + rest + head) * self._share
 
     def held(self, prompt: int, generated: int) -> float:
-        """Return the tokens that a lane without a window holds on average after `generated` tokens."""
+        """Return the fewest tokens that a lane without a window holds on average after `generated` tokens.
+
+        Where the data alone decides (thresholds, policies chosen per head) nothing is counted: the bound must hold.
+        """
         policy = self.question.policy
         kept = policy.tokens_kept(prompt)
-        if kept is None:
-            return float(prompt + generated)
+        if kept is None or policy.budget.name == "threshold":
+            return 0.0
         if not policy.evicts or not any(term.name in ("step", "slack", "every") for term in policy.triggers):
             return float(kept + generated)
         goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else kept
         return float(min(kept + generated, max(kept, goal or kept)))
+
+    def _held_in(self, layer: int, prompt: int, generated: int) -> float:
+        """Return `held` in an attention layer without a window, by its number among those; some policies skip a few."""
+        skipped = self.question.policy.selector.get("skip_layers")
+        if isinstance(skipped, int) and layer < skipped:
+            return float(prompt + generated)
+        return self.held(prompt, generated)
 
     def kv_read_bytes(self, prompt: int, generated: int) -> float:
         """Return the KV bytes that one token of one request reads on one device; shared K/V is read by each reader."""
         kv = self.question.device_kv
         if kv is None:
             return float(self.question.model.state_bytes)
-        held, seen = self.held(prompt, generated), prompt + generated
+        seen = prompt + generated
         total = 0.0
-        for layer in kv.layers:
+        for index, layer in enumerate(kv.layers):
+            held = self._held_in(index, prompt, generated)
             origin = layer if layer.source is None else kv.layers[layer.source]
             if layer.window is not None:
                 total += layer.num_lanes * min(seen, layer.window) * self._token_bytes(origin, encoded=False)
@@ -109,10 +120,13 @@ class Roofline:
     def decode_flops(self, prompt: int, generated: int) -> float:
         """Return the operations of one generated token of one request, all devices together."""
         model = self.question.model
-        held, seen = self.held(prompt, generated), prompt + generated
+        seen, attending = prompt + generated, 0
         attention = 0.0
         for layer in model.layers:
-            keys = held if layer.window is None else float(min(seen, layer.window))
+            keys = float(min(seen, layer.window or seen))
+            if layer.window is None and not isinstance(layer.mixer, Recurrent):
+                keys = self._held_in(attending, prompt, generated)
+            attending += not isinstance(layer.mixer, Recurrent)
             attention += layer.mixer.attention_flops(keys)
         return 2.0 * (model.layer_matrix_params + model.head_params) + attention
 
@@ -136,13 +150,17 @@ class Roofline:
         return "measured" if self.question.device.measured else "assumed"
 
     def tpot(self, batch: int | None = None, expected: bool = False) -> Figure:
-        """Return the least seconds per generated token at the full context, for `batch` requests at once."""
+        """Return the least seconds per generated token, for `batch` requests at once: the mean over the output.
+
+        The i-th decode step reads what the prompt and i generated tokens left. Reads grow linearly with i or ever more
+        slowly, so that the mean of the first and the last step is that of all steps or less.
+        """
         asked = self.question
         batch = batch or asked.users
-        generated = max(0, asked.output - 1)
-        moved = self.weight_bytes(batch, expected) + batch * self.kv_read_bytes(asked.prompt, generated)
-        work = batch * self.decode_flops(asked.prompt, generated) / asked.devices
-        return self._time(moved, work)
+        steps = (1, asked.output - 1) if asked.output > 1 else (0,)
+        kv = sum(self.kv_read_bytes(asked.prompt, made) for made in steps) / len(steps)
+        flops = sum(self.decode_flops(asked.prompt, made) for made in steps) / len(steps)
+        return self._time(self.weight_bytes(batch, expected) + batch * kv, batch * flops / asked.devices)
 
     def ttft(self) -> Figure:
         """Return the least seconds to the first token of one prompt that has the devices to itself."""

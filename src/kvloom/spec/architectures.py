@@ -232,10 +232,29 @@ def _gpt2(config: Config) -> ModelSpec:
                  other_params=2 * hidden + table, table_params=table)
 
 
+def _smollm3(config: Config) -> ModelSpec:
+    """SmolLM3: every fourth layer has no positions; those are the ones that may have a window."""
+    count = config.number("num_hidden_layers")
+    interval = config.number("no_rope_layer_interval", default=4)
+    rotates = config.fields.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(count)]
+    fields = dict(config.fields)
+    if not config.flag("use_sliding_window", False) or fields.get("sliding_window") is None:
+        fields["sliding_window"], fields["layer_types"] = None, None
+    elif fields.get("layer_types") is None:
+        fields["layer_types"] = [_WINDOWED[1] if rotated else _WINDOWED[0] for rotated in rotates]
+    return _llama_like(windowed=True)(Config(fields, config.name))
+
+
+def _glm(config: Config) -> ModelSpec:
+    """GLM-4: Llama with biases of q, k and v alone."""
+    fields = {**config.fields, "attention_bias": False}
+    return _llama_like(qkv_bias=config.flag("attention_bias", True))(Config(fields, config.name))
+
+
 def _gpt_neox(config: Config) -> ModelSpec:
     hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
     bias = config.flag("attention_bias", True)
-    mixer = attention(config, qkv_bias=bias, out_bias=bias)
+    mixer = attention(config, num_kv_heads=config.number("num_attention_heads"), qkv_bias=bias, out_bias=bias)
     mlp = Mlp(config.number("intermediate_size"), matrices=2, up_bias=True, down_bias=True)
     layers = [LayerSpec(mixer, mlp, norm_params=4 * hidden) for _ in range(count)]
     return build(config, layers, hidden, other_params=2 * hidden)
@@ -326,7 +345,7 @@ def _mamba(config: Config) -> ModelSpec:
 
 
 for _name, _reader in (
-    ("llama", _llama_like()), ("smollm3", _llama_like()), ("mistral", _llama_like(windowed=True)),
+    ("llama", _llama_like()), ("smollm3", _smollm3), ("glm", _glm), ("mistral", _llama_like(windowed=True)),
     ("mixtral", _llama_like(windowed=True)), ("phi3", _llama_like(windowed=True)), ("phi", _phi),
     ("qwen2", _qwen2), ("qwen3", _qwen2), ("qwen3_moe", _qwen2), ("qwen3_next", _qwen3_next),
     ("gemma", _gemma), ("gemma2", _gemma), ("gemma3_text", _gemma), ("gemma3", _gemma),

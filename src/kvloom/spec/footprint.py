@@ -16,6 +16,9 @@ from kvloom.spec.kv import KVSpec, LaneGroup
 from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 
+INSTRUCTION_TOKENS = 48
+"""Most tokens of the words that ask a model to repeat its context, in any vocabulary, and of the hint that follows."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -162,11 +165,27 @@ def request_footprint(kv: KVSpec, policy: PolicySpec, prompt: int, output: int, 
         moments = _windowed if group.window is not None else _evicting
         a, b, c, d = moments(kv, rule, group, prompt, output, chunk)
         prefill, settled, end, decode = prefill + a, settled + b, end + c, decode + d
+    prefill = Bounds(prefill.low, prefill.high + _replay_bytes(kv, policy, prompt))
     peak = prefill.union(settled).union(decode)
     if not policy.evicts and policy.store is None:
         whole = kv.request_bytes(prompt + output, chunk)
         peak = Bounds(whole, whole)
     return Footprint(prefill, settled, decode, end, peak)
+
+
+def replay_tokens(policy: PolicySpec, prompt: int) -> int:
+    """Return the most tokens that are held beside the prompt while `policy` reads it again; 0 when it does not."""
+    kept = policy.tokens_kept(prompt)
+    if not METHODS.get(policy.selector.name).replays or (kept is not None and kept >= prompt):
+        return 0
+    return min(prompt, policy.selector.number("chunk")) + INSTRUCTION_TOKENS
+
+
+def _replay_bytes(kv: KVSpec, policy: PolicySpec, prompt: int) -> int:
+    """Return the most bytes of a replay: its tokens in every lane, and a copy of the block that they go on in."""
+    tokens = replay_tokens(policy, prompt)
+    blocks = -(-tokens // kv.block_size) + 1 if tokens else 0
+    return sum(len(group.lanes) * group.block_bytes * blocks for group in kv.groups)
 
 
 def _parts(kv: KVSpec, policy: PolicySpec) -> list[tuple[LaneGroup, PolicySpec]]:
@@ -223,7 +242,8 @@ def _evicting(
     kept = _kept(kv, policy, group, prompt, prompt)
     settled = kept.bounds(kv, group, store)
     grown = _kept(kv, policy, group, prompt, prompt + output)
-    end, decode = grown.bounds(kv, group, store), grown.highest(kv, group, store)
+    last = _last(policy, kept, grown, prompt, output)
+    end, decode = last.bounds(kv, group, store), grown.highest(kv, group, store)
     streaming = policy.store is not None and policy.store.get("encode") == "streaming"
     writing = store if streaming else LaneStore(kv.block_size, group.block_bytes, None)
     parts = [term.number("tokens") for term in policy.triggers if term.name == "chunk"]
@@ -293,6 +313,32 @@ def _settled(policy: PolicySpec, prompt: int, goal: int) -> int:
     slack = _slack(policy)
     lazy = all(term.name == "every" for term in policy.triggers)
     return prompt if lazy or slack is None or prompt - goal < slack else min(prompt, goal)
+
+
+def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: int) -> _Kept:
+    """Return the lengths after `output` tokens: those of `grown`, or exact ones where the rhythm of evictions is known.
+
+    From `start` on, lanes of one length grow by a token a step. The policy acts as soon as they exceed the budget by
+    more than its slack, or after every so many tokens.
+    """
+    goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else policy.tokens_kept(prompt)
+    acts = [term for term in policy.triggers if term.name in ("step", "slack", "every")]
+    uniform = policy.lengths_known and policy.budget.name == "uniform" and len(set(start.high)) == 1
+    if not (policy.evicts and uniform and start.low == start.high and len(acts) == 1 and goal is not None and output):
+        return grown
+    held = start.high[0]
+    if acts[0].name == "every":
+        period = acts[0].number("tokens")
+        past = output % period
+        found = held + output if output < period else min(goal, held + output - past) + past
+    else:
+        slack = 0 if acts[0].name == "step" else acts[0].number("tokens")
+        if slack and not METHODS.get(policy.selector.name).budgeted:
+            return grown  # a selector counts the tokens since it last acted, not those above a budget
+        first = max(1, goal + slack + 1 - held)
+        found = held + output if output < first else goal + (output - first) % (slack + 1)
+    lengths = (found,) * len(start.high)
+    return _Kept(lengths, lengths, 0, 0, found, found)
 
 
 def _kept(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: int) -> _Kept:

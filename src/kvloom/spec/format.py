@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry, nearest
-from kvloom.spec.store import STORES, StoreSpec
+from kvloom.spec.store import NATIVE_STORE, STORES, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,18 @@ PLANNED.register("kivi4", GroupedFormat("kivi4", 4, group=32, residual=128))
 PLANNED.register("kivi2", GroupedFormat("kivi2", 2, group=32, residual=128))
 
 
+SERVED_STORES: frozenset[str] = frozenset()
+"""Stores that the policy of a request may name so far; the native one of a model needs no name."""
+
+
 def is_store(name: str) -> bool:
     """Return whether `name` is a store or a planned format."""
     return name in STORES or name in PLANNED
 
 
 def runs(name: str) -> bool:
-    """Return whether the store can be served, not only planned."""
-    return name in STORES
+    """Return whether requests can be served with K and V in this store: a native one, or one that policies may name."""
+    return name in SERVED_STORES or name in NATIVE_STORE.values()
 
 
 def store_names() -> list[str]:

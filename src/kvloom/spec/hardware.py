@@ -15,7 +15,8 @@ _READ = "2026-11-22"
 class DeviceSpec:
     """One accelerator or host. Bandwidth in bytes/s and peaks in FLOP/s are best cases; None is not known.
 
-    `peaks` maps a dtype to its dense matrix peak (no sparsity). `measured` says that speed was probed on the machine.
+    `peaks` maps a dtype to its dense matrix peak (no sparsity). `measured` says that speed was probed on the machine,
+    and `runtime_bytes` is what an engine's process was found to take before it loads a model.
     """
 
     name: str
@@ -26,6 +27,7 @@ class DeviceSpec:
     source: str = ""
     as_of: str = _READ
     measured: bool = False
+    runtime_bytes: int | None = None
 
     def peak(self, dtype: str) -> float | None:
         """Return the peak for `dtype`; 16-bit formats stand in for each other, float32 for what is missing."""

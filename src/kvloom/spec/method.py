@@ -65,7 +65,7 @@ class MethodSpec:
     Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
     to the data (`ragged`); `protected(args, budget)` counts what stays whatever its score. `triggers` and
     `default_budget` are used when the policy names none. `query_aware` says that the question must be in the prompt for
-    the published quality.
+    the published quality, `replays` that the prompt is read a second time, in parts of `chunk` tokens.
     """
 
     name: str
@@ -79,6 +79,7 @@ class MethodSpec:
     triggers: tuple[str, ...] = ()
     default_budget: str = "uniform"
     query_aware: bool = False
+    replays: bool = False
     paper: str = ""
 
     def parameter(self, name: str) -> Parameter:
@@ -154,7 +155,8 @@ _selector("expected", "keeps what a Gaussian of future queries is expected to at
           protected=_arg("sinks"))
 _selector("kvzip", "keeps what is needed to repeat the context", _count("chunk", 2048, 1), _count("sinks", 4),
           Parameter("normalised", "bool", False, doc="weigh by the norm of the value's output (KVzip+)"),
-          triggers=_PREFILL, default_budget="global", paper="arXiv 2505.23416", protected=_arg("sinks"))
+          triggers=_PREFILL, default_budget="global", replays=True, paper="arXiv 2505.23416",
+          protected=_arg("sinks"))
 _selector("fastgen", "chooses a cheap policy for each head that still recovers its attention",
           Parameter("recovery", "float", 0.95, 0, 1), Parameter("recent", "float", 0.3, 0, 1),
           Parameter("frequent", "float", 0.3, 0, 1), budgeted=False, ragged=True, triggers=("prefill", "step"),

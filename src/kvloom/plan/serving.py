@@ -1,0 +1,108 @@
+"""Serving: the command line that serves a question, and every reason why kvloom cannot serve it yet.
+
+A plan covers more than what runs: devices, architectures and stores of which only the bytes are known. What is printed
+to be run must run.
+"""
+
+import shlex
+from pathlib import Path
+
+from kvloom.plan.memory import Memory
+from kvloom.plan.question import DEFAULT_BLOCK_SIZE, DEFAULT_CHUNK, Question
+from kvloom.spec.catalogue import catalogue_entry, find_in_catalogue
+from kvloom.spec.footprint import replay_tokens
+from kvloom.spec.format import SERVED_STORES
+from kvloom.spec.policy import PolicySpec
+from kvloom.spec.store import SLAB_BYTES
+
+PLANNED_FAMILIES = frozenset(
+    {"phi", "qwen3_next", "gemma", "gemma3n_text", "gemma3n", "deepseek_v2", "deepseek_v3", "mamba"}
+)
+"""Values of `model_type` whose bytes are known and whose models do not run yet."""
+
+SERVED_DTYPES = ("bfloat16", "float16", "float32")
+
+SCORES_BY_ATTENTION = frozenset({"h2o", "tova", "scissorhands", "snapkv", "expected", "kvzip", "fastgen"})
+"""Selectors that compute attention from queries and keys, which is the model's own only where nothing else is in it."""
+
+UNLIKE_ATTENTION = frozenset({"gemma2", "bloom", "mpt", "gpt_oss"})
+"""Values of `model_type` whose scores have a softcap, ALiBi or sinks beside q.k."""
+
+
+def serve_refusals(asked: Question) -> list[str]:
+    """Return every reason why `kvloom serve` of this version cannot serve `asked`; [] when it can."""
+    model, reasons = asked.model, []
+    if not model.exact:
+        reasons.append("the model is hypothetical")
+    if model.family in PLANNED_FAMILIES:
+        reasons.append(f"architecture {model.family!r} does not run yet")
+    if model.weight_format is not None:
+        reasons.append(f"weights in {model.weight_format.name} do not run yet")
+    if asked.dtype not in SERVED_DTYPES:
+        reasons.append(f"--dtype {asked.dtype} does not run yet; one of {', '.join(SERVED_DTYPES)} does")
+    if asked.devices > 1:
+        reasons.append("tensor parallelism does not run yet")
+    if asked.device.kind != "cpu":
+        reasons.append(f"models run on CPUs, not yet on {asked.device.name}")
+    if model.max_position is not None and asked.context > model.max_position:
+        reasons.append(f"the model was made for {model.max_position} tokens; {asked.context} are asked")
+    return [*reasons, *policy_refusals(asked)]
+
+
+def policy_refusals(asked: Question) -> list[str]:
+    """Return the reasons that lie in the cache policy of `asked` on its model."""
+    policy, model, reasons = asked.policy, asked.model, []
+    if policy.store is not None and policy.store.name not in SERVED_STORES:
+        reasons.append(f"store {policy.store.name} is planned only: it is not served yet")
+    if not policy.evicts or not model.kv_layers:
+        return reasons
+    name = policy.selector.name
+    if name in SCORES_BY_ATTENTION and model.family in UNLIKE_ATTENTION:
+        reasons.append(f"{name} scores by softmax(q.k), and the scores of {model.family} have more in them")
+    if any(kv.source is not None for kv in model.layer_kv):
+        reasons.append("layers share the lanes of other layers, from which nothing can be evicted")
+    skipped = policy.selector.get("skip_layers")
+    first = skipped if isinstance(skipped, int) else 0
+    if all(kv.window is not None or index < first for index, kv in enumerate(model.layer_kv)):
+        reasons.append("every layer has a window or is skipped, so there is nothing to evict")
+    budget = policy.tokens_kept(asked.prompt)
+    if budget is not None and budget < asked.prompt and policy.tokens_protected(budget) > budget:
+        reasons.append(f"{policy.tokens_protected(budget)} tokens are protected but the budget is {budget}")
+    again = replay_tokens(policy, asked.prompt)
+    if model.max_position is not None and asked.prompt + again > model.max_position:
+        longest = f"the model was made for {model.max_position}"
+        reasons.append(f"{name} feeds up to {again} tokens after the prompt; {longest}")
+    return reasons
+
+
+def served_name(model: str) -> str:
+    """Return the name by which `kvloom serve` knows the MODEL of a plan: a path, or a Hugging Face id."""
+    path = Path(model).expanduser()
+    if path.is_file() and path.name == "config.json":
+        return str(path.parent)
+    name = find_in_catalogue(model)
+    if path.exists() or name is None or "/" in model:
+        return model
+    ids = catalogue_entry(name)["ids"]
+    return str(ids[0]) if ids else model
+
+
+def arena_bytes(asked: Question) -> int:
+    """Return the `--kv-cache-memory-bytes` for all users of `asked`: whole slabs, and one more for each block size."""
+    kv = asked.whole_kv
+    sizes = 1 if kv is None else len({group.block_bytes for group in kv.groups})
+    return (-(-Memory(asked).kv_bytes(asked) // SLAB_BYTES) + sizes) * SLAB_BYTES
+
+
+def serve_command(asked: Question, model: str) -> str:
+    """Return the command line that serves `asked`; only of use where `serve_refusals` is empty."""
+    parts = ["kvloom", "serve", shlex.quote(served_name(model)), "--max-model-len", str(asked.context),
+             "--max-num-seqs", str(asked.users), "--dtype", asked.dtype,
+             "--kv-cache-memory-bytes", str(arena_bytes(asked))]
+    if asked.policy != PolicySpec():
+        parts += ["--kv-policy", shlex.quote(str(asked.policy))]
+    if asked.block_size != DEFAULT_BLOCK_SIZE:
+        parts += ["--block-size", str(asked.block_size)]
+    if asked.chunk != DEFAULT_CHUNK:
+        parts += ["--max-num-batched-tokens", str(asked.chunk)]
+    return " ".join(parts)

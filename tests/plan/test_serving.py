@@ -1,0 +1,159 @@
+"""What a plan prints to be run: the command line's own flags, the engine's own checks."""
+
+import shlex
+from dataclasses import fields, replace
+
+import pytest
+
+from kvloom.cli.engineflags import engine_arguments
+from kvloom.cli.plan import make_question, plan
+from kvloom.cli.serve import serve
+from kvloom.engine.config import EngineConfig
+from kvloom.errors import KvloomError, UnsupportedError
+from kvloom.models.families import FAMILIES
+from kvloom.plan.advice import advise
+from kvloom.plan.compare import candidate_policies
+from kvloom.plan.memory import Memory
+from kvloom.plan.question import Question
+from kvloom.plan.serving import (
+    PLANNED_FAMILIES,
+    SCORES_BY_ATTENTION,
+    SERVED_DTYPES,
+    policy_refusals,
+    serve_command,
+    serve_refusals,
+    served_name,
+)
+from kvloom.policies.policy import Policy
+from kvloom.spec.architectures import ARCHITECTURES
+from kvloom.spec.catalogue import catalogue_names, catalogue_spec
+from kvloom.spec.format import SERVED_STORES, store_names
+from kvloom.spec.hardware import find_device
+from kvloom.spec.method import METHODS
+from kvloom.spec.policy import PolicySpec
+
+
+def ask(model="smollm2", device="cpu:8GiB", prompt=3584, output=512, **facts):
+    """Return a question about a catalogue model on a CPU."""
+    return Question(catalogue_spec(model), find_device(device), prompt, output, **facts)
+
+
+def read_serve(command):
+    """Return the flags that `kvloom serve` reads from a command line, by its own parser, and the engine's options."""
+    words = shlex.split(command)
+    assert words[:2] == ["kvloom", "serve"]
+    with serve.make_context("serve", words[2:]) as context:
+        values = dict(context.params)
+    names = {field.name for field in fields(EngineConfig)}
+    options = {name: value for name, value in engine_arguments(values).items() if name in names}
+    return values, EngineConfig(**options)
+
+
+CASES = [
+    ask(users=4), ask(users=3, block_size=32, chunk=512), ask("gemma-3-270m", users=2, dtype="float32"),
+    ask(users=8, policy=PolicySpec.parse("snapkv(budget=896)")), ask("llama-3-8b", "cpu:64GiB", users=16),
+    ask(users=5, policy=PolicySpec.parse("streaming(sinks=4,window=508)")),
+    ask("mistral-7b-v0.1", "cpu:64GiB", 7000, 500),
+    ask("gpt-oss-20b", "cpu:64GiB", policy=PolicySpec.parse("streaming")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", CASES, ids=lambda asked: f"{asked.model.name} {asked.policy} {asked.users}")
+def test_the_printed_command_is_read_back_to_the_question_and_its_arena_holds_all_users(asked):
+    values, config = read_serve(serve_command(asked, asked.model.name))
+    assert values["max_num_seqs"] == asked.users
+    assert (config.block_size, config.max_num_batched_tokens, config.dtype) == (
+        asked.block_size,
+        asked.chunk,
+        asked.dtype,
+    )
+    kv = asked.whole_kv
+    kv_bytes = config.resolve_kv_bytes(kv, asked.model.max_position)
+    assert kv_bytes >= Memory(asked).kv_bytes(asked)
+    longest = config.resolve_max_model_len(kv, asked.model.max_position, kv_bytes)
+    assert longest == asked.context or asked.policy.evicts
+    assert PolicySpec.parse(config.kv_policy or "full") == asked.policy
+    assert asked.policy == PolicySpec() or Policy.parse(config.kv_policy) is not None
+
+
+@pytest.mark.parametrize("model", catalogue_names())
+def test_every_policy_that_is_recommended_without_a_reason_against_it_is_read_by_the_engine(model):
+    asked = ask(model, "cpu:64GiB", prompt=900, output=100)
+    for policy in candidate_policies(asked) if asked.model.kv_layers else []:
+        if not policy_refusals(replace(asked, policy=policy)):
+            Policy.parse(str(policy))
+
+
+@pytest.mark.parametrize("store", store_names())
+def test_the_plan_knows_which_stores_the_engine_serves(store):
+    try:
+        Policy.parse(store)
+        served = True
+    except UnsupportedError:
+        served = False
+    assert served is (store in SERVED_STORES)
+
+
+def test_the_plan_knows_which_architectures_run():
+    running = {name for _, family in FAMILIES.items() for name in family.model_types}
+    assert set(ARCHITECTURES) - running == PLANNED_FAMILIES
+
+
+def test_the_plan_knows_which_methods_compute_attention():
+    for name, method in METHODS.items():
+        if method.role == "selector" and name not in ("full", "duo"):  # duo asks for a file
+            needs = Policy.parse(f"{name}(budget=64)" if method.budgeted else name).needs
+            assert (needs.watches_queries or needs.replay) is (name in SCORES_BY_ATTENTION), name
+            assert needs.replay is method.replays
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (ask(device="h100"), "on h100"),
+        (ask("llama-3-8b", "h100", devices=2), "tensor parallelism"),
+        (ask("deepseek-v2"), "'deepseek_v2' does not run"),
+        (ask(dtype="float8_e4m3fn"), "float8"),
+        (ask(policy=PolicySpec.parse("int4")), "store int4"),
+        (ask(prompt=9000), "made for 8192"),
+        (ask("gpt-oss-20b", policy=PolicySpec.parse("tova(budget=9)")), "more in them"),
+        (ask("mistral-7b-v0.1", policy=PolicySpec.parse("tova(budget=9)")), "nothing to evict"),
+        (ask("gemma-3n-e4b", policy=PolicySpec.parse("streaming")), "share the lanes"),
+        (ask(policy=PolicySpec.parse("expected(budget=3)")), "protected"),
+    ],
+)
+def test_what_cannot_be_served_yet_has_a_reason(asked, words):
+    assert words in "; ".join(serve_refusals(asked))
+
+
+def test_a_catalogue_name_is_served_by_its_id_and_a_config_by_its_folder(tmp_path):
+    assert served_name("llama-3-8b") == "meta-llama/Meta-Llama-3-8B"
+    assert served_name("someone/something") == "someone/something"
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    assert served_name(str(config)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("asked", [ask(users=90, device="cpu:2GiB"), ask("llama-3-8b", "l4", users=9, dtype="float32")])
+def test_every_change_that_is_advised_is_accepted_by_plan_and_fits_when_it_says_so(asked):
+    given = ["--prompt", asked.prompt, "--output", asked.output, "--users", asked.users, "--device", asked.device.name,
+             "--dtype", asked.dtype]  # fmt: skip
+    for advice in advise(asked):
+        words = shlex.split(advice.flags)
+        if words[0] == "--context":
+            kept = given[4:]
+        else:
+            kept = [part for at in range(0, len(given), 2) if given[at] != words[0] for part in given[at : at + 2]]
+        arguments = [asked.model.name, *map(str, kept), *words]
+        with plan.make_context("plan", arguments) as context:
+            values = dict(context.params)
+        try:
+            again = make_question(values.pop("model"), values)
+        except KvloomError as error:
+            pytest.fail(f"{advice.flags} is refused: {error}")
+        assert Memory(again).fits is advice.enough, advice
+
+
+def test_float_types_that_are_served_are_those_of_the_engine():
+    for dtype in SERVED_DTYPES:
+        EngineConfig(dtype=dtype)
