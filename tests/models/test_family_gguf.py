@@ -42,7 +42,7 @@ CASES = {
     "mistral, window": ("llama", {"attention.sliding_window": 11}),
     "gemma2": ("gemma2", {"attention.sliding_window": 9, "attn_logit_softcapping": 3.0,
                           "final_logit_softcapping": 8.0}),
-    "phi3": ("phi3", {}),
+    "phi3": ("phi3", {"attention.sliding_window": 0}),
     "phi3, longrope": ("phi3", {"rope.scaling.original_context_length": 32}),
     "phi3, longrope on half of each head": ("phi3", {"rope.scaling.original_context_length": 32,
                                                      "rope.dimension_count": 8}),

@@ -45,7 +45,8 @@ def refused(architecture, **entries):
         ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
          ["scale_attn_by_inverse_layer_idx", "scale_attn_weights"]),
         ("MixtralForCausalLM", {"num_local_experts": 2, "num_experts_per_tok": 3}, ["at most 2"]),
-        ("GptOssForCausalLM", {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
+        ("GptOssForCausalLM", {"quantization_config": {"quant_method": "awq"}}, ["awq"]),
+        ("LlamaForCausalLM", {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
     ],
 )  # fmt: skip
 def test_every_reason_is_named(architecture, entries, reasons):

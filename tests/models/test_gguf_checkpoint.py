@@ -86,7 +86,6 @@ def test_linear_scaling_is_read_and_gemma_applies_it_to_global_layers_only(tmp_p
     ("options", "reason"),
     [
         ({"rope__scaling__type": "resonance", "rope__scaling__factor": 4.0}, "resonance"),
-        ({"expert_count": 8}, "experts"),
         ({"rope__dimension_count": 4}, "only 4 of the 8"),
         ({"attention__key_length": 8, "attention__value_length": 16}, "keys have 8 elements"),
     ],

@@ -37,6 +37,8 @@ def stored(quant, rows, columns):
     raw = RANDOM.integers(0, 256, (rows, columns // block, block_bytes), dtype=np.uint8)
     if quant == Quant.BF16:
         raw[..., 1] = 0x3F
+    elif quant == Quant.MXFP4:
+        raw[..., 0] = RANDOM.integers(110, 140, raw.shape[:-1])  # the scale: a power of two, biased by 127
     else:
         scales = {Quant.Q4_K: (1, 3), Quant.Q5_K: (1, 3), Quant.Q6_K: (209,), Quant.Q4_1: (1, 3), Quant.Q5_1: (1, 3)}
         for high_byte in scales.get(quant, (1,)):

@@ -161,7 +161,7 @@ def test_a_chat_prompt_has_the_template_s_bos_and_no_second_one(tmp_path):
 def test_without_a_chat_template_the_error_says_what_to_do(tmp_path):
     tokenizer = tokenizer_from_folder(save_folder(tmp_path))
     assert not tokenizer.has_chat_template
-    with pytest.raises(ChatTemplateError, match=r"use generate.*--chat-template"):
+    with pytest.raises(ChatTemplateError, match=r"give plain text.*--chat-template"):
         tokenizer.encode_chat([{"role": "user", "content": "a"}])
 
 

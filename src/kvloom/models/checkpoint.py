@@ -159,7 +159,11 @@ def _open_folder(name: str, path: Path, overrides: Mapping[str, Any] | None) -> 
     config = family.config(raw, overrides)
     generation_config = _read_json(path / "generation_config.json", required=False)
     config = replace(config, eos_token_ids=_merged_eos(config, generation_config, path))
-    file = SafetensorsFolder(path)
+    file: TensorFile = SafetensorsFolder(path)
+    if _quant_method(raw) == "mxfp4":
+        from kvloom.models.mxfp4 import Mxfp4Tensors
+
+        file = Mxfp4Tensors(file)
     names = _text_names(file, family)
     if config.tie_embeddings and family.source_of("lm_head") in names:
         config = _resolve_tie(config, family, file, names)
@@ -181,6 +185,12 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
     return value
+
+
+def _quant_method(raw: Mapping[str, Any]) -> Any:
+    """Return the method by which a checkpoint's weights are quantised, as its config names it, or None."""
+    quantized = raw.get("quantization_config")
+    return quantized.get("quant_method") if isinstance(quantized, dict) else None
 
 
 def _merged_eos(config: DecoderConfig, generation_config: dict[str, Any], path: Path) -> tuple[int, ...]:

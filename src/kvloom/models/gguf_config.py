@@ -15,8 +15,8 @@ _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_ma
 def config_of_gguf(file: GGUFFile, family: Family) -> dict[str, Any]:
     """Return what the model's config.json would say, from metadata and tensors of the file.
 
-    Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts, unequal layers
-    and rotary embeddings that the metadata describe but no supported kind matches.
+    Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts in a family that has
+    none, unequal layers and rotary embeddings that the metadata describe but no supported kind matches.
     """
     metadata, prefix = file.metadata, f"{family.gguf_architecture}."
     shapes = file.shapes
@@ -27,17 +27,17 @@ def config_of_gguf(file: GGUFFile, family: Family) -> dict[str, Any]:
         value = metadata.get(prefix + key)
         if isinstance(value, np.ndarray):
             value = _single(value, f"{prefix}{key}", file)
-        if value is not None:
+        if value is not None and not (value == 0 and name == "sliding_window"):  # none is written as 0
             config[name] = value
     config["vocab_size"] = shapes["token_embd.weight"][0]
     config["tie_word_embeddings"] = "output.weight" not in shapes
-    config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    config["attention_bias"] = bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(shapes))
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     config["eos_token_id"] = [token for token in ends if token is not None]
-    family.from_gguf(config)
-    _check_widths(file, prefix, config, family)
     config["rope_scaling"] = _rope_scaling(file, prefix, config)
+    family.from_gguf(config, shapes)
+    _check_widths(file, prefix, config, family)
     return config
 
 
@@ -51,7 +51,7 @@ def _single(values: np.ndarray[Any, Any], key: str, file: GGUFFile) -> Any:
 def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any], family: Family) -> None:
     """Note in `config` which part of a head is rotated, where the family knows parts; refuse other inequalities."""
     reasons = []
-    if file.metadata.get(prefix + "expert_count", 0):
+    if file.metadata.get(prefix + "expert_count", 0) and not family.gguf_experts:
         reasons.append(f"{prefix}expert_count is {file.metadata[prefix + 'expert_count']}: experts are not supported")
     width = file.metadata.get(prefix + "attention.key_length")
     value_width = file.metadata.get(prefix + "attention.value_length", width)
@@ -59,7 +59,7 @@ def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any], family: F
         reasons.append(f"keys have {width} elements a head and values {value_width}")
     head_dim = _head_dim(config)
     rotated = file.metadata.get(prefix + "rope.dimension_count", head_dim)
-    if head_dim and rotated != head_dim and family.partial_rotary:
+    if head_dim and family.partial_rotary:
         config["partial_rotary_factor"] = rotated / head_dim
     elif head_dim and rotated != head_dim:
         reasons.append(f"only {rotated} of the {head_dim} elements of a head are rotated")

@@ -52,10 +52,12 @@ def family_of_config(raw: Mapping[str, Any]) -> Family:
     raise UnsupportedError(f"the architecture {wanted!r}", reasons)
 
 
-def family_of_gguf(architecture: str) -> Family:
+def family_of_gguf(architecture: str, has_experts: bool = False) -> Family:
     """Return the family of a GGUF file's `general.architecture`; raises `UnsupportedError` naming the known ones."""
-    families = {f.gguf_architecture: f for _, f in FAMILIES.items() if f.gguf_architecture is not None}
-    if architecture not in families:
-        hint = nearest(architecture, list(families))
-        raise UnsupportedError(f"the GGUF architecture {architecture!r}", [f"kvloom knows {', '.join(families)}{hint}"])
-    return families[architecture]
+    families = [family for _, family in FAMILIES.items() if family.gguf_architecture is not None]
+    fitting = [family for family in families if family.gguf_architecture == architecture]
+    if not fitting:
+        known = list(dict.fromkeys(str(family.gguf_architecture) for family in families))
+        hint = nearest(architecture, known)
+        raise UnsupportedError(f"the GGUF architecture {architecture!r}", [f"kvloom knows {', '.join(known)}{hint}"])
+    return next((family for family in fitting if family.gguf_experts == has_experts), fitting[0])

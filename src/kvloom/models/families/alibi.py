@@ -1,5 +1,6 @@
 """BLOOM and MPT: no position but a penalty on distance, of each head its own (ALiBi)."""
 
+from collections.abc import Collection
 from typing import Any
 
 from kvloom.models.config import DecoderConfig, LayerConfig
@@ -12,7 +13,7 @@ from kvloom.models.families.classic import (
     plain_mlp,
 )
 from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.family import Family
+from kvloom.models.families.family import GPT_GGUF_KEYS, Family
 from kvloom.models.families.skeleton import nothing_implied
 
 
@@ -79,13 +80,20 @@ def _mpt(reader: ConfigReader) -> DecoderConfig:
     )
 
 
+def _mpt_from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
+    """Gather what the config has in `attn_config`; no bias on distances means learned positions."""
+    attention = {name: config.pop(name) for name in ("clip_qkv", "alibi_bias_max", "kv_n_heads") if name in config}
+    config["attn_config"] = {**attention, "alibi": attention.get("alibi_bias_max", 0) > 0}
+    config["expansion_ratio"] = config.pop("inner", 0) // max(1, config.get("d_model", 1))
+
+
 _BLOOM_AT, _MPT_AT = "transformer.h.{i}.", "transformer.blocks.{i}."
 
 BLOOM = Family(
     name="bloom",
     architectures=("BloomForCausalLM",),
     model_types=("bloom",),
-    gguf_architecture=None,
+    gguf_architecture="bloom",
     defaults={
         "vocab_size": 250880,
         "layer_norm_epsilon": 1e-5,
@@ -107,13 +115,14 @@ BLOOM = Family(
         *layer_norm("final_norm", "transformer.ln_f"),
     ),
     hf_prefixes=(("transformer.", "transformer."), ("lm_head.", "lm_head."), ("", "transformer.")),
+    gguf_config_keys={**GPT_GGUF_KEYS, "context_length": "seq_length", "embedding_length": "hidden_size"},
 )
 
 MPT = Family(
     name="mpt",
     architectures=("MptForCausalLM", "MPTForCausalLM"),
     model_types=("mpt",),
-    gguf_architecture=None,
+    gguf_architecture="mpt",
     defaults={
         "vocab_size": 50368,
         "d_model": 2048,
@@ -126,7 +135,7 @@ MPT = Family(
         "tie_word_embeddings": True,
     },
     configure=_mpt,
-    from_gguf=nothing_implied,
+    from_gguf=_mpt_from_gguf,
     weights=(
         *embeddings("transformer.wte.weight"),
         *fused_attention(_MPT_AT + "attn.Wqkv", _MPT_AT + "attn.out_proj", grouped=False),
@@ -135,4 +144,15 @@ MPT = Family(
         *layer_norm("layers.{i}.mlp_norm", _MPT_AT + "norm_2"),
         *layer_norm("final_norm", "transformer.norm_f"),
     ),
+    gguf_config_keys={
+        "context_length": "max_seq_len",
+        "embedding_length": "d_model",
+        "block_count": "n_layers",
+        "feed_forward_length": "inner",
+        "attention.head_count": "n_heads",
+        "attention.head_count_kv": "kv_n_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.clamp_kqv": "clip_qkv",
+        "attention.max_alibi_bias": "alibi_bias_max",
+    },
 )

@@ -1,11 +1,14 @@
 """Falcon: one KV head (7B) or a few (40B), attention and MLP in parallel, behind one norm or one each."""
 
+from collections.abc import Collection
+from typing import Any
+
 from kvloom.models.config import DecoderConfig
 from kvloom.models.families.classic import activation, classic, embeddings, fused_attention, layer_norm, plain_mlp
 from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.family import Family
+from kvloom.models.families.family import GGUF_CONFIG_KEYS, Family
 from kvloom.models.families.rope import longest_position, rope_config, rope_params
-from kvloom.models.families.skeleton import layers_of, nothing_implied
+from kvloom.models.families.skeleton import layers_of
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
@@ -49,13 +52,20 @@ def _sequential(c: DecoderConfig) -> bool:
     return not c.parallel_residual
 
 
+def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
+    """Tell 7B from the others by its one KV head, and 40B from 11B by its second norm; GGUF has no other kinds."""
+    config["bias"] = "blk.0.attn_qkv.bias" in names
+    config["new_decoder_architecture"] = config.get("num_kv_heads", 1) > 1
+    config["num_ln_in_parallel_attn"] = 2 if "blk.0.attn_norm_2.weight" in names else 1
+
+
 _AT = "transformer.h.{i}."
 
 FALCON = Family(
     name="falcon",
     architectures=("FalconForCausalLM", "RWForCausalLM"),
     model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
-    gguf_architecture=None,
+    gguf_architecture="falcon",
     defaults={
         "vocab_size": 65024,
         "parallel_attn": True,
@@ -69,7 +79,7 @@ FALCON = Family(
         "eos_token_id": 11,
     },
     configure=_configure,
-    from_gguf=nothing_implied,
+    from_gguf=_from_gguf,
     weights=(
         *embeddings("transformer.word_embeddings.weight"),
         *fused_attention(_AT + "self_attention.query_key_value", _AT + "self_attention.dense", grouped=True),
@@ -78,9 +88,15 @@ FALCON = Family(
         *layer_norm("layers.{i}.mlp_norm", _AT + "post_attention_layernorm", _sequential),
         *(
             weight
-            for name, hf in (("attn_norm", "ln_attn"), ("mlp_norm", "ln_mlp"))
-            for weight in layer_norm(f"layers.{{i}}.{name}", _AT + hf, _two)
+            for name, hf, gguf in (("attn_norm", "ln_attn", "attn_norm_2"), ("mlp_norm", "ln_mlp", "attn_norm"))
+            for weight in layer_norm(f"layers.{{i}}.{name}", _AT + hf, _two, f"blk.{{i}}.{gguf}")
         ),
         *layer_norm("final_norm", "transformer.ln_f"),
     ),
+    gguf_config_keys={
+        **GGUF_CONFIG_KEYS,
+        "feed_forward_length": "ffn_hidden_size",
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
 )

@@ -1,5 +1,6 @@
 """Gemma 2: windows on every other layer, norms around every block, soft caps on scores and logits."""
 
+from collections.abc import Collection
 from typing import Any
 
 from kvloom.models.config import DecoderConfig
@@ -31,7 +32,7 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _from_gguf(config: dict[str, Any]) -> None:
+def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
     """Add the scale of queries: one over the root of the head size, but of hidden/heads in the largest model."""
     if config.get("num_hidden_layers") == _LARGEST_NUM_LAYERS:
         config.setdefault("query_pre_attn_scalar", config["hidden_size"] // config["num_attention_heads"])

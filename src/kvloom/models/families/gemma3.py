@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _from_gguf(config: dict[str, Any]) -> None:
+def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
     """Add the scale of queries: one over the root of the head size, but of hidden/heads in the largest model."""
     if config.get("num_hidden_layers") == _LARGEST_NUM_LAYERS:
         config.setdefault("query_pre_attn_scalar", config["hidden_size"] // config["num_attention_heads"])

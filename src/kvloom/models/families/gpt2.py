@@ -3,7 +3,7 @@
 from kvloom.models.config import DecoderConfig, LayerConfig
 from kvloom.models.families.classic import activation, classic, embeddings, fused_attention, layer_norm, plain_mlp
 from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.family import Family
+from kvloom.models.families.family import GPT_GGUF_KEYS, Family
 from kvloom.models.families.skeleton import nothing_implied
 from kvloom.models.families.weight import Weight
 
@@ -47,7 +47,7 @@ def _weights(*, grouped: bool, turn: bool) -> tuple[Weight, ...]:
     at = "transformer.h.{i}."
     return (
         *embeddings("transformer.wte.weight"),
-        Weight("positions", "transformer.wpe.weight", "", _positions),
+        Weight("positions", "transformer.wpe.weight", "position_embd.weight", _positions),
         *fused_attention(at + "attn.c_attn", at + "attn.c_proj", grouped=grouped, turn=turn),
         *plain_mlp(at + "mlp.c_fc", at + "mlp.c_proj", turn),
         *layer_norm("layers.{i}.attn_norm", at + "ln_1"),
@@ -74,22 +74,24 @@ GPT2 = Family(
     name="gpt2",
     architectures=("GPT2LMHeadModel",),
     model_types=("gpt2",),
-    gguf_architecture=None,
+    gguf_architecture="gpt2",
     defaults={**_DEFAULTS, "activation_function": "gelu_new"},
     configure=_gpt2,
     from_gguf=nothing_implied,
     weights=_weights(grouped=False, turn=True),
     hf_prefixes=_PREFIXES,
+    gguf_config_keys=GPT_GGUF_KEYS,
 )
 
 GPT_BIGCODE = Family(
     name="gpt_bigcode",
     architectures=("GPTBigCodeForCausalLM",),
     model_types=("gpt_bigcode",),
-    gguf_architecture=None,
+    gguf_architecture="starcoder",  # which has one KV head
     defaults={**_DEFAULTS, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
     configure=_gpt_bigcode,
     from_gguf=nothing_implied,
     weights=_weights(grouped=True, turn=False),
     hf_prefixes=_PREFIXES,
+    gguf_config_keys=GPT_GGUF_KEYS,
 )

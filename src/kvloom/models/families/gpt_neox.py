@@ -3,14 +3,15 @@
 from kvloom.models.config import DecoderConfig
 from kvloom.models.families.classic import activation, classic, embeddings, fused_attention, layer_norm, plain_mlp
 from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.family import Family
+from kvloom.models.families.family import GGUF_CONFIG_KEYS, Family
 from kvloom.models.families.rope import longest_position, rope_config, rope_params
 from kvloom.models.families.skeleton import layers_of, nothing_implied
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    params = {"partial_rotary_factor": reader.get("rotary_pct"), **rope_params(reader)}
+    part = reader.get("partial_rotary_factor")
+    params = {"partial_rotary_factor": reader.get("rotary_pct") if part is None else part, **rope_params(reader)}
     base = reader.number("rotary_emb_base")
     rope = rope_config(reader, params, base, head_dim=max(1, hidden_size // num_heads), partial=True)
     return classic(
@@ -37,7 +38,7 @@ GPT_NEOX = Family(
     name="gpt_neox",
     architectures=("GPTNeoXForCausalLM",),
     model_types=("gpt_neox",),
-    gguf_architecture=None,
+    gguf_architecture="gptneox",
     defaults={
         "vocab_size": 50432,
         "hidden_size": 6144,
@@ -64,4 +65,11 @@ GPT_NEOX = Family(
         *layer_norm("layers.{i}.mlp_norm", _AT + "post_attention_layernorm"),
         *layer_norm("final_norm", "gpt_neox.final_layer_norm"),
     ),
+    gguf_config_keys={
+        **GGUF_CONFIG_KEYS,
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+        "use_parallel_residual": "use_parallel_residual",
+        "rope.freq_base": "rotary_emb_base",
+    },
+    partial_rotary=True,
 )

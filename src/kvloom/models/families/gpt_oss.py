@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvloom.models.config import DecoderConfig, ExpertsConfig
 from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.family import Family
+from kvloom.models.families.family import GGUF_EXPERT_KEYS, Family
 from kvloom.models.families.routed import experts_down, experts_up, router_shape
-from kvloom.models.families.skeleton import layer_windows, nothing_implied, skeleton
+from kvloom.models.families.skeleton import layer_windows, skeleton
 from kvloom.models.families.weight import (
     ATTENTION,
     EMBEDDINGS,
@@ -17,7 +18,9 @@ from kvloom.models.families.weight import (
     Shape,
     Transform,
     Weight,
+    norm,
     per_layer,
+    renamed,
     rows_of,
 )
 
@@ -79,15 +82,25 @@ def _stored_down(c: DecoderConfig) -> tuple[int, ...]:
 
 
 def _expert(name: str, hf: str, shape: Shape, stored: Shape | None, transform: Transform | None) -> Weight:
-    weight = replace(per_layer(f"experts_{name}", f"mlp.experts.{hf}", "", shape), hf_shape=stored)
+    part, bias = name.removesuffix("_bias"), name.endswith("_bias")
+    gguf = f"ffn_{part}_exps.{'bias' if bias else 'weight'}"
+    weight = replace(per_layer(f"experts_{name}", f"mlp.experts.{hf}", gguf, shape), hf_shape=stored)
     return weight if transform is None else replace(weight, from_hf=transform)
 
+
+def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
+    """Add what all models of the family have: a YaRN whose ramp begins and ends between two frequencies."""
+    if config.get("rope_scaling"):
+        config["rope_scaling"]["truncate"] = False
+
+
+_MLP_NORM = norm("mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight")
 
 GPT_OSS = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM",),
     model_types=("gpt_oss",),
-    gguf_architecture=None,
+    gguf_architecture="gpt-oss",
     defaults={
         "vocab_size": 201088,
         "hidden_size": 2880,
@@ -105,19 +118,22 @@ GPT_OSS = Family(
         "swiglu_limit": 7.0,
     },
     configure=_configure,
-    from_gguf=nothing_implied,
+    from_gguf=_from_gguf,
     weights=(
         *EMBEDDINGS,
         *ATTENTION,
-        replace(per_layer("sinks", "self_attn.sinks", "", _heads), is_norm=True),
-        per_layer("router", "mlp.router.weight", "", router_shape),
-        per_layer("router_bias", "mlp.router.bias", "", rows_of(router_shape)),
+        replace(per_layer("sinks", "self_attn.sinks", "attn_sinks.weight", _heads), is_norm=True),
+        per_layer("router", "mlp.router.weight", "ffn_gate_inp.weight", router_shape),
+        per_layer("router_bias", "mlp.router.bias", "ffn_gate_inp.bias", rows_of(router_shape)),
         _expert("gate", "gate_up_proj", experts_up, _stored_up, _gate),
         _expert("up", "gate_up_proj", experts_up, _stored_up, _up),
         _expert("down", "down_proj", experts_down, _stored_down, _down),
         _expert("gate_bias", "gate_up_proj_bias", _biases(experts_up), _two_biases(experts_up), _gate),
         _expert("up_bias", "gate_up_proj_bias", _biases(experts_up), _two_biases(experts_up), _up),
         _expert("down_bias", "down_proj_bias", _biases(experts_down), None, None),
-        *PRE_NORMS,
+        *renamed(PRE_NORMS, mlp_norm=_MLP_NORM),
     ),
+    gguf_config_keys={**GGUF_EXPERT_KEYS, "expert_feed_forward_length": "intermediate_size"},
+    gguf_experts=True,
+    quantizations=("mxfp4",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ _WINDOW = "window_of_all_layers"
 """Entry that no config.json has: GGUF files call Mistral a llama, and a window in their metadata is of all layers."""
 
 
-def _from_gguf(config: dict[str, Any]) -> None:
+def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
     config[_WINDOW] = config.pop("sliding_window", None)
 
 

@@ -1,10 +1,13 @@
 """Mixtures of experts: Mixtral and Qwen3-MoE."""
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from kvloom.models.config import DecoderConfig, ExpertsConfig
 from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.family import Family
+from kvloom.models.families.family import GGUF_EXPERT_KEYS, Family
+from kvloom.models.families.llama import reordered
 from kvloom.models.families.skeleton import all_windowed, nothing_implied, skeleton
 from kvloom.models.families.weight import (
     ATTENTION,
@@ -83,6 +86,11 @@ def _qwen3_moe(reader: ConfigReader) -> DecoderConfig:
     return replace(config, layers=tuple(layers))
 
 
+def _normalised(config: dict[str, Any], names: Collection[str]) -> None:
+    """Add that the shares of the chosen experts sum to one, in every layer: GGUF files of this family have no other."""
+    config["norm_topk_prob"] = True
+
+
 _DEFAULTS = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -93,7 +101,7 @@ MIXTRAL = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
     model_types=("mixtral",),
-    gguf_architecture=None,
+    gguf_architecture="llama",
     defaults={
         **_DEFAULTS,
         "vocab_size": 32000,
@@ -111,7 +119,7 @@ MIXTRAL = Family(
     from_gguf=nothing_implied,
     weights=(
         *EMBEDDINGS,
-        *ATTENTION,
+        *map(reordered, ATTENTION),
         *_routed(
             "block_sparse_moe.gate.weight",
             "block_sparse_moe.experts.{e}.w1.weight",
@@ -120,13 +128,15 @@ MIXTRAL = Family(
         ),
         *PRE_NORMS,
     ),
+    gguf_config_keys=GGUF_EXPERT_KEYS,
+    gguf_experts=True,
 )
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
     model_types=("qwen3_moe",),
-    gguf_architecture=None,
+    gguf_architecture="qwen3moe",
     defaults={
         **_DEFAULTS,
         "vocab_size": 151936,
@@ -143,7 +153,7 @@ QWEN3_MOE = Family(
         "sliding_window": 4096,
     },
     configure=_qwen3_moe,
-    from_gguf=nothing_implied,
+    from_gguf=_normalised,
     weights=(
         *EMBEDDINGS,
         *ATTENTION,
@@ -157,4 +167,6 @@ QWEN3_MOE = Family(
         ),
         *PRE_NORMS,
     ),
+    gguf_config_keys={**GGUF_EXPERT_KEYS, "expert_feed_forward_length": "moe_intermediate_size"},
+    gguf_experts=True,
 )

@@ -1,6 +1,6 @@
 """The skeleton that most families share: RMSNorm, gated MLP, rotary positions. Each family says what it changes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from kvloom.models.config import DecoderConfig, LayerConfig, RopeConfig
@@ -90,5 +90,5 @@ def skeleton(
     return DecoderConfig(**{**entries, **changes})
 
 
-def nothing_implied(config: dict[str, Any]) -> None:
+def nothing_implied(config: dict[str, Any], names: Collection[str]) -> None:
     """Leave a config made from GGUF metadata as it is: it names all that a config.json does."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
+from kvloom.models.families.llama import reordered
 from kvloom.models.families.skeleton import layer_windows, nothing_implied, skeleton
 from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS
 
@@ -35,7 +36,7 @@ SMOLLM3 = Family(
     name="smollm3",
     architectures=("SmolLM3ForCausalLM",),
     model_types=("smollm3",),
-    gguf_architecture=None,
+    gguf_architecture="smollm3",
     defaults={
         "vocab_size": 128256,
         "hidden_size": 2048,
@@ -54,5 +55,5 @@ SMOLLM3 = Family(
     },
     configure=_configure,
     from_gguf=nothing_implied,
-    weights=(*PROJECTIONS, *PRE_NORMS),
+    weights=(*map(reordered, PROJECTIONS), *PRE_NORMS),
 )
