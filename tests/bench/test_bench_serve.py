@@ -69,9 +69,7 @@ def test_arrivals_have_the_rate_asked_for_and_are_the_same_again():
 
 
 def test_random_prompts_have_the_lengths_and_the_prefix_asked_for():
-    found = random_prompts(
-        50, input_len=20, output_len=10, range_ratio=0.5, prefix_len=4, vocab_size=7, seed=3
-    )
+    found = random_prompts(50, input_len=20, output_len=10, range_ratio=0.5, prefix_len=4, vocab_size=7, seed=3)
     assert len({tuple(p.prompt[:4]) for p in found}) == 1
     assert {len(p.prompt) - 4 for p in found} <= set(range(10, 31)) and len({len(p.prompt) for p in found}) > 5
     assert all(0 <= token < 7 for p in found for token in p.prompt)

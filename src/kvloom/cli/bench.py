@@ -1,4 +1,4 @@
-"""`kvloom bench`: measures of speed. `serve` puts a load on a running server and tells what its clients waited for."""
+"""`kvloom bench serve` puts a load on a running server and tells what its clients waited for; and the group `bench`."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ import click
 
 import kvloom
 from kvloom.cli.answer import write, write_json
+from kvloom.cli.benchengine import bench_latency, bench_throughput
 from kvloom.cli.command import Command, Flag, Group
 from kvloom.cli.values import Text, TokenCount
 from kvloom.errors import InvalidInputError
@@ -270,4 +271,6 @@ bench_serve = Command(
     ],
 )
 
-bench = Group("bench", commands=[bench_serve], help="Measure speed.", short_help="Measure speed.")
+bench = Group(
+    "bench", commands=[bench_latency, bench_throughput, bench_serve], help="Measure speed.", short_help="Measure speed."
+)
