@@ -2,9 +2,9 @@
 
 Regime: a small model on few cores, decode bound by memory bandwidth, prefill by arithmetic. Metric: tokens per second
 as each case defines it (peers.py). Every engine and case runs in a process of its own, engines in turn, several rounds;
-the table gives medians and the spread, the last line is JSON. Every figure goes to `--results` at once and what is there
-already counts, so that a run can be made in several goes. Run it on a machine that does nothing else: a neighbour on
-one core makes every engine's barriers collapse, and only ratios within one run count.
+the table gives medians and the spread, the last line is JSON. Every figure goes to `--results` at once and what is
+there already counts, so that a run can be made in several goes. Run it on a machine that does nothing else: a neighbour
+on one core makes every engine's barriers collapse, and only ratios within one run count.
 
     python benchmarks/compare.py --checkpoint FOLDER --rounds 3 \
         --engine kvloom=.venv/bin/python --engine vllm=OTHER/bin/python --engine llama.cpp=THIRD/bin/python:MODEL.gguf

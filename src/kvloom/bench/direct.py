@@ -14,7 +14,9 @@ LATENCY_PERCENTILES = (10, 25, 50, 75, 90, 99)
 class SteppedEngine(Protocol):
     """What of an engine a direct load needs."""
 
-    has_work: Any
+    @property
+    def has_work(self) -> bool:
+        """True while any request waits or runs."""
 
     def add(self, prompt_token_ids: Sequence[int], params: Any) -> Any:
         """Queue a request."""
