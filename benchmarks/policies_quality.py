@@ -32,7 +32,8 @@ from kvloom import LLM, SamplingParams
 SCHEMA_VERSION = 2
 METHODS = [
     "full", "random", "random(sinks=4)", "window", "streaming", "knorm", "keydiff", "tova", "h2o", "scissorhands",
-    "h2o+vatp", "snapkv", "snapkv+adaptive", "snapkv+pyramid", "snapkv+critical", "expected",
+    "h2o+vatp", "snapkv", "snapkv+adaptive", "snapkv+pyramid", "snapkv+critical", "snapkv(pooling=max,kernel=7)",
+    "snapkv(pooling=max,kernel=7)+adaptive", "expected",
     "expected(eps=0.01)+adaptive", "kvzip", "kvzip+uniform", "h2o+cam", "h2o+d2o", "h2o+kvmerger", "fastgen",
 ]  # fmt: skip
 KEY = "The special magic number is {}. Remember it."

@@ -8,7 +8,8 @@ the same machine. Ceiling of decode: with B bytes of weights and F or C bytes of
 
 Columns: seconds of prefill; the scorer's share of them, measured around what shows queries to the policy, scores and
 compacts; prefill against that of the full cache, which counts everything; decode tokens/s; bytes held after the prompt;
-answer length from which the method is faster than the full cache as a whole ("never" when it is not at any length).
+answer length from which the method is faster than the full cache as a whole ("never" when it is not at any length),
+or up to which, where it saves prefill and then decodes more slowly.
 Medians over rounds with least and most; a method that does not pay within `--answer` tokens is marked with "!". The
 last line is one JSON object.
 
@@ -182,6 +183,8 @@ def report(entrants: list[Contestant], llm: LLM, asked: argparse.Namespace) -> l
         name = f"{entrant.policy}{' !' if late else ''}"
         rate = f"{rates['median']:.1f} ({rates['min']:.1f}-{rates['max']:.1f})"
         until = "-" if entrant is full else "never" if pays is None else f"{pays:.0f}"
+        if extra < 0 and saved < 0:
+            until = f"until {extra / saved:.0f}"
         print(f"{name:40} {prefill:10.2f} {statistics.median(entrant.shares):7.1%} {prefill / base_prefill:7.2f} "
               f"{rate:>22} {gain:7.2f} {bound:6.2f} {entrant.held / 1e6:8.1f} {until:>10}")  # fmt: skip
         rows.append({
