@@ -8,7 +8,7 @@ On a CPU the parts are those of an engine's process, whose peak is that of loadi
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from kvloom.plan.figure import Figure, Label, of_bounds
 from kvloom.plan.question import Question
@@ -122,7 +122,7 @@ class Memory:
         if kv is None:
             none = Bounds(0, 0)
             return Footprint(none, none, none, none, none)
-        return request_footprint(kv, asked.policy, asked.prompt, asked.output, asked.chunk)
+        return _footprint(kv, asked.policy, asked.prompt, asked.output, asked.chunk)
 
     @cached_property
     def kv_of_request(self) -> Figure:
@@ -220,6 +220,10 @@ class Memory:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+
+_footprint = lru_cache(maxsize=4096)(request_footprint)
+"""Remembered: searches ask for the same request with other numbers of users."""
 
 
 def device_params(model: ModelSpec, devices: int) -> float:

@@ -1,11 +1,12 @@
 """Question: what a plan is asked about, checked once and complete."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.registry import nearest
 from kvloom.spec.hardware import DeviceSpec
-from kvloom.spec.kv import KVSpec
+from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.layer import Attention, Latent
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 from kvloom.spec.policy import PolicySpec
@@ -86,18 +87,24 @@ class Question:
     @property
     def whole_kv(self) -> KVSpec | None:
         """Lanes of the whole model, None when it has no keys and values."""
-        return self.model.kv_spec(self.block_size, self.native_store) if self.model.kv_layers else None
+        return lanes_of(self.model.layer_kv, self.block_size, self.native_store, 1) if self.model.kv_layers else None
 
     @property
     def device_kv(self) -> KVSpec | None:
         """Lanes that one device holds: KV heads are divided, and replicated where there are fewer than devices."""
-        whole = self.whole_kv
-        if whole is None or self.devices == 1:
-            return whole
-        layers = tuple(replace(kv, num_lanes=max(1, kv.num_lanes // self.devices)) for kv in whole.layers)
-        return KVSpec(layers, self.block_size, self.native_store)
+        if not self.model.kv_layers:
+            return None
+        return lanes_of(self.model.layer_kv, self.block_size, self.native_store, self.devices)
 
     def with_context(self, context: int) -> "Question":
         """Return the question for requests of `context` tokens, the output kept where it still leaves a prompt."""
         output = min(self.output, context - 1)
         return replace(self, prompt=context - output, output=output)
+
+
+@lru_cache(maxsize=256)
+def lanes_of(layers: tuple[LayerKV, ...], block_size: int, store: str, devices: int) -> KVSpec:
+    """Return the lanes that one of `devices` devices holds, the same object for the same question."""
+    if devices > 1:
+        layers = tuple(replace(kv, num_lanes=max(1, kv.num_lanes // devices)) for kv in layers)
+    return KVSpec(layers, block_size, store)
