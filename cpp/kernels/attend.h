@@ -87,6 +87,17 @@ static void strip_values(const AttendArgs& args, const Strip& strip, const char*
   }
 }
 
+// The part of a strip that any of `rows` rows from `r0` on sees, in whole column groups; empty when none does.
+static inline Strip seen_part(const AttendArgs& args, const Strip& strip, int r0, int rows) {
+  int first = args.first[r0], last = args.last[r0];
+  for (int r = r0 + 1; r < r0 + rows; ++r) {
+    first = args.first[r] < first ? args.first[r] : first;
+    last = args.last[r] > last ? args.last[r] : last;
+  }
+  const int low = first / kGroup * kGroup, high = (last + kGroup - 1) / kGroup * kGroup;
+  return {low > strip.begin ? low : strip.begin, high < strip.end ? high : strip.end, strip.store};
+}
+
 static void attend(const AttendArgs& args, char* scratch) {
   float* scores = (float*)scratch;                       // [12, kStrip]
   char* probabilities = scratch + kMaxRows * kStrip * 4; // [12, kRowBytes]
@@ -110,19 +121,18 @@ static void attend(const AttendArgs& args, char* scratch) {
     int ahead = distance;
     for (int r0 = 0; r0 < args.num_rows; r0 += kMaxRows) {
       int rows = args.num_rows - r0 < kMaxRows ? args.num_rows - r0 : kMaxRows;
-      bool seen = false;
-      for (int r = r0; r < r0 + rows; ++r) seen |= args.last[r] > strip.begin && args.first[r] < strip.end;
-      if (!seen) continue;
+      const Strip seen = seen_part(args, strip, r0, rows);  // near the diagonal much of a strip is nobody's
+      if (seen.begin >= seen.end) continue;
       const char* queries = args.queries + (size_t)r0 * kRowBytes;
       float* sum = args.sum + (size_t)r0 * args.lane.v_width;
-#define KVLOOM_SCORES(Kind) strip_scores<Kind>(args, strip, queries, rows, ahead, scores)
-      KVLOOM_BY_STORE(strip.store, args.compute, KVLOOM_SCORES)
+#define KVLOOM_SCORES(Kind) strip_scores<Kind>(args, seen, queries, rows, ahead, scores)
+      KVLOOM_BY_STORE(seen.store, args.compute, KVLOOM_SCORES)
       for (int r = 0; r < rows; ++r) {
-        const float shrink = softmax_row(args, strip, r0 + r, scores + r * kStrip, probabilities + r * kRowBytes);
+        const float shrink = softmax_row(args, seen, r0 + r, scores + r * kStrip, probabilities + r * kRowBytes);
         if (shrink != 1.0f) scale_row(sum + (size_t)r * args.lane.v_width, args.lane.v_width, shrink);
       }
-#define KVLOOM_VALUES(Kind) strip_values<Kind>(args, strip, probabilities, rows, ahead, fixed, sum)
-      KVLOOM_BY_STORE(strip.store, args.compute, KVLOOM_VALUES)
+#define KVLOOM_VALUES(Kind) strip_values<Kind>(args, seen, probabilities, rows, ahead, fixed, sum)
+      KVLOOM_BY_STORE(seen.store, args.compute, KVLOOM_VALUES)
       ahead = 0;
     }
     begin = strip.end;
@@ -139,17 +149,17 @@ static void mass(const MassArgs& mass_args, char* scratch) {
     for (int j = 0; j < n; j += W) column[j / W] = vzero();
     for (int r0 = 0; r0 < args.num_rows; r0 += kMaxRows) {
       int rows = args.num_rows - r0 < kMaxRows ? args.num_rows - r0 : kMaxRows;
-      bool seen = false;
-      for (int r = r0; r < r0 + rows; ++r) seen |= args.last[r] > strip.begin && args.first[r] < strip.end;
-      if (!seen) continue;
+      const Strip seen = seen_part(args, strip, r0, rows);
+      if (seen.begin >= seen.end) continue;
       const char* queries = args.queries + (size_t)r0 * kRowBytes;
       const int ahead = 0;
-      KVLOOM_BY_STORE(strip.store, args.compute, KVLOOM_SCORES)
+      KVLOOM_BY_STORE(seen.store, args.compute, KVLOOM_SCORES)
       for (int r = 0; r < rows; ++r) {
         float* s = scores + r * kStrip;
-        finish_scores(args, strip, r0 + r, s);
+        finish_scores(args, seen, r0 + r, s);
         vf lse = vset(mass_args.lse[r0 + r] * kLog2E);
-        for (int j = 0; j < n; j += W) column[j / W] = vadd(column[j / W], vexp2(vsub(vload(s + j), lse)));
+        vf* at = column + (seen.begin - strip.begin) / W;
+        for (int j = 0; j < seen.end - seen.begin; j += W) at[j / W] = vadd(at[j / W], vexp2(vsub(vload(s + j), lse)));
       }
     }
     float sums[kStrip];
