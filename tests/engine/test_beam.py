@@ -9,6 +9,7 @@ from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.engine import Engine
+from kvloom.engine.params import SamplingParams
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
 from kvloom.errors import InvalidInputError
@@ -148,9 +149,50 @@ def test_beams_that_are_preempted_find_the_same_sequences(models):
     nothing_left(tight)
 
 
+def test_log_probabilities_of_a_beam_sum_to_its_own_and_have_the_best_tokens(models):
+    engine = engine_of(models[1])
+    plain = engine.add_beam_search(PROMPTS[0], BeamSearchParams(beam_width=4, max_tokens=10))
+    finish(engine)
+    request = engine.add_beam_search(PROMPTS[0], BeamSearchParams(beam_width=4, max_tokens=10, logprobs=5))
+    finish(engine)
+    for output, same in zip(engine.output(request).outputs, engine.output(plain).outputs, strict=True):
+        assert output.token_ids == same.token_ids and same.logprobs is None
+        entries = output.logprobs
+        assert len(entries) == len(output.token_ids) and all(5 <= len(entry) <= 6 for entry in entries)
+        own = [entry[token] for entry, token in zip(entries, output.token_ids, strict=True)]
+        assert sum(found.logprob for found in own) == pytest.approx(output.cumulative_logprob, abs=1e-4)
+        for entry in entries:
+            ranked = sorted(entry.values(), key=lambda found: found.rank)
+            assert [found.logprob for found in ranked] == sorted((f.logprob for f in ranked), reverse=True)
+        # the same prompt and answer, forced token by token, has the same log-probabilities
+        params = SamplingParams(max_tokens=64, logprobs=1, temperature=0)
+        forced = engine.add(PROMPTS[0], params, forced_token_ids=output.token_ids)
+        finish(engine)
+        for token, entry, found in zip(output.token_ids, engine.output(forced).outputs[0].logprobs, own, strict=True):
+            assert entry[token].logprob == pytest.approx(found.logprob, abs=1e-4) and entry[token].rank == found.rank
+    nothing_left(engine)
+
+
+def test_a_stop_token_finishes_a_beam_and_is_named(models):
+    engine = engine_of(models[1])
+    first = engine.add_beam_search(PROMPTS[0], BeamSearchParams(max_tokens=8, ignore_eos=True, length_penalty=0.0))
+    finish(engine)
+    token = first.sequences[0].output_token_ids[3]
+    params = BeamSearchParams(max_tokens=8, ignore_eos=True, length_penalty=0.0, stop_token_ids=[token])
+    request = engine.add_beam_search(PROMPTS[0], params)
+    finish(engine)
+    ended = [s for s in request.sequences if s.finish_reason == "stop"]
+    assert ended and all(s.output_token_ids[-1] == s.stop_reason == token for s in ended)
+    assert all(token not in s.output_token_ids[:-1] for s in request.sequences)
+    nothing_left(engine)
+
+
 def test_what_beams_cannot_do_is_refused(models):
     engine = engine_of(models[1])
-    for wrong in ({"beam_width": 1}, {"max_tokens": 0}, {"n": 5}, {"length_penalty": "long"}):
+    for wrong in (
+        {"beam_width": 1}, {"max_tokens": 0}, {"n": 5}, {"length_penalty": "long"}, {"stop": ["x"]}, {"logprobs": -1},
+        {"stop_token_ids": [-1]},
+    ):  # fmt: skip
         with pytest.raises(InvalidInputError, match=next(iter(wrong))):
             BeamSearchParams(**wrong)
     assert not engine.has_work

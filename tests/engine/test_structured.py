@@ -104,6 +104,8 @@ def test_greedy_and_streamed_answers_are_kept_to_their_form_and_agree(engine):
     [
         ({"json": {"type": "object", "properties": 5}}, "json cannot be read"),
         ({"regex": "a(b"}, "regex cannot be read"),
+        ({"regex": "[\U000b6a82-\u00e7"}, "regex cannot be read"),
+        ({"grammar": "\U000b6a82 ::= \ud800"}, "grammar cannot be read"),
         ({"grammar": "root ::= missing"}, "grammar cannot be read"),
     ],
 )

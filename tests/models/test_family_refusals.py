@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 
 import tiny
+from kvloom import LLM
 from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.families import family_of_config
+from kvloom.models.tokenizer import Tokenizer
 
 BASE = {**tiny.LLAMA, "head_dim": 8}
 
@@ -90,6 +93,38 @@ def test_a_vocabulary_that_does_not_match_is_named_with_both_sizes(tmp_path):
     tiny.edit_json(tmp_path / "config.json", vocab_size=100)
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \[96, 32\], expected \[100, 32\]"):
         open_checkpoint(str(tmp_path)).tensors(torch.float32)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused_with_every_other_fault(tmp_path):
+    tiny.save_tiny(tmp_path, "llama")
+    tiny.edit_json(tmp_path / "config.json", eos_token_id=[2, 500])
+    vocab = {f"t{i}": i for i in range(90)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="t0"))
+    backend.add_tokens(["one", "two", "three", "four", "five", "six", "plain"])  # the last has id 96
+    backend.add_special_tokens(["<image>", "<turn>", "<bos>"])
+    tokenizer = Tokenizer(backend, special_tokens={"bos_token": "<bos>"}, chat_template="{{ '<turn>' }}")
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.check(tokenizer)
+    message = str(error.value)
+    assert "(2 faults)" in message and "ends texts with token 500" in message
+    assert "3 tokens beyond the model's 96: 'plain', '<turn>', '<bos>'" in message  # nothing writes <image>
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_is_nothing_unusual(tmp_path):
+    tiny.save_tiny(tmp_path, "llama")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    open_checkpoint(str(tmp_path)).check(Tokenizer(backend, special_tokens={}))
+
+
+def test_a_model_with_another_models_tokenizer_does_not_load(tmp_path):
+    tiny.save_tiny(tmp_path / "small", "llama")
+    tiny.save_tiny(tmp_path / "large", "llama")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(200)}, unk_token="t0"))
+    for name in ("small", "large"):
+        backend.save(str(tmp_path / name / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="104 tokens beyond the model's 96: 't96', 't97'"):
+        LLM(str(tmp_path / "small"), tokenizer=str(tmp_path / "large"), kv_cache_memory_bytes=8 << 20)
 
 
 def test_a_fused_matrix_that_is_missing_or_misshapen_is_named_once(tmp_path):

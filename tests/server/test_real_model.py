@@ -1,5 +1,7 @@
 """A real model behind the server gives the log-probabilities that transformers gives."""
 
+import json
+
 import openai
 import pytest
 
@@ -58,3 +60,34 @@ def test_a_conversation_is_answered_and_streams_the_same(client):
     assert "Paris" in whole
     with client.chat.completions.create(**fields, stream=True) as stream:
         assert "".join(event.choices[0].delta.content or "" for event in stream if event.choices) == whole
+
+
+FORMS = {
+    "place": {"name": {"type": "string", "maxLength": 24}, "people": {"type": "integer", "minimum": 0, "maximum": 999}},
+    "verdict": {"right": {"type": "boolean"}, "grade": {"enum": ["low", "middle", "high"]}},
+    "list": {"colours": {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 1, "maxItems": 3}},
+    "code": {"id": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{3}$"}, "old": {"type": "null"}},
+}
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("name", FORMS)
+def test_an_answer_with_a_schema_fits_it_and_streams_the_same(client, name):
+    pytest.importorskip("xgrammar", reason="the extra kvloom[structured] is not installed")
+    import jsonschema
+
+    keys = FORMS[name]
+    schema = {"type": "object", "properties": keys, "required": list(keys), "additionalProperties": False}
+    fields = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": f"Describe a {name} of Iceland as JSON."}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": name, "schema": schema}},
+        "temperature": 0.8,
+        "seed": 5,
+        "max_tokens": 120,
+    }
+    whole = client.chat.completions.create(**fields).choices[0]
+    assert whole.finish_reason == "stop"
+    jsonschema.validate(json.loads(whole.message.content), schema)
+    with client.chat.completions.create(**fields, stream=True) as stream:
+        assert "".join(e.choices[0].delta.content or "" for e in stream if e.choices) == whole.message.content

@@ -1,5 +1,6 @@
 """`kvloom serve [MODEL]`: the OpenAI API around one model, until a signal ends it."""
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -21,6 +22,11 @@ def _flag(name: str, help: str, section: str = "Server", **attributes: Any) -> F
     attributes.setdefault("default", _DEFAULTS[field])
     return Flag([name], section=section, help=help, **attributes)
 
+
+PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+MAX_PRODUCTS = 128
+"""Matrix products that torch keeps compiled for a shape. Every batch of a server has another shape, and at torch's own
+1024 in each of two caches a model in bfloat16 on the eager backend comes to hold a gigabyte of them."""
 
 SERVER_FLAGS = [
     _flag("--host", "Address to listen on; others than loopback should have an --api-key.", type=Text()),
@@ -138,6 +144,9 @@ def run(
     for several in ("served_model_name", "api_key"):
         given[several] = tuple(given.get(several, ()))
     config = ServerConfig(**given)
+
+    for variable in PRODUCT_CACHES:
+        os.environ.setdefault(variable, str(MAX_PRODUCTS))
 
     from kvloom.server.kvpolicy import allowed_policies
     from kvloom.server.serve import serve as serve_model

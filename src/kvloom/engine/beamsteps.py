@@ -30,13 +30,15 @@ class BeamSteps:
             temperature=0,
             max_tokens=params.max_tokens,
             ignore_eos=params.ignore_eos,
+            stop_token_ids=params.stop_token_ids,
+            logprobs=params.logprobs,
             skip_special_tokens=params.skip_special_tokens,
         )
 
     def start(self, request: Request, params: BeamSearchParams) -> None:
         """Make a new request a beam search."""
-        ends = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
-        request.beams = BeamSearch(params, request.max_tokens, ends)
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
+        request.beams = BeamSearch(params, request.max_tokens, frozenset(ends))
         request.sequences[0].detokenizer = None
 
     def run(self, sequences: list[Sequence], logits: torch.Tensor) -> int:
@@ -46,7 +48,7 @@ class BeamSteps:
         for sequence, row in zip(sequences, scores, strict=True):
             search = sequence.request.beams
             assert search is not None
-            best = torch.topk(row, min(search.num_candidates, width))
+            best = torch.topk(row, min(search.num_offers, width))
             search.offer(sequence, list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
         generated = 0
         for request in dict.fromkeys(sequence.request for sequence in sequences):
@@ -68,7 +70,7 @@ class BeamSteps:
             if seat.eviction is not None:
                 seat.eviction.token_ids = seat.token_ids
             seat.cumulative_logprob = found.logprob
-        search.logprob = {seat: found.logprob for seat, found in chosen.items()}
+        search.take_over(chosen)
         return len(chosen)
 
     @staticmethod
@@ -95,6 +97,9 @@ class BeamSteps:
             sequence = request.add_sequence()
             sequence.token_ids += hypothesis.token_ids
             sequence.cumulative_logprob = hypothesis.logprob
+            sequence.logprobs = list(hypothesis.logprobs)
+            if hypothesis.token_ids[-1] in search.params.stop_token_ids:
+                sequence.stop_reason = hypothesis.token_ids[-1]
             sequence.status, sequence.finish_reason = Status.FINISHED, hypothesis.finish_reason
             sequence.num_cached_tokens = beams[0].num_cached_tokens
             sequence.eviction = beams[sequence.index].eviction

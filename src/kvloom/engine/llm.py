@@ -93,6 +93,7 @@ class LLM:
         kv_bytes = config.resolve_kv_bytes(spec, checkpoint.config.max_position)
         length = config.resolve_max_model_len(spec, checkpoint.config.max_position, kv_bytes)
         self.tokenizer = checkpoint.tokenizer() if tokenizer is None else open_checkpoint(tokenizer).tokenizer()
+        checkpoint.check(self.tokenizer)
         try:
             runnable = load_model(
                 checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization

@@ -69,8 +69,8 @@ class StructuredOutputs:
     def _new(self, key: StructuredKey, params: StructuredOutputsParams) -> Any:
         try:
             compiled = self._compile(params)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1][-MAX_REASON_CHARS:]
+        except (RuntimeError, ValueError) as error:  # the latter where even the complaint is no valid text
+            reason = (str(error).splitlines() or ["no reason is known"])[-1][-MAX_REASON_CHARS:]
             raise InvalidInputError(f"structured outputs: {params.kind} cannot be read: {reason}") from error
         with self._lock:
             self._compiled[key] = compiled

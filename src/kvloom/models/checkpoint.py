@@ -64,9 +64,13 @@ class Checkpoint:
             return tokenizer_from_gguf(self._file, self.config.eos_token_ids)
         return tokenizer_from_folder(self.path, self.config.eos_token_ids)
 
-    def check(self) -> None:
-        """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type."""
-        faults: list[str] = []
+    def check(self, tokenizer: Tokenizer | None = None) -> None:
+        """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type.
+
+        With `tokenizer`, also every token that the model's vocabulary has no room for. A vocabulary that is larger than
+        the tokenizer's is nothing unusual.
+        """
+        faults = self._strange_tokens(tokenizer)
         wanted: set[str] = set()
         for _, layer, weight in self.family.expected(self.config):
             shape = weight.stored_shape(self.config, self.is_gguf)
@@ -77,9 +81,19 @@ class Checkpoint:
                 self._check_stored(source, shape, faults)
         faults += [f"{name} is unexpected" for name in self._stored_names if name not in wanted]
         if faults:
-            raise CheckpointError(
-                f"the weights in {self.path} do not fit its config ({len(faults)} faults): {'; '.join(faults)}"
-            )
+            what = "weights, config and tokenizer do not fit together"
+            raise CheckpointError(f"{self.path}: {what} ({len(faults)} faults): {'; '.join(faults)}")
+
+    def _strange_tokens(self, tokenizer: Tokenizer | None) -> list[str]:
+        """Return what is wrong with token ids that config and tokenizer name."""
+        size = self.config.vocab_size
+        ends = [token for token in self.config.eos_token_ids if token >= size]
+        faults = [f"the config ends texts with token {token}, but there are {size}" for token in ends]
+        beyond = [] if tokenizer is None else tokenizer.needed_beyond(size)
+        if beyond:
+            some = ", ".join(map(repr, beyond[:8])) + (", ..." if len(beyond) > 8 else "")
+            faults.append(f"the tokenizer has {len(beyond)} tokens beyond the model's {size}: {some}")
+        return faults
 
     def _check_stored(self, source: str, shape: tuple[int, ...], faults: list[str]) -> None:
         """Add to `faults` what is wrong with the stored tensor `source`."""

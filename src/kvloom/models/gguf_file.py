@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 QUANT_TYPES = frozenset(
     GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+    if name in GGMLQuantizationType.__members__  # older versions of the package know no MXFP4
 )
 """Tensor types that can be read."""
 

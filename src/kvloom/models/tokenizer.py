@@ -58,6 +58,17 @@ class Tokenizer:
         """What each token adds to a text; raises `UnsupportedError` when that depends on its neighbours."""
         return Spelling(self._backend)
 
+    def needed_beyond(self, vocab_size: int) -> list[str]:
+        """Return the tokens with ids from `vocab_size` on that texts or conversations may hold.
+
+        Special tokens without a role, which the chat template does not write, are left out: some checkpoints list those
+        of images, for which their language model has no embedding. A text that names one is refused when it comes.
+        """
+        found = [(index, token) for token, index in self._backend.get_vocab().items() if index >= vocab_size]
+        roles, written = set(self.special_tokens.values()), self.chat_template or ""
+        idle = {i for i, token in found if i in self.special_ids and token not in roles and token not in written}
+        return [token for index, token in sorted(found) if index not in idle]
+
     def id_to_token(self, token_id: int) -> str | None:
         """Return the token as the vocabulary spells it, or None when there is none with that id."""
         return self._backend.id_to_token(token_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import random
 import secrets
 import time
 from collections import deque
@@ -126,10 +127,15 @@ class Service:
         return len(self._live)
 
     def _retry_after(self) -> int:
-        """Return the seconds in which about one request ends, from 1 to 60; 5 when none has ended lately."""
+        """Return the seconds in which about one request ends, from 1 to 60; 5 when none has ended lately.
+
+        Up to as much again and a second more is added by chance, so that clients refused together do not all come back
+        together: each of a hundred would then wait for the refusals of the others.
+        """
         now = time.monotonic()
         recent = sum(now - end < RATE_WINDOW for end in self._ends)
-        return 5 if not recent else max(1, min(60, math.ceil(RATE_WINDOW / recent)))
+        least = 5 if not recent else max(1, min(60, math.ceil(RATE_WINDOW / recent)))
+        return least + random.randint(0, least + 1)
 
     def read_priority(self, body: Body) -> int:
         """Return the priority; raises `Refusal` where it would be ignored."""
