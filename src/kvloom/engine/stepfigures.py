@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.scheduler import Work
 
@@ -17,9 +19,7 @@ class Traffic:
     def __init__(self, cache: KVCache, work: Iterable[Work]) -> None:
         rows = [item.sequence.row for item in work if item.sequence.row is not None]
         held = cache.lanes.held[rows].sum(axis=0)
-        spec = cache.spec
-        sizes = [spec.layer_block_bytes(layer) // spec.block_size for layer in spec.lane_layer]
-        self.read_bytes = sum(int(tokens) * size for tokens, size in zip(held, sizes, strict=True))
+        self.read_bytes = int(np.dot(held, np.asarray(cache.spec.lane_token_bytes)))
         self.returned_bytes = 0
         self._used = cache.arena.used_bytes
 

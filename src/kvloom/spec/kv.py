@@ -65,6 +65,11 @@ class KVSpec:
         return STORES.get(store or self.store).block_bytes(self.block_size, kv.k_width, kv.v_width)
 
     @cached_property
+    def lane_token_bytes(self) -> tuple[int, ...]:
+        """Bytes of one token of each lane, in the native store."""
+        return tuple(self.layer_block_bytes(layer) // self.block_size for layer in self.lane_layer)
+
+    @cached_property
     def lane_offset(self) -> tuple[int, ...]:
         """First lane of each layer; a layer with a `source` repeats the offset of its source."""
         offsets: list[int] = []
