@@ -59,7 +59,8 @@ def main() -> None:
 
 def run(name: str, python: str, checkpoint: str, case: str) -> dict[str, float]:
     """Return the figures of one process, {} when the engine cannot run the case."""
-    command = [python, str(Path(__file__).with_name("peers.py")), name, checkpoint, case]
+    # -P: else an engine that imports, say, `kernels` would find the script of that name beside this one.
+    command = [python, "-P", str(Path(__file__).with_name("peers.py")), name, checkpoint, case]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"engine"')]

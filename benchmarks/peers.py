@@ -96,6 +96,7 @@ def llama_engine(checkpoint: str) -> Stamps:
 
 def vllm_engine(checkpoint: str) -> Stamps:
     """Return vLLM's CPU engine, stepped in process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else a second process competes for the two cores
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
     engine = LLMEngine.from_engine_args(
