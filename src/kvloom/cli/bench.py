@@ -16,7 +16,7 @@ import kvloom
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.benchengine import bench_latency, bench_throughput
 from kvloom.cli.command import Command, Flag, Group
-from kvloom.cli.values import Text, TokenCount
+from kvloom.cli.values import JsonObject, Text, TokenCount
 from kvloom.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -202,22 +202,6 @@ class _Rate(click.ParamType[float]):
         return rate
 
 
-class _JSONObject(click.ParamType[dict[str, Any]]):
-    """A JSON object."""
-
-    name = "json"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        """Return the object; fails as a usage error."""
-        try:
-            found = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            self.fail(f"{value!r} is no JSON object", param, ctx)
-        return found
-
-
 def _flag(name: str, help: str, section: str, **attributes: Any) -> Flag:
     return Flag(name.split(), section=section, help=help, **attributes)
 
@@ -239,7 +223,7 @@ PROMPT_FLAGS = [
     _flag("--random-prefix-len", "Tokens before them that all share.", "Prompts", type=click.IntRange(0), default=0),
     _flag("--ignore-eos", "Answers of full length.", "Prompts", is_flag=True),
     _flag("--temperature", "Of the sampling.", "Prompts", type=float, default=0.0),
-    _flag("--extra-body", "Further fields of the body, as JSON.", "Prompts", type=_JSONObject(), default="{}"),
+    _flag("--extra-body", "Further fields of the body, as JSON.", "Prompts", type=JsonObject(), default="{}"),
 ]
 RESULT_FLAGS = [
     _flag("--percentile-metrics", "Latencies to report.", "Result", type=Text(), default="ttft,tpot,itl,e2el"),
