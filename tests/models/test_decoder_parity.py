@@ -74,15 +74,6 @@ def spread(model):
     return model
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more than one thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request, tmp_path_factory):
     """Return (decoder, token ids, logits of transformers [n, V])."""

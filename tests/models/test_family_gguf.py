@@ -104,15 +104,6 @@ def write(path, family, model, metadata, factors, quant=None):
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more than one thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def factors_of(variant):
     """Return the divisors of a LongRoPE variant as a GGUF file has them."""
     if "longrope" not in variant:

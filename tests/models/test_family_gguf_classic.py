@@ -32,15 +32,6 @@ CHANGES = {  # what a GGUF file cannot say is as converters and readers of it ta
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more than one thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def decoder_of(path):
     """Return the decoder of a GGUF file, in float32."""
     checkpoint = open_checkpoint(str(path))

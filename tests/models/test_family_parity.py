@@ -11,15 +11,6 @@ LENGTH = 70
 """Tokens of a test text: twice the original context of the variants that extend it."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more than one thread only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory):
     """Return (decoder, model of transformers) of one variant."""
