@@ -120,6 +120,7 @@ def test_the_plan_knows_which_methods_compute_attention():
         (ask("mistral-7b-v0.1", policy=PolicySpec.parse("tova(budget=9)")), "nothing to evict"),
         (ask("gemma-3n-e4b", policy=PolicySpec.parse("streaming")), "share the lanes"),
         (ask(policy=PolicySpec.parse("expected(budget=3)")), "protected"),
+        (ask(policy=PolicySpec.parse("duo(window=64)")), "duo needs a pattern"),
     ],
 )
 def test_what_cannot_be_served_yet_has_a_reason(asked, words):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from kvloom.errors import DoesNotFitError
+from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
 from kvloom.models.compiled import CompiledModel
 from kvloom.spec.footprint import request_footprint
+from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import SLAB_BYTES
-from policies.small import greedy, prompt_of, run, small_engine
+from policies.small import GEMMA, LLAMA, greedy, prompt_of, run, small_engine
 from tiny_model import FULL, random_weights, tiny_config
 
 PROMPT, OUTPUT, BUDGET = 2048, 64, 512
@@ -98,6 +99,57 @@ def test_a_request_never_holds_more_than_was_reserved_for_it(policy, sequences):
     run(engine, [request])
     assert engine.cache.arena.peak_bytes <= reserved
     assert engine.scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("extra", ["", "+chunk(tokens=64)+slack(tokens=8)"])
+def test_heads_with_a_limit_of_their_own_never_hold_more_than_was_reserved(tmp_path, extra, sequences):
+    (tmp_path / "heads.json").write_text("[[1, 0], [0, 1], [0, 0]]")
+    policy = f"duo(pattern={tmp_path / 'heads.json'},sinks=2,window=30){extra}"
+    engine = small_engine(max_num_batched_tokens=128, prefix=False)
+    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=policy)
+    reserved = request.sequences[0].eviction.occupancy.peak_bytes(340, 128, sequences)
+    engine.cache.arena.peak_bytes = 0
+    run(engine, [request])
+    assert engine.cache.arena.peak_bytes <= reserved
+    if extra:
+        dense = engine.cache.spec.request_bytes(340, 128)
+        assert reserved < sequences * dense * 3 // 4  # four lanes of six are short
+
+
+@pytest.mark.parametrize("decoder", [LLAMA, GEMMA])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.role == "selector" and n not in ("full", "duo")])
+def test_what_admission_reserves_is_what_the_plan_counts(decoder, name):
+    engine = small_engine(decoder, max_num_batched_tokens=128)
+    compared = 0
+    for extra in ("", "+chunk(tokens=64)", "+slack(tokens=8)", "+every(tokens=16)", "+adaptive", "+pyramid"):
+        text = f"{name}({'budget=100' if METHODS.get(name).budgeted else ''}){extra}"
+        try:
+            request = engine.add(prompt_of(200), greedy(40), kv_policy=text)
+        except (UnsupportedError, InvalidInputError):
+            continue  # this method does not go with that
+        compared += 1
+        reserved = request.sequences[0].eviction.occupancy.peak_bytes(240, 128)
+        planned = request_footprint(engine.cache.spec, PolicySpec.parse(text), 200, 40, 128).peak.high
+        if METHODS.get(name).replays:  # the plan knows no tokenizer, and counts the longest instruction
+            assert reserved <= planned
+        else:
+            assert reserved == planned
+    assert compared >= 2
+
+
+def test_what_a_sequence_still_needs_falls_with_what_it_lost():
+    engine = small_engine(max_num_batched_tokens=128)
+    request = engine.add(prompt_of(300), greedy(200), kv_policy="tova(budget=100)+prefill+slack(tokens=10)")
+    (sequence,) = request.sequences
+    occupancy = sequence.eviction.occupancy
+    while not sequence.num_output_tokens:
+        engine.step()
+    block = engine.cache.spec.layer_block_bytes(0)
+    assert occupancy.peak_bytes(500, 128) == 6 * 19 * block
+    assert sequence.eviction.future_bytes(sequence.row, 500, 128) == 6 * 7 * block
+    assert sequence.eviction.future_bytes(sequence.row, 304, 128) == 6 * 7 * block
+    run(engine, [request], lambda: engine.cache.check_invariants())
 
 
 @pytest.mark.parametrize("policy", ["knorm(budget=32,skip_layers=0)", "snapkv(budget=32,window=8)+adaptive"])

@@ -10,7 +10,7 @@ from kvloom.plan.question import Question
 from kvloom.plan.roofline import Roofline
 from kvloom.plan.serving import policy_refusals
 from kvloom.registry import nearest
-from kvloom.spec.footprint import Bounds
+from kvloom.spec.bounds import Bounds
 from kvloom.spec.format import runs, store_format, store_names
 from kvloom.spec.hypothetical import attention_variants
 from kvloom.spec.policy import PolicySpec, Term

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from kvloom.spec.footprint import Bounds
+from kvloom.spec.bounds import Bounds
 
 Label: TypeAlias = Literal["exact", "assumed", "measured"]
 

@@ -12,7 +12,8 @@ from functools import cached_property, lru_cache
 
 from kvloom.plan.figure import Figure, Label, of_bounds
 from kvloom.plan.question import Question
-from kvloom.spec.footprint import Bounds, Footprint, request_footprint
+from kvloom.spec.bounds import Bounds
+from kvloom.spec.footprint import Footprint, request_footprint
 from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 from kvloom.units import MIB

@@ -12,6 +12,7 @@ from kvloom.plan.question import DEFAULT_BLOCK_SIZE, DEFAULT_CHUNK, Question
 from kvloom.spec.catalogue import catalogue_entry, find_in_catalogue
 from kvloom.spec.footprint import replay_tokens
 from kvloom.spec.format import SERVED_STORES
+from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import SLAB_BYTES
 
@@ -65,6 +66,9 @@ def policy_refusals(asked: Question) -> list[str]:
     first = skipped if isinstance(skipped, int) else 0
     if all(kv.window is not None or index < first for index, kv in enumerate(model.layer_kv)):
         reasons.append("every layer has a window or is skipped, so there is nothing to evict")
+    limits = METHODS.get(name).lane_limits
+    if limits is not None and asked.whole_kv is not None and limits(dict(policy.selector.args), asked.whole_kv) is None:
+        reasons.append(f"{name} needs a pattern of this model's heads, e.g. {name}(pattern=heads.json)")
     budget = policy.tokens_kept(asked.prompt)
     if budget is not None and budget < asked.prompt and policy.tokens_protected(budget) > budget:
         reasons.append(f"{policy.tokens_protected(budget)} tokens are protected but the budget is {budget}")

@@ -284,31 +284,14 @@ class Eviction:
     @cached_property
     def occupancy(self) -> Occupancy:
         """Bounds on the bytes of this request."""
-        passes = self.replay_passes()
-        # a fork copies the block that it shares and goes on writing in
-        longest = max((len(p.token_ids) + self.cache.spec.block_size for p in passes), default=0)
+        longest = max((len(p.token_ids) for p in self.replay_passes()), default=0)
         return Occupancy(self.policy, self.cache.spec, self.prompt_tokens, self.layers, longest)
 
     def future_bytes(self, row: int, num_tokens: int, chunk: int) -> int:
         """Return the most bytes that a sequence that has lost tokens needs until its text has `num_tokens`."""
-        occupancy, spec = self.occupancy, self.cache.spec
-        seen = int(self.cache.lanes.seen[row])
-        if seen < self.prompt_tokens or self.policy.budget.uneven or isinstance(self.policy.rule, Selector):
-            return max(occupancy.peak_bytes(num_tokens, chunk), self.cache.lanes.sequence_bytes(row))
-        held = self.cache.lanes.held[row, self._lanes]
-        grown = held + num_tokens - seen
-        if self.policy.triggers.while_decoding:
-            grown = np.minimum(grown, np.maximum(held, occupancy.bound(num_tokens)))
-        own = sum(
-            -(-int(count) // spec.block_size) * spec.layer_block_bytes(spec.lane_layer[int(lane)])
-            for count, lane in zip(grown, self._lanes, strict=True)
-        )
-        others = sum(
-            view.num_lanes * spec.lane_blocks(num_tokens, view.window) * spec.layer_block_bytes(layer)
-            for layer, view in enumerate(self.cache.layers)
-            if layer not in self.layers and spec.layers[layer].source is None
-        )
-        return own + others
+        lanes = self.cache.lanes
+        found = self.occupancy.future_bytes(lanes.held[row].tolist(), int(lanes.seen[row]), num_tokens, chunk)
+        return max(found, lanes.sequence_bytes(row))
 
     def fork(self, token_ids: Sequence[int], seed: int) -> "Eviction":
         """Return an independent copy for a forked sequence with its own tokens; it has evicted nothing itself."""

@@ -63,10 +63,6 @@ class Selector(ABC):
         """Return whether the method leaves this layer whole."""
         return False
 
-    def bound(self, layer: int, head: int) -> int | None:
-        """Return the most tokens that `keep` leaves in a lane, None where the data decides."""
-        return None
-
     def refusals(self, kv: KVSpec) -> list[str]:
         """Return every reason why the method cannot run on a model with these lanes; [] when it can."""
         return []

@@ -1,43 +1,21 @@
 """KV bytes of a request under a policy: exact where lengths are known beforehand, else bounds that hold.
 
-A lane under a store keeps its first sinks and newest tokens in the native store, the rest encoded in whole blocks::
-
-    | sinks, native | e blocks, encoded | residual and open block, native |
-    0 ------------- ks ---------------- ks + e P ------------------------ n --> tokens held
+The planner, admission and the scheduler all ask here; nothing else says what a request comes to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kvloom.errors import InvalidInputError
+from kvloom.spec.bounds import Bounds
 from kvloom.spec.budget import pyramid_budgets
-from kvloom.spec.format import store_format
 from kvloom.spec.kv import KVSpec, LaneGroup
+from kvloom.spec.lanestore import LaneStore, lane_store
 from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 
 INSTRUCTION_TOKENS = 48
 """Most tokens of the words that ask a model to repeat its context, in any vocabulary, and of the hint that follows."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """At least `low` and at most `high` bytes; equal when the figure is exact."""
-
-    low: int
-    high: int
-
-    def __add__(self, other: "Bounds") -> "Bounds":
-        return Bounds(self.low + other.low, self.high + other.high)
-
-    @property
-    def exact(self) -> bool:
-        """True when both ends agree."""
-        return self.low == self.high
-
-    def union(self, other: "Bounds") -> "Bounds":
-        """Return the bounds of the larger of two figures."""
-        return Bounds(max(self.low, other.low), max(self.high, other.high))
 
 
 @dataclass(frozen=True)
@@ -54,74 +32,11 @@ class Footprint:
     end: Bounds
     peak: Bounds
 
-
-@dataclass(frozen=True)
-class LaneStore:
-    """How one lane stores tokens: bytes of a native and of an encoded block, and what stays native."""
-
-    block_size: int
-    native_bytes: int
-    encoded_bytes: int | None
-    sinks: int = 0
-    residual: int = 0
-
-    def blocks(self, held: int) -> tuple[int, int]:
-        """Return the (native, encoded) blocks of a lane that holds `held` tokens."""
-        if self.encoded_bytes is None:
-            return -(-held // self.block_size), 0
-        kept = min(held, -(-self.sinks // self.block_size) * self.block_size)
-        rest = held - kept
-        encoded = max(0, rest - self.residual) // self.block_size
-        return -(-kept // self.block_size) + -(-(rest - encoded * self.block_size) // self.block_size), encoded
-
-    def lane_bytes(self, held: int) -> int:
-        """Return the bytes of a lane that holds `held` tokens."""
-        native, encoded = self.blocks(held)
-        return native * self.native_bytes + encoded * (self.encoded_bytes or 0)
-
-    def fewest(self, low: int, high: int) -> int:
-        """Return the least bytes of a lane that holds from `low` to `high` tokens; encoding a block may save some."""
-        if self.encoded_bytes is None:
-            return self.lane_bytes(low)
-        return min(self.lane_bytes(held) for held in range(low, min(high, low + self.block_size) + 1))
-
-    def most(self, low: int, high: int) -> int:
-        """Return the most bytes of a lane that holds from `low` to `high` tokens, just before a block is encoded."""
-        if self.encoded_bytes is None:
-            return self.lane_bytes(high)
-        return max(self.lane_bytes(held) for held in range(max(low, high - self.block_size), high + 1))
-
-    def ragged_bytes(self, lanes: int, total: int, least: int, most: int) -> Bounds:
-        """Return bounds over all ways in which `lanes` lanes hold `total` tokens, each from `least` to `most`."""
-        size = self.block_size
-        blocks = min(lanes * -(-most // size), (total + lanes * (size - 1)) // size)
-        if self.encoded_bytes is None:
-            low = max(lanes * -(-least // size), -(-total // size))
-            return Bounds(low * self.native_bytes, blocks * self.native_bytes)
-        open_blocks = -(-self.sinks // size) + -(-(self.residual + size - 1) // size)
-        native = min(blocks, lanes * open_blocks)
-        cheapest = min(self.native_bytes, self.encoded_bytes)
-        high = native * self.native_bytes + min(blocks, total // size) * self.encoded_bytes
-        return Bounds(-(-total // size) * cheapest, min(high, blocks * max(self.native_bytes, self.encoded_bytes)))
-
-
-def lane_store(kv: KVSpec, group: LaneGroup, policy: PolicySpec) -> LaneStore:
-    """Return how lanes of `group` are stored under `policy`; windowed lanes stay native.
-
-    Raises `InvalidInputError` when the block size does not suit the store.
-    """
-    if policy.store is None or policy.store.name == kv.store or group.window is not None:
-        return LaneStore(kv.block_size, group.block_bytes, None)
-    layer = kv.layers[group.layers[0]]
-    store = store_format(policy.store.name)
-    if kv.block_size % store.group:
-        raise InvalidInputError(
-            f"store {store.name} encodes {store.group} tokens together, and block size {kv.block_size} is no multiple. "
-            f"Use --block-size {-(-kv.block_size // store.group) * store.group}"
-        )
-    encoded = store.block_bytes(kv.block_size, layer.k_width, layer.v_width)
-    return LaneStore(kv.block_size, group.block_bytes, encoded,
-                     policy.store.number("sinks"), policy.store.number("residual"))
+    def peak_of(self, sequences: int) -> int:
+        """Return the most bytes of `sequences` that share a prompt and then go on, each with blocks of its own."""
+        if sequences == 1:
+            return self.peak.high
+        return max(self.prefill.high, sequences * max(self.settled.high, self.decode.high))
 
 
 def window_blocks(kv: KVSpec, seen: int, window: int) -> int:
@@ -150,27 +65,80 @@ def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -
     return total
 
 
-def request_footprint(kv: KVSpec, policy: PolicySpec, prompt: int, output: int, chunk: int) -> Footprint:
+def request_footprint(
+    kv: KVSpec,
+    policy: PolicySpec,
+    prompt: int,
+    output: int,
+    chunk: int,
+    *,
+    layers: Collection[int] | None = None,
+    replay: int | None = None,
+) -> Footprint:
     """Return the KV bytes of one request of `prompt` + `output` tokens, its prompt processed in chunks of `chunk`.
 
     The last generated token is never written, so `prompt + output - 1` tokens are cached; planning counts one more,
-    as admission does: without a policy, `peak` is `kv.request_bytes(prompt + output, chunk)`. Raises
-    `InvalidInputError` for lengths below 1.
+    as admission does: without a policy, `peak` is `kv.request_bytes(prompt + output, chunk)`. Who runs the policy may
+    say on which `layers` it acts (else all but the method's `skip_layers`) and how many tokens a `replay` feeds (else
+    the most in any vocabulary). Raises `InvalidInputError` for lengths below 1.
     """
     if prompt < 1 or output < 0 or chunk < 1:
         raise InvalidInputError(f"prompt {prompt}, output {output}, chunk {chunk}; they must be at least 1, 0 and 1")
+    for term in policy.triggers:
+        if term.name == "chunk":  # no step goes beyond the next moment to act
+            chunk = min(chunk, term.number("tokens"))
     zero = Bounds(0, 0)
     prefill, settled, end, decode = zero, zero, zero, zero
-    for group, rule in _parts(kv, policy):
-        moments = _windowed if group.window is not None else _evicting
-        a, b, c, d = moments(kv, rule, group, prompt, output, chunk)
+    for group, rule in _parts(kv, policy, layers):
+        if group.window is not None:
+            moments = _windowed(kv, rule, group, prompt, output, chunk)
+        else:
+            moments = _evicting(kv, rule, group, prompt, output, chunk, layers)
+        a, b, c, d = moments
         prefill, settled, end, decode = prefill + a, settled + b, end + c, decode + d
-    prefill = Bounds(prefill.low, prefill.high + _replay_bytes(kv, policy, prompt))
+    replay = replay_tokens(policy, prompt) if replay is None else replay
+    prefill = Bounds(prefill.low, prefill.high + _replay_bytes(kv, replay))
     peak = prefill.union(settled).union(decode)
     if not policy.evicts and policy.store is None:
         whole = kv.request_bytes(prompt + output, chunk)
         peak = Bounds(whole, whole)
     return Footprint(prefill, settled, decode, end, peak)
+
+
+def future_bytes(
+    kv: KVSpec,
+    policy: PolicySpec,
+    held: Sequence[int],
+    prompt: int,
+    seen: int,
+    total: int,
+    layers: Collection[int] | None = None,
+) -> int | None:
+    """Return the most bytes until `total` tokens of a request whose lanes hold `held` now, the prompt having been read.
+
+    A lane grows by what comes, or up to what it may hold while generating, and a longer one not at all::
+
+        held ------- ceiling -------- held + total - seen --> tokens
+               the least of both, and never less than held
+
+    None where lanes trade tokens or the data decides, so that the present lengths say nothing about later ones.
+    """
+    found = 0
+    for group, rule in _parts(kv, policy, layers):
+        if group.window is not None:
+            most = kv.lane_blocks(total, group.window)
+            filled = -(-seen // kv.block_size)
+            blocks = [max(most, filled - (seen - held[lane]) // kv.block_size) for lane in group.lanes]
+            found += sum(blocks) * group.block_bytes
+            continue
+        store, ceiling = lane_store(kv, group, rule), _kept(kv, rule, group, prompt, total, layers).high
+        if not ceiling:
+            return None
+        by_layer = dict(zip(group.layers, ceiling, strict=True))
+        for lane in group.lanes:
+            now = held[lane]
+            found += store.most(now, max(now, min(now + total - seen, by_layer[kv.lane_layer[lane]])))
+    return found
 
 
 def replay_tokens(policy: PolicySpec, prompt: int) -> int:
@@ -181,21 +149,23 @@ def replay_tokens(policy: PolicySpec, prompt: int) -> int:
     return min(prompt, policy.selector.number("chunk")) + INSTRUCTION_TOKENS
 
 
-def _replay_bytes(kv: KVSpec, policy: PolicySpec, prompt: int) -> int:
+def _replay_bytes(kv: KVSpec, tokens: int) -> int:
     """Return the most bytes of a replay: its tokens in every lane, and a copy of the block that they go on in."""
-    tokens = replay_tokens(policy, prompt)
     blocks = -(-tokens // kv.block_size) + 1 if tokens else 0
     return sum(len(group.lanes) * group.block_bytes * blocks for group in kv.groups)
 
 
-def _parts(kv: KVSpec, policy: PolicySpec) -> list[tuple[LaneGroup, PolicySpec]]:
+def _parts(kv: KVSpec, policy: PolicySpec, acting: Collection[int] | None) -> list[tuple[LaneGroup, PolicySpec]]:
     """Return the lane groups with the policy that rules them: layers that it skips keep all their tokens."""
     skipped = policy.selector.get("skip_layers")
     first = skipped if isinstance(skipped, int) else 0
     parts: list[tuple[LaneGroup, PolicySpec]] = []
     for group in kv.groups:
         for whole in (True, False):
-            layers = tuple(layer for layer in group.layers if (layer < first) is whole)
+            layers = tuple(
+                layer for layer in group.layers
+                if (layer < first if acting is None or group.window else layer not in acting) is whole
+            )  # fmt: skip
             lanes = tuple(lane for lane in group.lanes if kv.lane_layer[lane] in layers)
             if layers:
                 rule = PolicySpec(store=policy.store) if whole else policy
@@ -203,9 +173,9 @@ def _parts(kv: KVSpec, policy: PolicySpec) -> list[tuple[LaneGroup, PolicySpec]]
     return parts
 
 
-def _acting(kv: KVSpec, policy: PolicySpec) -> list[LaneGroup]:
+def _acting(kv: KVSpec, policy: PolicySpec, acting: Collection[int] | None) -> list[LaneGroup]:
     """Return the lane groups from which the policy evicts."""
-    return [group for group, rule in _parts(kv, policy) if rule.evicts and group.window is None]
+    return [group for group, rule in _parts(kv, policy, acting) if rule.evicts and group.window is None]
 
 
 _Moments = tuple[Bounds, Bounds, Bounds, Bounds]
@@ -235,20 +205,27 @@ def _windowed(
 
 
 def _evicting(
-    kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, output: int, chunk: int
+    kv: KVSpec,
+    policy: PolicySpec,
+    group: LaneGroup,
+    prompt: int,
+    output: int,
+    chunk: int,
+    acting: Collection[int] | None,
 ) -> _Moments:
     lanes = len(group.lanes)
     store = lane_store(kv, group, policy)
-    kept = _kept(kv, policy, group, prompt, prompt)
+    kept = _kept(kv, policy, group, prompt, prompt, acting)
     settled = kept.bounds(kv, group, store)
-    grown = _kept(kv, policy, group, prompt, prompt + output)
+    grown = _kept(kv, policy, group, prompt, prompt + output, acting)
     last = _last(policy, kept, grown, prompt, output)
     end, decode = last.bounds(kv, group, store), grown.highest(kv, group, store)
     streaming = policy.store is not None and policy.store.get("encode") == "streaming"
     writing = store if streaming else LaneStore(kv.block_size, group.block_bytes, None)
     parts = [term.number("tokens") for term in policy.triggers if term.name == "chunk"]
     if parts and prompt > parts[0]:
-        most = kept.plus(parts[0], prompt, lanes).highest(kv, group, writing)
+        growing = sum(limit is not None for limit in _limits(kv, policy, group, prompt)) or lanes
+        most = kept.plus(parts[0], prompt, growing).highest(kv, group, writing)
     else:
         tail = group.block_bytes * (-(-chunk // kv.block_size) + 1) if streaming else 0
         dense = group.block_bytes * -(-prompt // kv.block_size)
@@ -299,6 +276,13 @@ class _Kept:
         return Bounds(low, store.ragged_bytes(lanes, self.high_total, self.least, self.most).high)
 
 
+def _limits(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int) -> list[int | None]:
+    """Return the most tokens that the method itself leaves in each lane of `group`; None where it knows no limit."""
+    method = METHODS.get(policy.selector.name)
+    found = None if method.lane_limits is None else method.lane_limits(dict(policy.selector.args), kv)
+    return [None if found is None else found[lane] for lane in group.lanes]
+
+
 def _slack(policy: PolicySpec) -> int | None:
     """Return by how many tokens a lane may exceed its budget while generating; None when nothing is evicted then."""
     limits = [1 if term.name == "step" else term.number("tokens") + (term.name == "slack")
@@ -341,24 +325,29 @@ def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: i
     return _Kept(lengths, lengths, 0, 0, found, found)
 
 
-def _kept(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: int) -> _Kept:
+def _kept(
+    kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: int, acting: Collection[int] | None
+) -> _Kept:
     """Return what the lanes of `group` hold when `seen` tokens were processed, the first `prompt` in the prompt."""
     layers, output = group.layers, seen - prompt
     slack = _slack(policy) if output else None
     average = policy.tokens_kept(prompt)
     lanes = len(group.lanes)
     if average is None or policy.budget.name == "threshold":
-        most = seen if average is None else min(seen, _settled(policy, prompt, average) + (slack or output))
+        limits = _limits(kv, policy, group, prompt) if average is None else [average] * lanes
+        tops = [prompt if limit is None else _settled(policy, prompt, limit) for limit in limits]
+        tops = [top + output if limit is None or slack is None else min(top + output, max(top, limit) + slack)
+                for top, limit in zip(tops, limits, strict=True)]  # fmt: skip
         least = 0 if slack is not None else output
-        return _Kept((), (), lanes * least, lanes * most, least, most)
+        return _Kept((), (), lanes * least, sum(tops), least, max(tops))
     goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else average
     assert goal is not None
     if not policy.evicts:
         goal = seen
     if METHODS.get(policy.budget.name).ragged and goal < (prompt if slack is None else seen):
-        return _ragged(kv, policy, group, _settled(policy, prompt, goal), goal, prompt, seen, slack)
+        return _ragged(kv, policy, group, acting, _settled(policy, prompt, goal), goal, prompt, seen, slack)
     if policy.budget.name == "pyramid" and prompt > average:
-        order = sorted(layer for g in _acting(kv, policy) for layer in g.layers)
+        order = sorted(layer for g in _acting(kv, policy, acting) for layer in g.layers)
         sizes = pyramid_budgets(average, min(average, policy.tokens_protected(average)), len(order), prompt,
                                 float(policy.budget.get("beta") or 20.0))
         goals = [sizes[order.index(layer)] for layer in layers]
@@ -377,14 +366,22 @@ def _kept(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: i
 
 
 def _ragged(
-    kv: KVSpec, policy: PolicySpec, group: LaneGroup, average: int, goal: int, prompt: int, seen: int, slack: int | None
+    kv: KVSpec,
+    policy: PolicySpec,
+    group: LaneGroup,
+    acting: Collection[int] | None,
+    average: int,
+    goal: int,
+    prompt: int,
+    seen: int,
+    slack: int | None,
 ) -> _Kept:
     lanes, output = len(group.lanes), seen - prompt
     floor = min(average, int(goal * float(policy.budget.get("floor") or 0.0)))
     grown = output if slack is None else min(output, max(0, goal - average) + slack)
     low_total = high_total = lanes * average
     if policy.budget.name == "global":
-        others = sum(len(g.lanes) for g in _acting(kv, policy)) - lanes
+        others = sum(len(g.lanes) for g in _acting(kv, policy, acting)) - lanes
         whole = (others + lanes) * average
         low_total, high_total = max(lanes * floor, whole - others * prompt), min(lanes * prompt, whole - others * floor)
     steady = output if slack is None else 0

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry, nearest
+from kvloom.spec.headpattern import streaming_limits
+from kvloom.spec.kv import KVSpec
 from kvloom.units import parse_count
 
 Value: TypeAlias = int | float | bool | str
@@ -63,7 +65,8 @@ class MethodSpec:
     """One method: `params` in the order in which they are printed, and facts for planner, docs and checks.
 
     Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
-    to the data (`ragged`); `protected(args, budget)` counts what stays whatever its score. `triggers` and
+    to the data (`ragged`), at most `lane_limits(args, kv)` tokens in each lane (None: no limit) whenever they act;
+    `protected(args, budget)` counts what stays whatever its score. `triggers` and
     `default_budget` are used when the policy names none. `query_aware` says that the question must be in the prompt for
     the published quality, `replays` that the prompt is read a second time, in parts of `chunk` tokens.
     """
@@ -75,6 +78,7 @@ class MethodSpec:
     budgeted: bool = False
     ragged: bool = False
     fixed_tokens: Callable[[dict[str, Value]], int] | None = None
+    lane_limits: Callable[[dict[str, Value], KVSpec], tuple[int | None, ...] | None] | None = None
     protected: Callable[[dict[str, Value], int], int] | None = None
     triggers: tuple[str, ...] = ()
     default_budget: str = "uniform"
@@ -165,7 +169,7 @@ _selector("duo", "keeps everything on retrieval heads, sinks and newest tokens o
           Parameter("pattern", "text", None, doc="file that says which heads are retrieval heads"),
           Parameter("threshold", "float", 0.5, 0, 1, doc="least number in the pattern of a retrieval head"),
           _count("sinks", 4), _count("window", 256, 1), budgeted=False, ragged=True, triggers=_ALWAYS,
-          paper="arXiv 2410.10819")
+          lane_limits=streaming_limits, paper="arXiv 2410.10819")
 _selector("random", "keeps tokens at random: the floor of every comparison", _count("sinks", 0), _count("seed", 0),
           triggers=_PREFILL, protected=_arg("sinks"))
 
