@@ -168,6 +168,14 @@ def open_stream(server, **fields):
     return sock
 
 
+def in_background(function, *arguments, **fields):
+    """Call `function` in a thread and return (thread, list that will hold the reply)."""
+    replies = []
+    thread = threading.Thread(target=lambda: replies.append(function(*arguments, **fields)))
+    thread.start()
+    return thread, replies
+
+
 def until(condition):
     """Wait until `condition()` holds; fails after a minute."""
     deadline = time.monotonic() + 60

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from serving import call, complete, converse, make_llm, open_stream, running, until
+from serving import call, complete, converse, in_background, make_llm, open_stream, running, until
 
 
 @contextmanager
@@ -26,14 +26,6 @@ def held(server):
     finally:
         engine.step = original
         gate.set()
-
-
-def in_background(function, *arguments, **fields):
-    """Call `function` in a thread and return (thread, list that will hold the reply)."""
-    replies = []
-    thread = threading.Thread(target=lambda: replies.append(function(*arguments, **fields)))
-    thread.start()
-    return thread, replies
 
 
 def test_a_full_queue_refuses_at_once_while_the_engine_is_in_a_step(tiny_folder):

@@ -16,6 +16,7 @@ from kvloom.server.exchange import Context
 from kvloom.server.fields import CHAT, Body
 from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
+from kvloom.server.queue import Place
 from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service
 from kvloom.server.ticket import Ticket
@@ -54,8 +55,9 @@ class Message:
 class ChatJob:
     """One body of /v1/chat/completions, from its fields to the choices of the answer."""
 
-    def __init__(self, service: Service, context: Context, body: Body) -> None:
+    def __init__(self, service: Service, context: Context, body: Body, place: Place) -> None:
         self.service = service
+        self.place = place
         self.context = context
         self.body = body
         self.model = service.check_model(body)
@@ -92,7 +94,6 @@ class ChatJob:
 
     async def tickets(self) -> list[Ticket]:
         """Return the checked ticket of the conversation; template and tokenisation run in the pool."""
-        self.service.check_open(1)
         await self.service.prepare(self.params)
         ids = await self.service.offload(self._encoded)
         return self.service.tickets(self.context, self.body, [(ids, None)], self.params)
@@ -126,7 +127,7 @@ class ChatJob:
         usage = self.service.usage(tickets)
         whole = [Delta() for _ in range(self.n)]
         prompt = None
-        feed = self.service.submit(tickets)
+        feed = self.service.submit(tickets, self.place)
         try:
             async for updates in feed:
                 for update in updates:
@@ -171,7 +172,7 @@ class ChatJob:
         usage = self.service.usage(tickets)
         messages = [self._message() for _ in range(self.n)]
         head = self._head("chat.completion.chunk")
-        feed = self.service.submit(tickets)
+        feed = self.service.submit(tickets, self.place)
         reasons: set[str] = set()
         try:
             async for updates in feed:

@@ -15,6 +15,7 @@ from kvloom.server.exchange import Context
 from kvloom.server.fields import COMPLETION, Body
 from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
+from kvloom.server.queue import Place
 from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service, checked_text
 from kvloom.server.ticket import Ticket
@@ -54,8 +55,9 @@ class Choice:
 class CompletionJob:
     """One body of /v1/completions, from its fields to the choices of the answer."""
 
-    def __init__(self, service: Service, context: Context, body: Body) -> None:
+    def __init__(self, service: Service, context: Context, body: Body, place: Place) -> None:
         self.service = service
+        self.place = place
         self.context = context
         self.body = body
         self.model = service.check_model(body)
@@ -108,7 +110,7 @@ class CompletionJob:
             raise bad_field(
                 "prompt", f"{len(prompts)} prompts with {self.best_of} answers each are more than {limit} at once"
             )
-        self.service.check_open(len(prompts))
+        self.place.widen(len(prompts))
         await self.service.prepare(self.params)
         encoded = await self.service.offload(lambda: [self._encoded(prompt) for prompt in prompts])
         return self.service.tickets(self.context, self.body, encoded, self.params)
@@ -142,7 +144,7 @@ class CompletionJob:
         usage = self.service.usage(tickets)
         choices = {(t.place, i): Choice(t.place) for t in tickets for i in range(self.best_of)}
         prompts: dict[int, PromptLogprobs] = {}
-        feed = self.service.submit(tickets)
+        feed = self.service.submit(tickets, self.place)
         try:
             async for updates in feed:
                 for update in updates:
@@ -210,7 +212,7 @@ class CompletionJob:
         usage = self.service.usage(tickets)
         choices = {(t.place, i): Choice(t.place) for t in tickets for i in range(self.n)}
         head = self._head("text_completion")
-        feed = self.service.submit(tickets)
+        feed = self.service.submit(tickets, self.place)
         try:
             async for updates in feed:
                 for update in updates:
@@ -224,9 +226,7 @@ class CompletionJob:
         if with_usage:
             yield event({**head, "choices": [], "usage": usage.body()})
 
-    def _gained(
-        self, update: Update, choices: dict[tuple[int, int], Choice], ticket: Ticket
-    ) -> list[dict[str, Any]]:
+    def _gained(self, update: Update, choices: dict[tuple[int, int], Choice], ticket: Ticket) -> list[dict[str, Any]]:
         bodies = []
         for index, delta in update.deltas.items():
             choice = choices[update.place, index]

@@ -13,6 +13,7 @@ from kvloom.server.watchdog import StalledError, Watch, Watchdog
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
 
+
 def event(value: Any) -> bytes:
     """Return one event that carries `value` as JSON."""
     return b"data: " + encode_json(value) + b"\n\n"

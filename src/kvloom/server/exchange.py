@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
@@ -28,7 +29,8 @@ class ClientGoneError(Exception):
 class Context:
     """What is known about an exchange: for the log, the headers of the reply and the engine.
 
-    `key_digest` identifies the API key, empty without keys; `facts` are added to the log line.
+    `key_digest` identifies the API key, empty without keys; `facts` are added to the log line. `answered` is when the
+    answer was complete, if something of the exchange came after it; times are in `time.monotonic()` seconds.
     """
 
     request_id: str
@@ -37,6 +39,7 @@ class Context:
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     error_code: str | None = None
+    answered: float | None = None
 
 
 def context_of(request: Request) -> Context:
@@ -98,18 +101,24 @@ class Incoming:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._ended = False
+        self._begun = False
+        self.ended = False
 
     async def __call__(self) -> Message:
         """Return the next message."""
         message = await self._receive()
-        self._ended |= message["type"] == "http.disconnect" or not message.get("more_body", False)
+        self._begun = True
+        self.ended |= message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
+
+    def awaits_invitation(self, headers: Headers) -> bool:
+        """Return whether the client sends a body only if it is told to, and has not been."""
+        return not self._begun and headers.get("expect", "").lower() == "100-continue"
 
     async def drain(self, max_bytes: int, dog: Watchdog) -> None:
         """Read the rest of the body, up to `max_bytes`: a client that is still sending would not hear the answer."""
         async with Watch(dog) as watch:
-            while not self._ended and max_bytes > 0:
+            while not self.ended and max_bytes > 0:
                 max_bytes -= len((await self()).get("body", b""))
                 watch.beat()
 

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 from kvloom.server.eventstream import EventStream, primed
 from kvloom.server.exchange import Context, context_of, json_response, unless_gone
 from kvloom.server.fields import Body, Field
+from kvloom.server.queue import Place
 from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.service import Service
 from kvloom.server.settings import ServerConfig
@@ -34,20 +35,23 @@ class Job(Protocol):
 
 
 async def respond_with(
-    make: Callable[[Service, Context, Body], Job], table: Mapping[str, Field], request: Request, service: Service
+    make: Callable[[Service, Context, Body, Place], Job], table: Mapping[str, Field], request: Request, service: Service
 ) -> ASGIApp:
     """Read a body by `table`, run the job that `make` makes of it, and answer."""
     context = context_of(request)
     config = service.config
-    service.check_open(1)
-    body = await service.read_body(request, table)
-    adopt(context, body, config)
-    job = make(service, context, body)
-    tickets = await unless_gone(request.receive, job.tickets())
-    if job.stream:
-        events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
-        return EventStream(events, service.dog)
-    return json_response(await unless_gone(request.receive, job.answer(tickets)))
+    service.check_open()
+    service.queue.check(1)  # a body that cannot get in need not be read
+    raw = await service.receive_body(request)
+    with service.queue.place() as place:
+        body = await service.read_body(raw, table)
+        adopt(context, body, config)
+        job = make(service, context, body, place)
+        tickets = await unless_gone(request.receive, job.tickets())
+        if job.stream:
+            events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
+            return EventStream(events, service.dog)
+        return json_response(await unless_gone(request.receive, job.answer(tickets)))
 
 
 UNLOGGED = (

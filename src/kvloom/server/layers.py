@@ -85,14 +85,33 @@ class ExchangeLayer:
                 if refusal is not None:
                     context.error_code = refusal.code or TYPES[refusal.status]
                     if not status:
-                        with contextlib.suppress(StalledError):
-                            await incoming.drain(DRAIN_FACTOR * self.service.config.max_body_bytes, self.service.dog)
-                        response = json_response(refusal.body(), refusal.status, refusal.headers)
-                        await response(scope, receive, observed)
+                        await self._refuse(refusal, scope, incoming, observed)
                 span.finish(status, context.facts)
         finally:
             self.service.num_open -= 1
             self._log(scope, context, status, refusal)
+
+    async def _refuse(self, refusal: Refusal, scope: Scope, incoming: Incoming, send: Send) -> None:
+        """Answer with `refusal` at once, and then hear out a client that is still sending.
+
+        The answer is complete before the rest of the body is read, but the exchange ends after that: a connection
+        that is closed while something comes in is reset, and a client that reads late would lose the answer.
+        """
+
+        async def kept_open(message: Message) -> None:
+            await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+        response = json_response(refusal.body(), refusal.status, refusal.headers)
+        stalled, uninvited = refusal.status == 408, incoming.awaits_invitation(Headers(scope=scope))
+        if incoming.ended or stalled or uninvited:
+            await response(scope, incoming, send)
+            return
+        await response(scope, incoming, kept_open)
+        context: Context = scope["kvloom.context"]
+        context.answered = time.monotonic()
+        with contextlib.suppress(StalledError):
+            await incoming.drain(DRAIN_FACTOR * self.service.config.max_body_bytes, self.service.dog)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _log(self, scope: Scope, context: Context, status: int, refusal: Refusal | None) -> None:
         path = scope["path"]
@@ -110,7 +129,7 @@ class ExchangeLayer:
             "method": scope["method"],
             "path": path[:256],
             "status": status,
-            "seconds": round(time.monotonic() - context.started, 4),
+            "seconds": round((context.answered or time.monotonic()) - context.started, 4),
             **context.facts,
         }
         if refusal is not None:

@@ -74,7 +74,7 @@ async def detokenize(request: Request, service: Service) -> ASGIApp:
 
 
 async def _body(request: Request, service: Service, table: Any) -> Body:
-    body = await service.read_body(request, table)
+    body = await service.read_body(await service.receive_body(request), table)
     context_of(request).warnings.extend(body.warnings)
     return body
 
@@ -100,7 +100,7 @@ async def version(request: Request, service: Service) -> ASGIApp:
 
 async def load(request: Request, service: Service) -> ASGIApp:
     """Answer GET /load: requests that are being answered, prompts that run or wait."""
-    answer = {"server_load": service.num_live, "requests_waiting": service.num_queued}
+    answer = {"server_load": service.num_live, "requests_waiting": len(service.queue)}
     return json_response({**answer, "http_requests": service.num_open})
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -18,6 +19,7 @@ from uvicorn.config import Config
 
 import kvloom
 from kvloom.engine.llm import LLM
+from kvloom.engine.startup import engine_figures
 from kvloom.errors import InvalidInputError
 from kvloom.models.chat_template import read_template
 from kvloom.server.app import build_app
@@ -111,7 +113,7 @@ class Server(uvicorn.Server):
             if stats.steps != before.steps:
                 facts = {
                     "running": stats.running,
-                    "waiting": self.service.num_queued,
+                    "waiting": len(self.service.queue),
                     "prompt_tokens_per_s": round((stats.prompt_tokens - before.prompt_tokens) / STATS_SECONDS, 1),
                     "generation_tokens_per_s": round(
                         (stats.generation_tokens - before.generation_tokens) / STATS_SECONDS, 1
@@ -179,16 +181,27 @@ def serve(
         "model": llm.model,
         "dtype": llm.dtype,
         "max_model_len": llm.max_model_len,
-        "kv_cache_bytes": llm.engine.cache.arena.num_bytes,
         "seconds": round(time.monotonic() - started, 2),
+        **engine_figures(llm),
     }
     logger.info("model loaded", extra={"facts": facts})
     config = replace(config, generation_defaults=_generation_defaults(generation_config, llm))
     server = build_server(llm, config, tracer=tracer)
+    spare_collections()
     try:
         server.run([sock])
     finally:
         tracer.close()
+
+
+def spare_collections() -> None:
+    """Take everything that exists out of Python's garbage collections, for good.
+
+    Half a million objects of modules and the model live as long as the process. A full collection looks at each of them
+    and stops every thread meanwhile, for 0.15 seconds on a small machine; what requests leave behind takes a few ms.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,11 +1,8 @@
 """Service: one model behind the API. Admission, tokenisation off the event loop, and the way to the engine's thread."""
 
 import asyncio
-import math
-import random
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,6 +21,7 @@ from kvloom.server.feed import Feed
 from kvloom.server.fields import Body, Field, read_body
 from kvloom.server.kvpolicy import read_kv_policy
 from kvloom.server.metrics import ServerMetrics
+from kvloom.server.queue import Place, Queue
 from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.sampling import SamplingLimits
 from kvloom.server.settings import ServerConfig
@@ -36,8 +34,6 @@ T = TypeVar("T")
 
 NUM_TOKENIZER_THREADS = 2
 LARGE_BODY_BYTES = 1 << 15
-RATE_WINDOW = 30.0
-"""Seconds over which ended requests are counted to say when to come back."""
 
 
 class Service:
@@ -64,9 +60,8 @@ class Service:
         self.dog = Watchdog(config.client_timeout)
         self.draining = False
         self.num_open = 0  # HTTP requests that are being answered
+        self.queue = Queue(config.max_num_queued_reqs)
         self._live: set[Ticket] = set()
-        self._queued: set[Ticket] = set()
-        self._ends: deque[float] = deque(maxlen=1024)
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._forms = ThreadPoolExecutor(1, thread_name_prefix="forms")
 
@@ -94,48 +89,20 @@ class Service:
         if name not in self.names:
             hint = nearest(name, list(self.names))
             known = ", ".join(self.names)
-            raise Refusal(
-                404, f"no model {name!r} here{hint}; served: {known}", param="model", code="model_not_found"
-            )
+            raise Refusal(404, f"no model {name!r} here{hint}; served: {known}", param="model", code="model_not_found")
         return name
 
-    def check_open(self, num_requests: int) -> None:
-        """Raise `Refusal` 503 when the server ends or the engine is dead, 429 when the queue has no room."""
+    def check_open(self) -> None:
+        """Raise `Refusal` 503 when the server ends or the engine is dead."""
         if self.draining:
             raise Refusal(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
         if not self.thread.alive:
             raise Refusal(503, "the engine has stopped after an error; restart the server", code="engine_dead")
-        queued = self.num_queued
-        if queued + num_requests > self.config.max_num_queued_reqs:
-            raise Refusal(
-                429,
-                f"{queued} requests wait and {num_requests} would be added; the queue holds "
-                f"{self.config.max_num_queued_reqs}. Come back later or raise --max-num-queued-reqs",
-                code="queue_full",
-                headers={"Retry-After": str(self._retry_after())},
-            )
-
-    @property
-    def num_queued(self) -> int:
-        """Prompts that are accepted and have not been begun."""
-        self._queued = {ticket for ticket in self._queued if ticket.waiting}
-        return len(self._queued)
 
     @property
     def num_live(self) -> int:
         """Prompts that are accepted and not finished."""
         return len(self._live)
-
-    def _retry_after(self) -> int:
-        """Return the seconds in which about one request ends, from 1 to 60; 5 when none has ended lately.
-
-        Up to as much again and a second more is added by chance, so that clients refused together do not all come back
-        together: each of a hundred would then wait for the refusals of the others.
-        """
-        now = time.monotonic()
-        recent = sum(now - end < RATE_WINDOW for end in self._ends)
-        least = 5 if not recent else max(1, min(60, math.ceil(RATE_WINDOW / recent)))
-        return least + random.randint(0, least + 1)
 
     def read_priority(self, body: Body) -> int:
         """Return the priority; raises `Refusal` where it would be ignored."""
@@ -180,9 +147,12 @@ class Service:
             keep = max(1, self.engine.max_model_len - (params.max_tokens or 1))
         return ids[-keep:]
 
-    async def read_body(self, request: Request, table: Mapping[str, Field]) -> Body:
-        """Return the checked fields of a request's body; a large one is looked at in a thread of the pool."""
-        raw = await read_bytes(request, self.config.max_body_bytes, self.dog)
+    async def receive_body(self, request: Request) -> bytes:
+        """Return the body as it came; raises `Refusal` for what may not be sent, or is sent too slowly."""
+        return await read_bytes(request, self.config.max_body_bytes, self.dog)
+
+    async def read_body(self, raw: bytes, table: Mapping[str, Field]) -> Body:
+        """Return the checked fields of a body; a large one is looked at in a thread of the pool."""
         if len(raw) <= LARGE_BODY_BYTES:
             return read_body(parse_json(raw), table)
         return await self.offload(lambda: read_body(parse_json(raw), table))
@@ -233,22 +203,21 @@ class Service:
             for place, (ids, text) in enumerate(prompts)
         ]
 
-    def submit(self, tickets: Sequence[Ticket]) -> Feed:
-        """Hand `tickets` to the engine, if the queue has room, and return their feed; see `release`."""
-        self.check_open(len(tickets))
+    def submit(self, tickets: Sequence[Ticket], place: Place) -> Feed:
+        """Hand `tickets` to the engine, for which they wait in `place`, and return their feed; see `release`."""
+        self.check_open()
         self.thread.submit(tickets)
         self._live.update(tickets)
-        self._queued.update(tickets)
+        self.queue.join(tickets, place)
         return tickets[0].feed
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Forget `tickets`, aborting those that have not ended; call it once for each `submit`."""
         self._live.difference_update(tickets)
-        self._queued.difference_update(tickets)
-        if tickets and tickets[0].feed.num_open:
+        aborted = bool(tickets and tickets[0].feed.num_open)
+        self.queue.leave(tickets, ended=not aborted)
+        if aborted:
             self.thread.abort(tickets)
-        else:
-            self._ends.append(time.monotonic())
 
     def cancel_all(self) -> None:
         """Fail everything that runs, because the server ends."""
