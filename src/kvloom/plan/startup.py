@@ -1,0 +1,77 @@
+"""What an engine comes to as it starts: the plan's figures for the weights and the arena that it really has."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvloom.plan.memory import Memory
+from kvloom.plan.question import Question
+from kvloom.spec.slabs import longest_request, sure_bytes
+from kvloom.spec.store import SLAB_BYTES
+
+ASSUMED = ("activation_bytes", "tokenizer_bytes", "runtime_bytes", "loading_bytes", "total_bytes")
+"""Fields that rest on assumptions; the others follow by arithmetic."""
+
+
+def start_figures(asked: Question, arena_bytes: int) -> dict[str, Any]:
+    """Return the memory of a process that serves `asked.model` from an arena of `arena_bytes`, and what fits into it.
+
+    `asked.users` is the most that run at once, and `asked.context` the longest request. `requests_that_fit` says by
+    their tokens (an eighth of them output) how many requests have room in the arena together, each at its worst.
+    """
+    memory, kv = Memory(asked), asked.whole_kv
+    assert kv is not None, "a model that runs has keys and values"
+    room = sure_bytes(kv, arena_bytes)
+    parts = {
+        "weight_bytes": memory.weights, "activation_bytes": memory.activations, "tokenizer_bytes": memory.tokenizer,
+        "runtime_bytes": memory.runtime, "loading_bytes": memory.loading,
+    }  # fmt: skip
+    facts = {name: int(figure.value or 0) for name, figure in parts.items()}
+    running = facts["activation_bytes"] + arena_bytes
+    idle = facts["weight_bytes"] + facts["tokenizer_bytes"] + facts["runtime_bytes"]
+    sizes = sorted({group.block_bytes for group in kv.groups})
+    lengths = sorted({max(2, asked.context >> shift) for shift in (0, 2, 4)}, reverse=True)
+    return {
+        **facts,
+        "kv_cache_bytes": arena_bytes,
+        "total_bytes": idle + max(running, facts["loading_bytes"]),
+        "kv_bytes_per_token": kv.bytes_per_token,
+        "kv_blocks": {str(size): arena_bytes // SLAB_BYTES * (SLAB_BYTES // size) for size in sizes},
+        "longest_request": _longest(asked, arena_bytes, room),
+        "requests_that_fit": {str(length): _requests(asked.with_context(length), room) for length in lengths},
+        "assumed": list(ASSUMED),
+    }
+
+
+def _longest(asked: Question, arena_bytes: int, room: int) -> int:
+    """Return the tokens of the longest request that fits alone and that the model was made for."""
+    kv, most = asked.whole_kv, asked.model.max_position or 1 << 30
+    assert kv is not None
+    if not asked.policy.evicts:
+        return min(most, longest_request(kv, arena_bytes, asked.chunk))
+    return _largest(lambda tokens: Memory.footprint_of(_split(asked, tokens)).peak.high <= room, most)
+
+
+def _split(asked: Question, tokens: int) -> Question:
+    """Return `asked` for one request of `tokens`, an eighth of them output."""
+    output = tokens // 8
+    return replace(asked, users=1, prompt=tokens - output, output=output)
+
+
+def _requests(asked: Question, room: int) -> int:
+    """Return how many such requests fit into `room` bytes."""
+    one = _split(asked, asked.context)
+    memory = Memory(one)
+    return _largest(lambda users: memory.kv_bytes(replace(one, users=users)) <= room, room)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number up to `most` for which `fits`, which is true up to some number; 0 when none does."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
