@@ -87,11 +87,16 @@ BAD = [
     (["llama-3-8b", "--gpu-memory-utilization", "1.5"], "at most 1"),
     (["llama-3-8b", "--measured", "nowhere.json"], "cannot read"),
     (["llama-3-8b", "--plot", "plan.pdf"], ".png or .svg"),
+    (["lama-3-8b"], "'llama-3-8b'"),
+    (["meta-lama/Llama-2-7b-hf"], "'meta-llama/llama-2-7b-hf'"),
+    (["./nowhere"], "no file or folder"),
+    (["model.gguf"], "no file or folder"),
 ]
 
 
 @pytest.mark.parametrize("arguments, words", BAD)
-def test_bad_input_is_one_line_with_exit_code_2(capsys, arguments, words):
+def test_bad_input_is_one_line_with_exit_code_2(capsys, monkeypatch, arguments, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(KvloomError) as caught:
         run(capsys, *arguments)
     assert words in str(caught.value)

@@ -42,7 +42,7 @@ def run(model: str | None, **values: Any) -> None:
         from kvloom.cli.plantext import plan_text
 
         write(plan_text(plan))
-    except UnsupportedError as error:
+    except (UnsupportedError, ModelNotFoundError) as error:  # a plan takes nothing but what is asked
         raise InvalidInputError(str(error)) from error
 
 
