@@ -1,6 +1,7 @@
 """`kvloom plan` as its users meet it: flags, text, JSON, errors and what it does not import."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -135,6 +136,23 @@ def test_times_may_be_given_in_milliseconds(text, value):
 def test_every_number_of_a_hypothetical_model_has_a_flag():
     names = {param.name for param in plan.params}
     assert set(HYPOTHESIS) <= names
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_plot_is_written_as_its_name_says(capsys, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plan{suffix}"
+    run(capsys, "gemma-3-1b", "--device", "h100", "--users", "8", "--plot", str(path))
+    start = path.read_bytes()[:2000]
+    assert start.startswith(b"\x89PNG") if suffix == ".png" else b"<svg" in start
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "kvloom", "plan", "someone/their-model"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (7, "", 1)
+    assert "the hub cannot be reached; give a folder" in done.stderr
 
 
 def test_planning_imports_nothing_heavy():

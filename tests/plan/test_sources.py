@@ -103,7 +103,7 @@ def test_curves_of_memory_rise_and_eviction_lies_below_the_full_cache():
     full, kept = (dict(curve) for curve in curves.values())
     assert list(full.values()) == sorted(full.values())
     assert kept[4096] < full[4096]
-    assert contexts_of(asked)[-1] == 4096
+    assert 4096 in contexts_of(asked) and contexts_of(asked)[-1] == asked.model.max_position
 
 
 @pytest.mark.parametrize("suffix, magic", [(".png", b"\x89PNG"), (".svg", b"<?xml")])

@@ -24,6 +24,9 @@ HYPOTHESIS = (
 )  # fmt: skip
 """Flags that describe a model that does not exist."""
 
+HUB_SECONDS = 5
+"""For how long the hub may be silent before it counts as out of reach."""
+
 
 def run(model: str | None, **values: Any) -> None:
     """Print the plan, or what one of the listing flags asks for; raises the errors of `kvloom.plan`."""
@@ -151,15 +154,22 @@ def _offline() -> bool:
 
 def _fetch(repository: str, file: str) -> Path:
     """Return the path of one small file of a hub repository, from the hub's cache where it is there."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    away = (
+        f"{repository!r} is in neither the catalogue nor the local cache, and the hub cannot be reached; "
+        "give a folder, a config.json or a .gguf file"
+    )
     try:
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
+        except (errors.HfHubHTTPError, errors.HFValidationError):
+            raise
+        except Exception as error:  # of whatever library the hub's client speaks HTTP with; a download would retry
+            raise DownloadError(away) from error
         return Path(hf_hub_download(repository, file))
     except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(
-            f"{repository!r} is in neither the catalogue nor the local cache, and the hub cannot be reached; "
-            "give a folder, a config.json or a .gguf file"
-        ) from error
+        raise DownloadError(away) from error
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError) as error:
         raise ModelNotFoundError(f"the hub has no {file} of {repository!r}, or it needs HF_TOKEN") from error
     except (errors.HfHubHTTPError, OSError) as error:

@@ -16,7 +16,7 @@ from kvloom.spec.bounds import Bounds
 from kvloom.spec.footprint import Footprint, request_footprint
 from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
-from kvloom.units import MIB
+from kvloom.units import MIB, format_bytes
 
 RUNTIME_BYTES = {"cpu": 232 * MIB, "gpu": 800 * MIB}
 """Assumed: interpreter, torch and its libraries on the CPU; context, libraries and workspace on a GPU."""
@@ -168,8 +168,9 @@ class Memory:
         asked = self.question
         if asked.device.memory_bytes is None:
             return Figure(None, "bytes", "assumed", "the memory of this device is not known; give e.g. cpu:64GiB")
-        amount = int(asked.device.memory_bytes * asked.utilization)
-        return Figure(amount, "bytes", "assumed", f"{asked.utilization:.0%} of {asked.device.memory_bytes} bytes")
+        whole = asked.device.memory_bytes
+        note = f"{asked.utilization:.0%} of {format_bytes(whole)}"
+        return Figure(int(whole * asked.utilization), "bytes", "assumed", note)
 
     @cached_property
     def kv_room(self) -> int | None:

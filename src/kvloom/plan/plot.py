@@ -11,12 +11,19 @@ from kvloom.spec.policy import PolicySpec
 from kvloom.units import GIB
 
 SUFFIXES = (".png", ".svg")
+STYLES = ("-", "--", ":")
+MOST_CONTEXT = 1 << 17
+"""Longest context that is drawn of a model without a length of its own."""
 
 
-def contexts_of(asked: Question, points: int = 24) -> list[int]:
-    """Return contexts from 256 tokens to the asked one, evenly spread on a logarithmic scale, each once."""
-    low, high = min(256, asked.context), asked.context
-    return sorted({round(low * (high / low) ** (i / (points - 1))) for i in range(points)} | {high})
+def contexts_of(asked: Question, points: int = 32) -> list[int]:
+    """Return contexts from 256 tokens to well beyond the asked one, evenly spread on a logarithmic scale, each once.
+
+    As far as the model was made for, and at most eight times as far as was asked.
+    """
+    low = min(256, asked.context)
+    high = max(asked.context, min(asked.model.max_position or MOST_CONTEXT, 8 * asked.context))
+    return sorted({round(low * (high / low) ** (i / (points - 1))) for i in range(points)} | {asked.context})
 
 
 def memory_curves(asked: Question, policies: list[PolicySpec]) -> dict[str, list[tuple[int, int]]]:
@@ -38,18 +45,25 @@ def draw(asked: Question, policies: list[PolicySpec], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UnsupportedError("cannot draw", ["matplotlib is not installed; pip install matplotlib"]) from error
-    figure: Any = Figure(figsize=(9, 5.5), layout="constrained")
+    figure: Any = Figure(figsize=(11, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, points in memory_curves(asked, policies).items():
-        axes.plot([n for n, _ in points], [size / GIB for _, size in points], label=name)
-    usable = Memory(asked).usable.value
+    curves = memory_curves(asked, policies)
+    for index, (name, points) in enumerate(curves.items()):
+        style, color = STYLES[index // 10 % len(STYLES)], f"C{index % 10}"
+        axes.plot([n for n, _ in points], [size / GIB for _, size in points], style, color=color, label=name)
+    memory = Memory(asked)
+    usable = memory.usable.value
     if usable is not None:
         axes.axhline(usable / GIB, color="black", linestyle="--", linewidth=1, label=f"usable on {asked.device.name}")
+    axes.axhspan(0, (memory.weights.value or 0) / GIB, color="0.9", label="weights")
+    axes.axvline(asked.context, color="0.5", linestyle=":", linewidth=1, label=f"{asked.context:,} tokens, as asked")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, position: f"{tokens:,.0f}")
+    axes.set_xlim(min(contexts_of(asked)), max(contexts_of(asked)))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("memory of one device (GiB)")
-    axes.set_title(f"{asked.model.name}, {asked.users} users")
-    axes.legend(fontsize="small")
+    axes.set_title(f"{asked.model.name}, {asked.users} {'users' if asked.users > 1 else 'user'}")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path)

@@ -195,10 +195,11 @@ def _windowed(
 
     settled, end = between(prompt, chunk), between(total, chunk)
     last = (total - 1) // kv.block_size * kv.block_size
-    if last >= prompt and not policy.evicts:
-        # the last block was added by a step of one token at `last`, which trimmed the window then
+    if last >= prompt:
+        # the last block was added by a step of one token at `last`, which trimmed the window then; lanes that a policy
+        # shortened may have needed a block later, and have trimmed all once more
         amount = size * (-(-total // kv.block_size) - max(0, last - (group.window - 1)) // kv.block_size)
-        end = Bounds(amount, amount)
+        end = Bounds(min(end.low, amount) if policy.evicts else amount, amount)
     prefill = size * kv.lane_blocks(prompt, group.window, chunk)
     decode = Bounds(end.low, max(settled.high, size * kv.lane_blocks(total, group.window)))
     return Bounds(prefill, prefill), settled, end, decode
