@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "isa.h"
 
@@ -39,7 +40,7 @@ void clear_padding(const Tiles& tiles, int begin, int end) {
 
 class Step {
  public:
-  Step(const DecoderModel& model, const StepCall& call, StepMemory& memory)
+  Step(const DecoderModel& model, const StepCall& call, StepMemory& memory, int num_threads)
       : model_(model), call_(call), memory_(memory), kernel_(kernels()), num_tokens_(call.batch.num_tokens) {
     const std::size_t tokens = static_cast<std::size_t>(num_tokens_), hidden = static_cast<std::size_t>(model.hidden);
     std::size_t qkv = 0, wide = 0, rotary = 0;
@@ -56,7 +57,7 @@ class Step {
     reserve(memory.cos_sin, tokens * rotary);
     if (call.num_logits && !call.logits)
       reserve(memory.logits, static_cast<std::size_t>(call.num_logits) * static_cast<std::size_t>(model.vocab));
-    const std::size_t threads = static_cast<std::size_t>(ThreadPool::instance().size());
+    const std::size_t threads = static_cast<std::size_t>(num_threads);
     memory.own_tiles.resize(std::max(memory.own_tiles.size(), threads));
     memory.own_row.resize(std::max(memory.own_row.size(), threads));
     reserve(memory.own_scale, threads * 16);
@@ -279,8 +280,10 @@ class Step {
 
 void decoder_step(const DecoderModel& model, const StepCall& call, StepMemory& memory) {
   if (call.batch.num_tokens == 0) return;
-  Step step(model, call, memory);
-  ThreadPool::instance().run([&](Team& team) { step.run(team); });
+  release_openmp_threads();
+  std::optional<Step> step;
+  ThreadPool::instance().run([&](Team& team) { step->run(team); },
+                             [&](int num_threads) { step.emplace(model, call, memory, num_threads); });
 }
 
 }  // namespace kvloom

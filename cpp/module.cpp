@@ -28,23 +28,29 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 // Bytes per second at which all threads together read [address, address + bytes).
 double read_bandwidth(std::uintptr_t address, std::size_t bytes) {
   const Kernels& kernel = kernels();
-  std::vector<double> sums(static_cast<std::size_t>(ThreadPool::instance().size()));
+  std::vector<double> sums;
+  release_openmp_threads();
   const auto start = std::chrono::steady_clock::now();
-  ThreadPool::instance().run([&](Team& team) {
-    const std::size_t share = bytes / static_cast<std::size_t>(team.size()) / 256 * 256;
-    sums[static_cast<std::size_t>(team.id())] =
-        kernel.read_probe(reinterpret_cast<const char*>(address) + share * static_cast<std::size_t>(team.id()), share);
-  });
+  ThreadPool::instance().run(
+      [&](Team& team) {
+        const std::size_t id = static_cast<std::size_t>(team.id());
+        const std::size_t share = bytes / static_cast<std::size_t>(team.size()) / 256 * 256;
+        sums[id] = kernel.read_probe(reinterpret_cast<const char*>(address) + share * id, share);
+      },
+      [&](int num_threads) { sums.resize(static_cast<std::size_t>(num_threads)); });
   return static_cast<double>(bytes) / seconds_since(start);
 }
 
 double peak_flops(int product, long iterations) {
   const Kernels& kernel = kernels();
-  std::vector<double> done(static_cast<std::size_t>(ThreadPool::instance().size()));
+  std::vector<double> done;
+  release_openmp_threads();
   const auto start = std::chrono::steady_clock::now();
-  ThreadPool::instance().run([&](Team& team) {
-    done[static_cast<std::size_t>(team.id())] = kernel.flop_probe(static_cast<Product>(product), iterations);
-  });
+  ThreadPool::instance().run(
+      [&](Team& team) {
+        done[static_cast<std::size_t>(team.id())] = kernel.flop_probe(static_cast<Product>(product), iterations);
+      },
+      [&](int num_threads) { done.resize(static_cast<std::size_t>(num_threads)); });
   const double elapsed = seconds_since(start);
   double total = 0;
   for (double x : done) total += x;
@@ -219,6 +225,7 @@ NB_MODULE(_ext, m) {
   m.def("force_isa", &force_isa);
   m.def("num_threads", [] { return ThreadPool::instance().size(); });
   m.def("set_num_threads", [](int n) { ThreadPool::instance().resize(n); }, Released());
+  m.def("quota_threads", &quota_threads);
   m.def("read_bandwidth", &read_bandwidth, Released());
   m.def("peak_flops", &peak_flops, Released());
 

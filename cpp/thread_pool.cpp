@@ -1,10 +1,12 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
-#include <chrono>
+#include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <new>
 
 namespace kvloom {
@@ -23,34 +25,64 @@ inline void pause() {
 }
 
 thread_local bool inside = false;
+bool forked = false;  // written in the only thread of a child
+
+int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
 
 }  // namespace
+
+int quota_threads(const std::string& root) {
+  long long quota = 0, period = 0;
+  std::string text;
+  if (std::ifstream limit(root + "/cpu.max"); limit >> text >> period) {
+    quota = std::atoll(text.c_str());  // 0 for "max"
+  } else {
+    std::ifstream(root + "/cpu/cpu.cfs_quota_us") >> quota;  // -1: none
+    std::ifstream(root + "/cpu/cpu.cfs_period_us") >> period;
+  }
+  return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
+}
 
 int default_num_threads() {
   if (const char* text = std::getenv("OMP_NUM_THREADS")) {
     int n = std::atoi(text);
     if (n > 0) return n;
   }
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) {
-    int n = CPU_COUNT(&set);
-    if (n > 0) return n;
+  const int quota = quota_threads("/sys/fs/cgroup");
+  return quota > 0 ? std::min(quota, usable_cores()) : usable_cores();
+}
+
+void release_openmp_threads() {
+  using Pause = int (*)(int);
+  constexpr int kSoft = 1;  // omp_pause_soft: settings stay
+  static std::atomic<Pause> found{nullptr};
+  if (forked) return;  // a team that the parent had would be waited for without end
+  Pause pause = found.load(std::memory_order_relaxed);
+  if (!pause) {
+    pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+    if (!pause) return;
+    found.store(pause, std::memory_order_relaxed);
   }
-#endif
-  int n = static_cast<int>(std::thread::hardware_concurrency());
-  return n > 0 ? n : 1;
+  pause(kSoft);
 }
 
 ThreadPool& ThreadPool::instance() {
   // Never destroyed: at exit the workers sleep, and destroying a pool whose threads a fork did not copy would hang.
-  static ThreadPool* pool = new ThreadPool;
+  static ThreadPool* pool = [] {
+    ThreadPool* made = new ThreadPool;
+    pthread_atfork([] { instance().call_.lock(); }, [] { instance().call_.unlock(); }, [] { instance().forget(); });
+    return made;
+  }();
   return *pool;
 }
 
 ThreadPool::ThreadPool() : size_(default_num_threads()) {}
-
-ThreadPool::~ThreadPool() { stop(); }
 
 template <class Ready> void ThreadPool::wait(Ready ready) {
   for (int i = 0; i < kPauses; ++i) {
@@ -74,30 +106,31 @@ void ThreadPool::notify() {
 }
 
 void ThreadPool::start() {
-  process_ = static_cast<int>(getpid());
   quit_ = false;
   arrived_ = 0;
   counter_ = 0;
-  buffers_.resize(static_cast<std::size_t>(size_));
+  buffers_.resize(std::max(buffers_.size(), static_cast<std::size_t>(size_)));
   for (int id = 1; id < size_; ++id) threads_.emplace_back(&ThreadPool::work, this, id, generation_.load());
 }
 
 void ThreadPool::stop() {
   if (threads_.empty()) return;
-  if (process_ == static_cast<int>(getpid())) {
-    quit_ = true;
-    generation_.fetch_add(1);
-    notify();
-    for (auto& thread : threads_) thread.join();
-    threads_.clear();
-  } else {  // the child of a fork: these threads exist in the parent only
-    new std::vector<std::thread>(std::move(threads_));
-    threads_.clear();
-    new (&sleep_) std::mutex;
-    new (&wake_) std::condition_variable;
-    sleepers_ = 0;
-    running_ = 0;
-  }
+  quit_ = true;
+  generation_.fetch_add(1);
+  notify();
+  for (auto& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+void ThreadPool::forget() {
+  forked = true;
+  new std::vector<std::thread>(std::move(threads_));
+  threads_.clear();
+  new (&call_) std::mutex;
+  new (&sleep_) std::mutex;
+  new (&wake_) std::condition_variable;
+  sleepers_ = 0;
+  running_ = 0;
 }
 
 void ThreadPool::resize(int num_threads) {
@@ -120,11 +153,11 @@ void ThreadPool::work(int id, unsigned seen) {
   }
 }
 
-void ThreadPool::run(const std::function<void(Team&)>& function) {
+void ThreadPool::run(const std::function<void(Team&)>& function, const std::function<void(int)>& before) {
   if (inside) std::abort();  // a kernel must not start another parallel call: our own bug
   std::lock_guard<std::mutex> lock(call_);
-  if (!threads_.empty() && process_ != static_cast<int>(getpid())) stop();
-  if (threads_.empty() || buffers_.empty()) start();
+  if (threads_.empty()) start();
+  if (before) before(size_);
   function_ = &function;
   counter_ = 0;
   running_ = size_ - 1;

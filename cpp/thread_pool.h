@@ -5,8 +5,8 @@
 #include <condition_variable>
 #include <cstddef>
 #include <functional>
-#include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -39,15 +39,15 @@ class Team {
 };
 
 // Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool costs
-// nothing and a neighbour's threads get the cores. Calls from several threads run one after another. After a fork the
-// child starts its own workers on the first call.
+// nothing and a neighbour's threads get the cores. Calls from several threads run one after another. A fork waits until
+// the call in progress is done; the child starts its own workers on the first call.
 class ThreadPool {
  public:
   static ThreadPool& instance();
   int size() const { return size_; }
   void resize(int num_threads);  // takes effect at the next run; at least 1
-  void run(const std::function<void(Team&)>& function);
-  ~ThreadPool();
+  // `before` is given the number of threads that will run, and runs alone: what is as large as the team is made there.
+  void run(const std::function<void(Team&)>& function, const std::function<void(int)>& before = nullptr);
 
  private:
   friend class Team;
@@ -59,15 +59,14 @@ class ThreadPool {
   void work(int id, unsigned seen);
   void start();
   void stop();
-  void finish();
+  void forget();  // in the child of a fork: the workers exist in the parent only
 
-  int size_ = 1;
+  std::atomic<int> size_{1};
   std::mutex call_;  // one run at a time
   std::vector<std::thread> threads_;
   std::vector<Buffer> buffers_;
   const std::function<void(Team&)>* function_ = nullptr;
   bool quit_ = false;
-  int process_ = 0;
 
   alignas(64) std::atomic<unsigned> generation_{0};
   alignas(64) std::atomic<int> running_{0};
@@ -82,6 +81,14 @@ class ThreadPool {
   void notify();
 };
 
+// `OMP_NUM_THREADS`, or as many as the process may use: cores it may run on, and the quota of its control group.
 int default_num_threads();
+
+// Cores that a control group mounted at `root` (/sys/fs/cgroup) grants, rounded up; 0 without a quota.
+int quota_threads(const std::string& root);
+
+// Other libraries' OpenMP threads spin for milliseconds after each parallel region and keep ours from the cores. Ask
+// their runtime, where one is loaded, to let the calling thread's team go; its next region makes a new one.
+void release_openmp_threads();
 
 }  // namespace kvloom

@@ -7,13 +7,12 @@ from kvloom.kernels.cpu.machine import (
     available_isas,
     force_isa,
     isa,
-    num_threads,
     peak_flops,
     read_bandwidth,
-    set_num_threads,
 )
 from kvloom.kernels.cpu.rows import argmax, gate, rms_norm
 from kvloom.kernels.cpu.slots import copy_slots, read_slots, write_slots
+from kvloom.kernels.cpu.threads import num_threads, set_num_threads
 
 __all__ = [
     "PRODUCTS",

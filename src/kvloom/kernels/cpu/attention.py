@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.elements import STORE_ELEMENT, contiguous, element_of, pointer, token_stride
+from kvloom.kernels.cpu.threads import follow_torch
 
 Ints = NDArray[np.int32]
 
@@ -185,6 +186,7 @@ def _expect_tokens(cu_seqlens: Ints, x: torch.Tensor, heads: int, width: int, na
 
 
 def _call(function: Callable[..., None], *arguments: object) -> None:
+    follow_torch()
     try:
         function(*arguments)
     except ValueError as error:

@@ -11,6 +11,7 @@ from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.attention import Lanes, LayerShape
 from kvloom.kernels.cpu.elements import ACTIVATION
 from kvloom.kernels.cpu.linear import PackedWeight
+from kvloom.kernels.cpu.threads import follow_torch
 
 Ints = NDArray[np.int32]
 
@@ -117,6 +118,7 @@ class StepDecoder:
         [L, T, H] the log-sum-exp of every row. `bias` [num_seqs, num_lanes, slots] is added to scores.
         Raises InvalidInputError if ids, rows or lane bounds do not fit.
         """
+        follow_torch()
         try:
             self._decoder.step(
                 lanes.view, ids, positions, cu_seqlens, seq_rows, logit_rows, logits, greedy, hidden, query_rows,

@@ -5,6 +5,7 @@ import torch
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
+from kvloom.kernels.cpu.threads import follow_torch
 
 PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5}
 """Numbers in which a layer multiplies: the weight's, and for int8 ("weight-only") bf16 or float32 activations.
@@ -43,6 +44,7 @@ class PackedWeight:
         self.product = product
         self.gated = gated
         self.shape = (rows, weight.shape[1])
+        follow_torch()
         self.packed = _ext.PackedWeight(
             weight.data_ptr(), element, rows, weight.shape[1], PRODUCTS[product], gated, pointer(scale), pointer(bias)
         )
@@ -88,6 +90,7 @@ def linear(
         raise InvalidInputError(f"out is {out.dtype} {tuple(out.shape)}; expected {expected}")
     finish = 2 if weight.gated else 1 if add else 0
     code = ACTIVATION[activation] if activation is not None else 0
+    follow_torch()
     _ext.linear(
         weight.packed, x.data_ptr(), element, x.shape[0], x.stride(0), out.data_ptr(), element_of(out, "out"),
         out.stride(0), finish, code,

@@ -1,10 +1,11 @@
-"""What this processor offers the kernels: instruction set, threads, measured bandwidth and peak."""
+"""What this processor offers the kernels: instruction set, measured bandwidth and peak."""
 
 import torch
 
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import UnsupportedError
 from kvloom.kernels.cpu.elements import contiguous
+from kvloom.kernels.cpu.threads import follow_torch
 
 PRODUCT_CODE = {"fp32": 0, "bf16": 1, "int8": 4}
 
@@ -25,22 +26,14 @@ def force_isa(name: str) -> None:
         raise UnsupportedError(f"instruction set {name!r}", [f"this processor offers {', '.join(available_isas())}"])
 
 
-def num_threads() -> int:
-    """Return how many threads the kernels use, `OMP_NUM_THREADS` or all cores unless set."""
-    return _ext.num_threads()
-
-
-def set_num_threads(count: int) -> None:
-    """Use `count` threads (at least 1) from the next call on."""
-    _ext.set_num_threads(count)
-
-
 def read_bandwidth(memory: torch.Tensor) -> float:
     """Return bytes per second at which all threads together read contiguous `memory` once."""
     contiguous(memory, "memory")
+    follow_torch()
     return _ext.read_bandwidth(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
 def peak_flops(product: str, iterations: int = 20000) -> float:
     """Return operations per second of register-tile products out of the first cache: "fp32", "bf16" or "int8"."""
+    follow_torch()
     return _ext.peak_flops(PRODUCT_CODE[product], iterations)

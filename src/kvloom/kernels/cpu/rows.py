@@ -5,6 +5,7 @@ import torch
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
+from kvloom.kernels.cpu.threads import follow_torch
 
 
 def rms_norm(
@@ -22,6 +23,7 @@ def rms_norm(
         raise InvalidInputError(f"residual has shape {tuple(residual.shape)}; expected {tuple(x.shape)}")
     out = torch.empty_like(x)
     width = x.shape[-1]
+    follow_torch()
     _ext.rms_norm(
         x.data_ptr(), pointer(residual), weight.data_ptr(), out.data_ptr(), element_of(x, "x"), x.numel() // width,
         width, eps,
@@ -36,6 +38,7 @@ def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         raise InvalidInputError(f"up has shape {tuple(up.shape)}; expected {tuple(gate.shape)}")
     out = torch.empty_like(gate)
     width = gate.shape[-1]
+    follow_torch()
     _ext.gate(
         gate.data_ptr(), up.data_ptr(), out.data_ptr(), element_of(gate, "gate"), gate.numel() // width, width,
         ACTIVATION[activation],
@@ -47,5 +50,6 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     """Return the first index of the largest value of each row of x [R, N] float32, as [R] int32."""
     contiguous(x, "x", torch.float32)
     out = torch.empty(x.shape[0], dtype=torch.int32)
+    follow_torch()
     _ext.argmax(x.data_ptr(), x.shape[0], x.shape[1], out.data_ptr())
     return out

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.kernels.cpu.elements import STORE_ELEMENT, contiguous, element_of
+from kvloom.kernels.cpu.threads import follow_torch
 
 
 def _int32(x: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -29,6 +30,7 @@ def write_slots(
     """Encode k [N, Dk] and v [N, Dv] into slots `within` [N] of the blocks at `addresses` [N]; mutates the arena."""
     contiguous(k, "k")
     contiguous(v, "v", k.dtype)
+    follow_torch()
     _ext.write_slots(
         arena.data_ptr(), STORE_ELEMENT.get(store), block_size, k.shape[1], v.shape[1], _int32(addresses),
         _int32(within), element_of(k, "k"), k.data_ptr(), v.data_ptr(),
@@ -46,6 +48,7 @@ def read_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return K [N, Dk] and V [N, Dv] in `dtype`, decoded from the slots; `widths` are (Dk, Dv)."""
     k, v = (torch.empty(len(addresses), width, dtype=dtype) for width in widths)
+    follow_torch()
     _ext.read_slots(
         arena.data_ptr(), STORE_ELEMENT.get(store), block_size, *widths, _int32(addresses), _int32(within),
         element_of(k, "k"), k.data_ptr(), v.data_ptr(),
@@ -67,6 +70,7 @@ def copy_slots(
     Run r is moves runs[r] .. runs[r + 1] - 1, done in order: a lane may be compacted onto itself, front to back.
     Different runs must not touch the same slots.
     """
+    follow_torch()
     _ext.copy_slots(
         arena.data_ptr(), STORE_ELEMENT.get(store), block_size, *widths, _int32(source[0]), _int32(source[1]),
         _int32(target[0]), _int32(target[1]), _int32(runs),

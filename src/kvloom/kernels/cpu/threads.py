@@ -1,0 +1,32 @@
+"""How many threads the kernels use: what they were told last, whether by `set_num_threads` here or by torch's.
+
+The kernels have their own threads, which sleep when there is nothing to do. The number is `OMP_NUM_THREADS`, or that
+of the cores that this process may use, until somebody sets another.
+"""
+
+import torch
+
+import kvloom.kernels.cpu._ext as _ext
+
+_torch_threads = torch.get_num_threads()  # what torch was told when the kernels last looked
+
+
+def follow_torch() -> None:
+    """Use as many threads as torch does if that number was changed since the last look. Every kernel call looks."""
+    global _torch_threads
+    count = torch.get_num_threads()
+    if count != _torch_threads:
+        _torch_threads = count
+        _ext.set_num_threads(count)
+
+
+def num_threads() -> int:
+    """Return how many threads the kernels use."""
+    follow_torch()
+    return _ext.num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Use `count` threads (at least 1) from the next call on, until this or `torch.set_num_threads` is called again."""
+    follow_torch()
+    _ext.set_num_threads(count)
