@@ -2,7 +2,8 @@
 
 Streams, conversations, echoes, slow readers, clients that leave in the middle, garbage, huge bodies, wrong keys and
 prompts that are too long. After each round nothing may run, no block may be in use, and the process may not have
-grown. At the end it measures how long a refusal takes while the queue is full and the engine busy.
+grown. How long refusals take is measured by the server, by the clients, by one more client in a process of its own, and
+at the end while the queue is kept full, the engine is busy and nobody else asks.
 Prints a line a round and one line of JSON; the status is 1 when a promise was broken.
 
     python tests/clients/soak.py MODEL --rounds 10 --seconds 30 --clients 200
@@ -14,6 +15,7 @@ import collections
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +27,10 @@ DECLARED = {200, 400, 401, 404, 413, 415, 429, 503}
 """Statuses that a client may see; 503 only with a code that says why."""
 
 MAX_BODY = 1 << 20
+MAX_QUEUED = 48
+MAX_REFUSAL_MS = 100
+"""Most that 99 of 100 refusals may take among all the clients: at the server, and seen from another process."""
+
 GROWTH_BYTES = 8 << 20
 """Most that the process may grow between the second half of the rounds and its end."""
 
@@ -166,6 +172,30 @@ async def time_refusals(port, count):
     return sorted(found)
 
 
+def probe(port, seconds):
+    """Ask for `seconds` on blocking sockets, one request after another, and return the seconds to each refusal.
+
+    The other clients share one event loop, so that each of their figures holds the work of all of them. This one runs
+    in a process of its own and measures what a single client sees: from connecting to the first bytes of the answer.
+    It asks for more prompts at once than the queue holds, and so is refused whether or not others fill it.
+    """
+    body = json.dumps({"prompt": [[1] * 20] * (MAX_QUEUED + 1), "max_tokens": 4}).encode()
+    data, until, found = head(len(body)) + body, time.perf_counter() + seconds, []
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        with socket.create_connection(("127.0.0.1", port), 60) as sock:
+            sock.sendall(data)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 429 ")
+            found.append(time.perf_counter() - began)
+        time.sleep(0.04)
+    return found
+
+
+def percentiles(seconds):
+    """Return percentiles of a sorted list in milliseconds, None for an empty one."""
+    return {f"p{p}": round(seconds[len(seconds) * p // 100] * 1000, 1) for p in (50, 95, 99)} if seconds else None
+
+
 async def ask(port, method, path):
     """Return the JSON of a route, None for an empty body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -198,7 +228,7 @@ def resident_bytes(pid):
 def start(model, log, *arguments):
     """Start a server and return (process, port)."""
     command = [sys.executable, "-m", "kvloom", "serve", model, "--port", "0", "--api-key", KEY, *arguments]
-    limits = ["--max-num-queued-reqs", "48", "--max-body-bytes", str(MAX_BODY), "--client-timeout", "20"]
+    limits = ["--max-num-queued-reqs", str(MAX_QUEUED), "--max-body-bytes", str(MAX_BODY), "--client-timeout", "20"]
     process = subprocess.Popen([*command, *limits], stderr=log.open("w"))
     while True:
         for line in log.read_text().splitlines():
@@ -212,9 +242,14 @@ def soak(model, log, *, rounds, seconds, clients, arguments=()):
     """Run everything and return the report; `broken` in it lists the promises that were not kept."""
     process, port = start(model, log, *arguments)
     report = {"rounds": [], "broken": []}
+    probed = []
     try:
         for number in range(rounds):
+            command = [sys.executable, __file__, model, "--probe", str(port), "--seconds", str(seconds)]
+            prober = subprocess.Popen(command, stdout=subprocess.PIPE)
             tally = asyncio.run(round_of(port, clients, seconds, number))
+            seen = sorted(json.loads(prober.communicate(timeout=60)[0]))
+            probed += seen
             engine = asyncio.run(at_rest(port))
             refusals = sorted(tally.refusals)
             line = {
@@ -226,6 +261,7 @@ def soak(model, log, *, rounds, seconds, clients, arguments=()):
                 "p95_429_ms": round(refusals[int(len(refusals) * 0.95)] * 1000, 1) if refusals else None,
                 "p99_429_ms": round(refusals[int(len(refusals) * 0.99)] * 1000, 1) if refusals else None,
                 "max_429_ms": round(refusals[-1] * 1000, 1) if refusals else None,
+                "probe_429_ms": percentiles(seen),
                 "kv_bytes_in_use": engine["kv_bytes_in_use"],
                 "running": engine["running"] + engine["waiting"],
                 "resident_mib": round(resident_bytes(process.pid) / (1 << 20), 1),
@@ -238,7 +274,8 @@ def soak(model, log, *, rounds, seconds, clients, arguments=()):
             if engine["kv_bytes_in_use"] or line["running"]:
                 report["broken"].append(f"round {number}: something still runs or holds blocks")
         quiet = asyncio.run(time_refusals(port, 200))
-        report["full_queue_429_ms"] = {f"p{p}": round(quiet[len(quiet) * p // 100] * 1000, 1) for p in (50, 95, 99)}
+        report["full_queue_429_ms"] = percentiles(quiet)
+        report["probe_429_ms"] = percentiles(sorted(probed))
         memory = [line["resident_mib"] for line in report["rounds"]]
         if len(memory) >= 4 and (memory[-1] - memory[len(memory) // 2]) * (1 << 20) > GROWTH_BYTES:
             report["broken"].append(f"the process grew: {memory} MiB")
@@ -247,8 +284,10 @@ def soak(model, log, *, rounds, seconds, clients, arguments=()):
         report["exit"] = process.wait(60)
     entries = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     took = sorted(entry["seconds"] for entry in entries if entry.get("status") == 429)
-    if took:
-        report["server_429_ms"] = {f"p{p}": took[len(took) * p // 100] * 1000 for p in (50, 95, 99)}
+    report["server_429_ms"] = percentiles(took)
+    for name in ("server_429_ms", "probe_429_ms"):
+        if report[name] and report[name]["p99"] >= MAX_REFUSAL_MS:
+            report["broken"].append(f"{name} is {report[name]}")
     report["errors_in_log"] = [entry["message"] for entry in entries if entry["level"] in ("error", "critical")][:5]
     if report["errors_in_log"]:
         report["broken"].append("errors in the log")
@@ -263,7 +302,11 @@ def main():
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--log", type=Path, default=Path("soak.log"))
+    parser.add_argument("--probe", type=int, metavar="PORT", help="only measure refusals of a server that runs")
     arguments, others = parser.parse_known_args()
+    if arguments.probe:
+        print(json.dumps(probe(arguments.probe, arguments.seconds)))
+        return
     options = {"rounds": arguments.rounds, "seconds": arguments.seconds, "clients": arguments.clients}
     report = soak(arguments.model, arguments.log, **options, arguments=others)
     print(json.dumps({name: value for name, value in report.items() if name != "rounds"}))

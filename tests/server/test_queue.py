@@ -166,3 +166,16 @@ def test_load_counts_the_bodies_that_are_looked_at(tiny_folder):
             until(lambda: call(server, "GET", "/load").json()["requests_waiting"] == 1)
         thread.join(60)
         assert replies[0].status == 200
+
+
+def test_a_refused_exchange_leaves_nothing_that_only_a_collection_would_find(tiny_server):
+    complete(tiny_server, prompt=[])
+    gc.collect()
+    gc.disable()
+    try:
+        for fields in ({"prompt": []}, {"prompt": [1] * 1000}, {"model": "nobody"}, {"prompt": "a" * 100_000}):
+            assert complete(tiny_server, **fields).status in (400, 404)
+        tiny_server.wait_idle()
+        until(lambda: not any(type(found) is Refusal for found in gc.get_objects()))
+    finally:
+        gc.enable()

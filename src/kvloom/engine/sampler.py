@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.random import Generator, Philox
 
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Logprob, Sequence
@@ -120,8 +121,8 @@ def penalise(logits: torch.Tensor, sequence: Sequence) -> None:
 def uniform_at(seed: int, index: int, place: int) -> float:
     """Return the uniform number in [0, 1) that belongs to output token `place` of sequence `index`."""
     key = np.array([seed % 2**64, index], np.uint64)  # a list would go through float64 where a seed exceeds int64
-    bits = np.random.Philox(key=key, counter=[place, 0, 0, 0])
-    return float(np.random.Generator(bits).random())
+    bits = Philox(key=key, counter=[place, 0, 0, 0])
+    return float(Generator(bits).random())
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:

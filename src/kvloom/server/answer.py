@@ -37,6 +37,11 @@ class Update:
     ended: bool = False
     error: Refusal | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the answers gained."""
+        return sum(len(delta.token_ids) for delta in self.deltas.values())
+
     def add(self, later: "Update") -> None:
         """Merge later news of the same request; mutates self."""
         for index, delta in later.deltas.items():

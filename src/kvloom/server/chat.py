@@ -4,15 +4,16 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
-from kvloom.server.answer import Delta
+from kvloom.server.answer import Delta, Update
 from kvloom.server.eventstream import event
-from kvloom.server.exchange import Context
+from kvloom.server.exchange import Context, encode_large_json
 from kvloom.server.fields import CHAT, Body
 from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
@@ -121,8 +122,8 @@ class ChatJob:
             prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, finish_reasons=sorted(reasons)
         )
 
-    async def answer(self, tickets: list[Ticket]) -> dict[str, Any]:
-        """Run the conversation to its end and return the whole body."""
+    async def answer(self, tickets: list[Ticket]) -> bytes:
+        """Run the conversation to its end and return the whole body in JSON."""
         (ticket,) = tickets
         usage = self.service.usage(tickets)
         whole = [Delta() for _ in range(self.n)]
@@ -137,6 +138,11 @@ class ChatJob:
                         whole[index].add(delta)
         finally:
             self.service.release(tickets)
+        num_tokens = sum(len(delta.token_ids) for delta in whole) + len(prompt or ())
+        return await self.service.build(lambda: self._whole(ticket, whole, prompt, usage), num_tokens)
+
+    def _whole(self, ticket: Ticket, whole: list[Delta], prompt: list[Any] | None, usage: Usage) -> bytes:
+        """Return the body of an answer that has ended; for any thread."""
         choices = []
         for index, delta in enumerate(whole):
             message = self._message()
@@ -148,7 +154,7 @@ class ChatJob:
             extra["prompt_logprobs"] = self.names.prompt(prompt)
         if self.show_ids:
             extra["prompt_token_ids"] = ticket.prompt_token_ids
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage.body(), **extra}
+        return encode_large_json({**self._head("chat.completion"), "choices": choices, "usage": usage.body(), **extra})
 
     def _choice(self, index: int, message: Message) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
@@ -178,18 +184,26 @@ class ChatJob:
             async for updates in feed:
                 for update in updates:
                     usage.count(update)
-                    for index, delta in update.deltas.items():
-                        messages[index].take(delta)
-                        if delta.finish_reason is not None:
-                            reasons.add(delta.finish_reason)
-                        for body in self._chunks(index, messages[index]):
-                            extra = {"usage": usage.body() if live_usage else None} if with_usage else {}
-                            yield event({**head, "choices": [body], **extra})
+                    reasons |= {delta.finish_reason for delta in update.deltas.values() if delta.finish_reason}
+                    extra = {"usage": usage.body() if live_usage else None} if with_usage else {}
+                    write = partial(self._events, head, extra, update, messages)
+                    for written in await self.service.build(write, update.num_tokens):
+                        yield written
         finally:
             self.service.release(tickets)
             self._note(usage, reasons)
         if with_usage:
             yield event({**head, "choices": [], "usage": usage.body()})
+
+    def _events(
+        self, head: dict[str, Any], extra: dict[str, Any], update: Update, messages: list[Message]
+    ) -> list[bytes]:
+        """Return the events that tell of `update`, none or several; for any thread."""
+        found = []
+        for index, delta in update.deltas.items():
+            messages[index].take(delta)
+            found += [event({**head, "choices": [body], **extra}) for body in self._chunks(index, messages[index])]
+        return found
 
     def _chunks(self, index: int, message: Message) -> list[dict[str, Any]]:
         """Return the choices of the next events: who speaks, what is said, and how it ended."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.types import ASGIApp
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta, Update
 from kvloom.server.eventstream import event
-from kvloom.server.exchange import Context
+from kvloom.server.exchange import Context, encode_large_json
 from kvloom.server.fields import COMPLETION, Body
 from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
@@ -139,8 +140,8 @@ class CompletionJob:
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
-    async def answer(self, tickets: list[Ticket]) -> dict[str, Any]:
-        """Run `tickets` to their ends and return the whole body."""
+    async def answer(self, tickets: list[Ticket]) -> bytes:
+        """Run `tickets` to their ends and return the whole body in JSON."""
         usage = self.service.usage(tickets)
         choices = {(t.place, i): Choice(t.place) for t in tickets for i in range(self.best_of)}
         prompts: dict[int, PromptLogprobs] = {}
@@ -155,6 +156,17 @@ class CompletionJob:
                         choices[update.place, index].add(delta)
         finally:
             self.service.release(tickets)
+        num_tokens = sum(len(choice.token_ids) for choice in choices.values()) + sum(map(len, prompts.values()))
+        return await self.service.build(lambda: self._whole(tickets, choices, prompts, usage), num_tokens)
+
+    def _whole(
+        self,
+        tickets: list[Ticket],
+        choices: dict[tuple[int, int], Choice],
+        prompts: dict[int, PromptLogprobs],
+        usage: Usage,
+    ) -> bytes:
+        """Return the body of an answer that has ended; for any thread."""
         shown: list[dict[str, Any]] = []
         for ticket in tickets:
             mine = [choices[ticket.place, index] for index in range(self.best_of)]
@@ -163,7 +175,7 @@ class CompletionJob:
             for choice in mine:
                 shown.append(self._choice(len(shown), choice, ticket, prompts.get(ticket.place)))
         self._note(usage, shown)
-        return {**self._head("text_completion"), "choices": shown, "usage": usage.body()}
+        return encode_large_json({**self._head("text_completion"), "choices": shown, "usage": usage.body()})
 
     def _note(self, usage: Usage, shown: list[dict[str, Any]]) -> None:
         if self.drop_answer:
@@ -217,14 +229,28 @@ class CompletionJob:
             async for updates in feed:
                 for update in updates:
                     usage.count(update)
-                    for body in self._gained(update, choices, tickets[update.place]):
-                        extra = {"usage": usage.body() if live_usage else None} if with_usage else {}
-                        yield event({**head, "choices": [body], **extra})
+                    extra = {"usage": usage.body() if live_usage else None} if with_usage else {}
+                    write = partial(self._events, head, extra, update, choices, tickets[update.place])
+                    new = sum(not choices[update.place, index].echoed for index in update.deltas)
+                    num_tokens = update.num_tokens + new * len(update.prompt_logprobs or ())
+                    for written in await self.service.build(write, num_tokens):
+                        yield written
         finally:
             self.service.release(tickets)
             self._note(usage, [{"finish_reason": c.finish_reason} for c in choices.values()])
         if with_usage:
             yield event({**head, "choices": [], "usage": usage.body()})
+
+    def _events(
+        self,
+        head: dict[str, Any],
+        extra: dict[str, Any],
+        update: Update,
+        choices: dict[tuple[int, int], Choice],
+        ticket: Ticket,
+    ) -> list[bytes]:
+        """Return the events that tell of `update`, none or several; for any thread."""
+        return [event({**head, "choices": [body], **extra}) for body in self._gained(update, choices, ticket)]
 
     def _gained(self, update: Update, choices: dict[tuple[int, int], Choice], ticket: Ticket) -> list[dict[str, Any]]:
         bodies = []

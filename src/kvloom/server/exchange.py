@@ -17,6 +17,12 @@ from kvloom.server.watchdog import Watch, Watchdog
 
 T = TypeVar("T")
 
+SLICE = 512
+"""Elements of a list that are encoded without a pause: about a millisecond's work where they are objects."""
+
+ANSWER_DEPTH = 4
+"""Levels above the longest lists of an answer: the answer, its choices, a choice, its log-probabilities."""
+
 DRAIN_FACTOR = 8
 """A body beyond the limit is read and thrown away up to this multiple, so that the client hears the answer."""
 
@@ -155,6 +161,27 @@ def encode_json(value: Any) -> bytes:
         return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
+def encode_large_json(value: Any, depth: int = ANSWER_DEPTH) -> bytes:
+    """Return what `encode_json` returns, piece by piece, so that other threads run in between.
+
+    Long lists are cut down to `depth` levels of objects and lists; keys of objects there are strings.
+    """
+    if isinstance(value, list) and len(value) > SLICE:
+        slices = (encode_json(value[first : first + SLICE])[1:-1] for first in range(0, len(value), SLICE))
+        return b"[" + b",".join(slices) + b"]"
+    if depth and isinstance(value, dict):
+        pairs = (encode_json(name) + b":" + encode_large_json(inner, depth - 1) for name, inner in value.items())
+        return b"{" + b",".join(pairs) + b"}"
+    if depth and isinstance(value, list):
+        return b"[" + b",".join(encode_large_json(inner, depth - 1) for inner in value) + b"]"
+    return encode_json(value)
+
+
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return `value` as a JSON response."""
-    return Response(encode_json(value), status, headers, media_type="application/json")
+    return encoded_response(encode_json(value), status, headers)
+
+
+def encoded_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return JSON that is encoded already as a response."""
+    return Response(body, status, headers, media_type="application/json")

@@ -1,13 +1,13 @@
 """Job: what one body asks of the engine, and the one way in which every job is answered, streamed or whole."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from kvloom.server.eventstream import EventStream, primed
-from kvloom.server.exchange import Context, context_of, json_response, unless_gone
+from kvloom.server.exchange import Context, context_of, encoded_response, unless_gone
 from kvloom.server.fields import Body, Field
 from kvloom.server.queue import Place
 from kvloom.server.refusal import Refusal, bad_field
@@ -27,8 +27,8 @@ class Job(Protocol):
     async def tickets(self) -> list[Ticket]:
         """Hand the requests over to the engine."""
 
-    async def answer(self, tickets: list[Ticket]) -> dict[str, Any]:
-        """Return the whole reply when all have ended."""
+    async def answer(self, tickets: list[Ticket]) -> bytes:
+        """Return the whole reply in JSON when all have ended."""
 
     def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
         """Yield the reply's events as text comes."""
@@ -51,7 +51,7 @@ async def respond_with(
         if job.stream:
             events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
             return EventStream(events, service.dog)
-        return json_response(await unless_gone(request.receive, job.answer(tickets)))
+        return encoded_response(await unless_gone(request.receive, job.answer(tickets)))
 
 
 UNLOGGED = (

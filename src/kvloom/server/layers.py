@@ -83,6 +83,7 @@ class ExchangeLayer:
                     logger.exception("request %s failed", context.request_id)
                     refusal = Refusal(500, f"internal error ({type(error).__name__})", code="internal_error")
                 if refusal is not None:
+                    refusal.__traceback__ = None  # its frames hold it: only a collection would end such a ring
                     context.error_code = refusal.code or TYPES[refusal.status]
                     if not status:
                         await self._refuse(refusal, scope, incoming, observed)

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 import kvloom
 from kvloom.server.chat import conversation_ids
-from kvloom.server.exchange import context_of, json_response, unless_gone
+from kvloom.server.exchange import context_of, encode_large_json, encoded_response, json_response, unless_gone
 from kvloom.server.fields import DETOKENIZE, TOKENIZE, Body
 from kvloom.server.openapi import document
 from kvloom.server.refusal import Refusal, bad_field
@@ -49,16 +49,17 @@ async def tokenize(request: Request, service: Service) -> ASGIApp:
         raise bad_field("prompt", "give either 'prompt' or 'messages'")
     service.check_model(body)
 
-    def encode() -> list[int]:
+    def encode() -> bytes:
         if "messages" in body:
-            return conversation_ids(service, body, offered_tools(body, service.tokenizer.chat_template))
-        return service.tokenizer.encode(checked_text(body.get("prompt")), body.get("add_special_tokens", True))
+            ids = conversation_ids(service, body, offered_tools(body, service.tokenizer.chat_template))
+        else:
+            ids = service.tokenizer.encode(checked_text(body.get("prompt")), body.get("add_special_tokens", True))
+        answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids, "token_strs": None}
+        if body.get("return_token_strs", False):
+            answer["token_strs"] = [service.tokenizer.id_to_token(token) for token in ids]
+        return encode_large_json(answer)
 
-    ids = await unless_gone(request.receive, service.offload(encode))
-    answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids, "token_strs": None}
-    if body.get("return_token_strs", False):
-        answer["token_strs"] = [service.tokenizer.id_to_token(token) for token in ids]
-    return json_response(answer)
+    return encoded_response(await unless_gone(request.receive, service.offload(encode)))
 
 
 async def detokenize(request: Request, service: Service) -> ASGIApp:

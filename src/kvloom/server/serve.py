@@ -191,11 +191,12 @@ def serve(
     try:
         server.run([sock])
     finally:
+        gc.unfreeze()  # so that the end of the process finds everything
         tracer.close()
 
 
 def spare_collections() -> None:
-    """Take everything that exists out of Python's garbage collections, for good.
+    """Take everything that exists out of Python's garbage collections, until `gc.unfreeze`.
 
     Half a million objects of modules and the model live as long as the process. A full collection looks at each of them
     and stops every thread meanwhile, for 0.15 seconds on a small machine; what requests leave behind takes a few ms.

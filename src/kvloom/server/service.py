@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 NUM_TOKENIZER_THREADS = 2
 LARGE_BODY_BYTES = 1 << 15
+LARGE_ANSWER_TOKENS = 128
+"""Tokens whose log-probabilities take some 2 ms to be written."""
 
 
 class Service:
@@ -160,6 +162,10 @@ class Service:
     async def offload(self, function: Callable[[], T]) -> T:
         """Run `function` (tokenisation, a chat template) in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def build(self, function: Callable[[], T], num_tokens: int) -> T:
+        """Return `function()`, which writes about `num_tokens` tokens; many are written in a thread of the pool."""
+        return function() if num_tokens <= LARGE_ANSWER_TOKENS else await self.offload(function)
 
     async def prepare(self, params: SamplingParams) -> None:
         """Compile the form of the answers, if they have one, in a thread of its own: a large one takes seconds.
