@@ -12,12 +12,14 @@ Prints a line a round and one line of JSON; the status is 1 when a promise was b
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +30,11 @@ DECLARED = {200, 400, 401, 404, 413, 415, 429, 503}
 
 MAX_BODY = 1 << 20
 MAX_QUEUED = 48
+PROBE_PATIENCE = 2.0
+"""Seconds after which the probe takes it that it was let in."""
+
 MAX_REFUSAL_MS = 100
-"""Most that 99 of 100 refusals may take among all the clients: at the server, and seen from another process."""
+"""Most that 99 of 100 refusals may take among all the clients: at the server, and seen from a process of its own."""
 
 GROWTH_BYTES = 8 << 20
 """Most that the process may grow between the second half of the rounds and its end."""
@@ -173,21 +178,35 @@ async def time_refusals(port, count):
 
 
 def probe(port, seconds):
-    """Ask for `seconds` on blocking sockets, one request after another, and return the seconds to each refusal.
+    """Ask for `seconds` on blocking sockets, one request after another in each thread; return the seconds to refusals.
 
-    The other clients share one event loop, so that each of their figures holds the work of all of them. This one runs
-    in a process of its own and measures what a single client sees: from connecting to the first bytes of the answer.
-    It asks for more prompts at once than the queue holds, and so is refused whether or not others fill it.
+    The other clients share one event loop, so that each of their figures holds the work of all of them. These are alone
+    in a process and measure what a client sees: from connecting to the first bytes of the answer. One asks for more
+    prompts at once than the queue holds and is always refused; the others ask as everybody does, and leave when they
+    have been let in.
     """
-    body = json.dumps({"prompt": [[1] * 20] * (MAX_QUEUED + 1), "max_tokens": 4}).encode()
-    data, until, found = head(len(body)) + body, time.perf_counter() + seconds, []
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        with socket.create_connection(("127.0.0.1", port), 60) as sock:
-            sock.sendall(data)
-            assert sock.recv(4096).startswith(b"HTTP/1.1 429 ")
-            found.append(time.perf_counter() - began)
-        time.sleep(0.04)
+    until, found = time.perf_counter() + seconds, []
+
+    def ask_often(fields, pause):
+        body = json.dumps(fields).encode()
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            with (
+                socket.create_connection(("127.0.0.1", port), PROBE_PATIENCE) as sock,
+                contextlib.suppress(TimeoutError),
+            ):
+                sock.sendall(head(len(body)) + body)
+                if sock.recv(4096).startswith(b"HTTP/1.1 429 "):
+                    found.append(time.perf_counter() - began)
+            time.sleep(pause)
+
+    prompt = [1] * 20
+    asked = [({"prompt": [prompt] * (MAX_QUEUED + 1)}, 0.04), *[({"prompt": prompt, "max_tokens": 200}, 0.2)] * 3]
+    threads = [threading.Thread(target=ask_often, args=each) for each in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return found
 
 
