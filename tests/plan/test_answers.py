@@ -1,6 +1,7 @@
 """What a plan answers: sums, limits, rooflines, comparisons, advice and recommendation."""
 
 import json
+import shlex
 from dataclasses import replace
 from importlib import resources
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvloom.cli.main import cli
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.plan.advice import advise
 from kvloom.plan.answer import Plan
@@ -230,6 +232,24 @@ def test_a_recommendation_for_what_does_not_run_yet_says_why_there_is_no_command
 
 def test_a_policy_whose_interval_exceeds_the_loss_is_not_recommended(results):
     assert recommend(ask(users=150), "llama-3-8b", 0.003, results).policy is None
+
+
+def test_a_budget_that_was_never_filled_promises_nothing_for_longer_prompts(tmp_path):
+    entry = {"policy": "knorm(budget=2048)", "context": 2048, "loss": 0.0, "evicted_tokens": 0}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**RESULTS, "results": [entry]}))
+    assert recommend(ask(users=150), "llama-3-8b", 0.01, read_measurements(path)).policy is None
+    path.write_text(json.dumps({**RESULTS, "results": [{**entry, "evicted_tokens": 1}]}))
+    assert str(recommend(ask(users=150), "llama-3-8b", 0.01, read_measurements(path)).policy) == "knorm(budget=2048)"
+
+
+def test_what_is_missing_is_named_as_a_command_that_measures_it():
+    found = recommend(ask(users=150), "llama-3-8b", 0.01, None)
+    words = shlex.split(found.promise[found.promise.index("kvloom measure") :])
+    command = dict(cli.leaves())["measure"]
+    context = command.make_context("measure", words[2:])
+    assert context.params["kv_policies"] == tuple(map(str, found.candidates))
+    assert context.params["context"] == 2048
 
 
 def test_more_users_need_a_stronger_policy(results):

@@ -10,6 +10,7 @@ from kvloom.cli.plan import make_question, plan
 from kvloom.cli.serve import serve
 from kvloom.engine.config import EngineConfig
 from kvloom.errors import KvloomError, UnsupportedError
+from kvloom.models.catalogue import CATALOGUE
 from kvloom.models.families import FAMILIES
 from kvloom.plan.advice import advise
 from kvloom.plan.compare import candidate_policies
@@ -19,6 +20,7 @@ from kvloom.plan.serving import (
     PLANNED_FAMILIES,
     SCORES_BY_ATTENTION,
     SERVED_DTYPES,
+    SERVED_NAMES,
     policy_refusals,
     serve_command,
     serve_refusals,
@@ -125,6 +127,11 @@ def test_the_plan_knows_which_methods_compute_attention():
 )
 def test_what_cannot_be_served_yet_has_a_reason(asked, words):
     assert words in "; ".join(serve_refusals(asked))
+
+
+def test_the_plan_knows_which_names_the_engine_fetches_itself():
+    assert set(CATALOGUE) == SERVED_NAMES
+    assert all(served_name(name) == name for name in CATALOGUE)
 
 
 def test_a_catalogue_name_is_served_by_its_id_and_a_config_by_its_folder(tmp_path):

@@ -18,6 +18,7 @@ from kvloom.cli.chat import chat
 from kvloom.cli.collectenv import collect_env
 from kvloom.cli.command import Group
 from kvloom.cli.generate import generate
+from kvloom.cli.measure import measure
 from kvloom.cli.methods import methods
 from kvloom.cli.plan import plan
 from kvloom.cli.pull import pull
@@ -30,7 +31,7 @@ BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 cli = Group(
     "kvloom",
     help="Plan, measure and serve the KV cache of large language models.",
-    commands=[plan, serve, generate, chat, bench, methods, pull, collect_env],
+    commands=[plan, measure, serve, generate, chat, bench, methods, pull, collect_env],
     params=[
         click.Option(
             ["--version"],

@@ -19,6 +19,7 @@ _NAMES = {
     "kv_bound_context": "bound by KV from", "tokens_per_s_at_best": "tokens/s at best", "tpot_measured": "TPOT "
                                                                                                          "measured",
     "ttft_measured": "TTFT measured", "loss_measured": "loss measured",
+    "kv_measured": "KV measured",
 }  # fmt: skip
 
 

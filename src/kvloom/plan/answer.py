@@ -78,6 +78,10 @@ class Plan:
         }
         if asked.model.state_bytes:
             found["state_per_request"] = memory.state
+        measured = self.measurements.of(asked.policy) if self.measurements else None
+        if measured is not None and measured.kv_peak_bytes is not None:
+            where = f"at most, of one request of {measured.context} tokens"
+            found["kv_measured"] = Figure(measured.kv_peak_bytes, "bytes", "measured", where)
         if asked.model.file_bytes is not None:
             found["weights_on_disk"] = Figure(asked.model.file_bytes, "bytes", "exact", "as the files store them")
         return found

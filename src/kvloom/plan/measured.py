@@ -1,7 +1,10 @@
 """Measured results: what each policy cost a model in quality and gave it in speed.
 
-Schema `kvloom.measure/1`: {"schema", "model", "machine", "results": [{"policy", "context", "loss", "loss_high",
-"metric", "tpot_s", "ttft_s"}]}. `loss` is relative (0.01 is 1 %), `loss_high` the upper end of its interval.
+Schema `kvloom.measure/1`, which `kvloom measure` writes: {"schema", "model", "machine", "results": [{"policy",
+"context", "loss", "loss_high", "metric", "tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens"}]}. `loss`
+is relative (0.01 is 1 %), `loss_high` the upper end of its interval; bytes and times are those of one request of
+`context` tokens, `evicted_tokens` a sum over lanes. All but policy, context and loss may be left out; what else stands
+there is not read.
 """
 
 import json
@@ -18,7 +21,10 @@ SCHEMA = "kvloom.measure/1"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured policy: `loss` against the full cache, `loss_high` the upper end of its interval; times in s."""
+    """One measured policy: `loss` against the full cache, `loss_high` the upper end of its interval; times in s.
+
+    `kv_bytes` were in use at the last token, `kv_peak_bytes` at most; `evicted_tokens` were forgotten, over all lanes.
+    """
 
     policy: PolicySpec
     context: int
@@ -27,6 +33,17 @@ class Measurement:
     metric: str
     tpot_s: float | None = None
     ttft_s: float | None = None
+    kv_bytes: float | None = None
+    kv_peak_bytes: float | None = None
+    evicted_tokens: float | None = None
+
+    def forgot_enough_for(self, prompt: int) -> bool:
+        """Return whether the policy showed what forgetting costs, if it would forget anything of such a prompt.
+
+        A budget that the measured text never filled says nothing about a longer one.
+        """
+        kept = self.policy.tokens_kept(prompt)
+        return self.evicted_tokens != 0 or not self.policy.evicts or (kept is not None and kept >= prompt)
 
 
 @dataclass(frozen=True)
@@ -80,5 +97,6 @@ def _measurement(path: Path, index: int, entry: Any) -> Measurement:
     loss, context = number("loss"), number("context")
     assert loss is not None and context is not None
     high = number("loss_high", required=False)
+    more = ("tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens")
     return Measurement(PolicySpec.parse(policy), int(context), loss, loss if high is None else high,
-                       str(entry.get("metric", "loss")), number("tpot_s", False), number("ttft_s", False))
+                       str(entry.get("metric", "loss")), **{name: number(name, False) for name in more})

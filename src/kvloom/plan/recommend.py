@@ -1,5 +1,6 @@
 """Which policy to serve with, from measured losses; without measurements, what would have to be measured."""
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from kvloom.plan.compare import candidate_policies
 from kvloom.plan.measured import Measurement, Measurements
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
-from kvloom.plan.serving import policy_refusals, serve_command, serve_refusals
+from kvloom.plan.serving import policy_refusals, serve_command, serve_refusals, served_name
 from kvloom.spec.policy import PolicySpec
 
 
@@ -50,7 +51,7 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
     """Return the fitting policy of least loss; among equals the one that leaves more room.
 
     The full cache is taken when it fits. A measured policy counts when the upper end of its loss is at most
-    `max_loss` and it was measured at no less than half the asked context.
+    `max_loss` and it was measured at no less than half the asked context, where it did forget something.
     """
     full = replace(asked, policy=PolicySpec())
     if Memory(full).fits:
@@ -58,7 +59,7 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
     if Memory(full).fits is None:
         raise InvalidInputError("a recommendation needs the memory of the device; give e.g. --device cpu:64GiB")
     if measured is None:
-        return _what_to_measure(asked, max_loss, "no measurements were given (--measured results.json)")
+        return _what_to_measure(asked, model, max_loss, "no measurements were given (--measured results.json)")
     good: list[tuple[float, int, Measurement]] = []
     for result in measured.results:
         try:
@@ -67,12 +68,13 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
             fits, needed = memory.fits and not policy_refusals(changed), memory.kv_bytes(changed)
         except KvloomError:
             continue  # the block size does not suit that store
-        if fits and result.loss_high <= max_loss and 2 * result.context >= asked.context:
+        near = 2 * result.context >= asked.context and result.forgot_enough_for(asked.prompt)
+        if fits and near and result.loss_high <= max_loss:
             good.append((result.loss_high, needed, result))
     if not good:
         count = len(measured.results)
         why = f"none of {count} measured policies fits and loses at most {max_loss:.2%} at such a context"
-        return _what_to_measure(asked, max_loss, why, measured)
+        return _what_to_measure(asked, model, max_loss, why, measured)
     best = min(good, key=lambda entry: entry[:2])[2]
     promise = (
         f"at most {best.loss_high:.2%} loss of {best.metric} measured at {best.context} tokens"
@@ -90,7 +92,7 @@ def _serve(asked: Question, model: str, promise: str, measurement: Measurement |
 
 
 def _what_to_measure(
-    asked: Question, max_loss: float, why: str, measured: Measurements | None = None
+    asked: Question, model: str, max_loss: float, why: str, measured: Measurements | None = None
 ) -> Recommendation:
     fitting = []
     for policy in candidate_policies(asked):
@@ -100,8 +102,12 @@ def _what_to_measure(
             fitting.append(policy)
     if not fitting:
         return Recommendation(None, "", f"{why}, and no policy of the usual ones fits; see what to change")
+    least = -(-asked.context // 2)
+    command = ["kvloom", "measure", served_name(model), "--text", "FILE", "--context", str(least)]
+    command += ["--json", "results.json"]
+    command += [part for policy in fitting for part in ("--kv-policy", str(policy))]
     promise = (
         f"{why}; these would fit and may lose less than {max_loss:.2%}: {', '.join(map(str, fitting))}. It needs their "
-        f"loss at {-(-asked.context // 2)} tokens or more, as --measured results.json (schema kvloom.measure/1)"
+        f"loss at {least} tokens or more, as --measured results.json (schema kvloom.measure/1): {shlex.join(command)}"
     )
     return Recommendation(None, "", promise, None, tuple(fitting))

@@ -21,6 +21,9 @@ PLANNED_FAMILIES = frozenset(
 )
 """Values of `model_type` whose bytes are known and whose models do not run yet."""
 
+SERVED_NAMES = frozenset({"smollm2"})
+"""Names under which `kvloom serve` fetches a model itself; other names are those of the hub."""
+
 SERVED_DTYPES = ("bfloat16", "float16", "float32")
 
 SCORES_BY_ATTENTION = frozenset({"h2o", "tova", "scissorhands", "snapkv", "expected", "kvzip", "fastgen"})
@@ -85,7 +88,7 @@ def served_name(model: str) -> str:
     if path.is_file() and path.name == "config.json":
         return str(path.parent)
     name = find_in_catalogue(model)
-    if path.exists() or name is None or "/" in model:
+    if path.exists() or name is None or "/" in model or model in SERVED_NAMES:
         return model
     ids = catalogue_entry(name)["ids"]
     return str(ids[0]) if ids else model

@@ -1,0 +1,53 @@
+"""Which policies are measured when none is named, and how a method is spelled for a share of the prompt. Torch-free."""
+
+from collections.abc import Iterator
+
+from kvloom.spec.format import runs, store_names
+from kvloom.spec.method import METHODS
+
+DEFAULT_METHODS = (
+    "random(sinks=4)", "streaming+slack", "tova+slack", "snapkv(pooling=max,kernel=7)",
+    "snapkv(pooling=max,kernel=7)+adaptive", "expected", "h2o+prefill+slack",
+)  # fmt: skip
+"""A floor, the window that everybody knows, and methods that pay for themselves: one of each kind."""
+
+_BASES = {"refine": ("snapkv", "h2o+prefill"), "budget": ("snapkv",), "action": ("h2o+prefill",)}
+"""Methods to which a part of each kind is added, to be measured at all."""
+
+
+def at_share(method: str, keep: float, prompt: int) -> str:
+    """Return the policy string of `method` (a selector and its additions) that keeps `keep` of a prompt.
+
+    Methods with a budget get the share itself, windows its tokens; those that find their own length are left as they
+    are.
+    """
+    head, plus, additions = method.partition("+")
+    name, _, inner = head.partition("(")
+    given = inner.rstrip(")")
+    tokens = max(8, int(keep * prompt))
+    if name == "window":
+        given = f"size={tokens}"
+    elif name == "streaming":
+        sinks = 4 if not given else int(dict(part.split("=") for part in given.split(",")).get("sinks", 4))
+        given = ",".join(filter(None, [given, f"window={max(1, tokens - sinks)}"]))
+    elif METHODS.get(name).budgeted:
+        given = ",".join(filter(None, [f"keep={keep:g}", given]))
+    return f"{name}({given}){plus}{additions}" if given else method
+
+
+def registered_methods() -> Iterator[str]:
+    """Yield every method that is registered, alone, and every other part of a policy with a method to act on."""
+    for name, method in METHODS.items():
+        if method.role == "selector" and name != "full":
+            yield name
+    for name, method in METHODS.items():
+        for base in _BASES.get(method.role, ()):
+            if name not in ("uniform", "drop"):
+                yield f"{base}+{name}"
+
+
+def registered_stores() -> Iterator[str]:
+    """Yield every store that requests may name."""
+    for name in store_names():
+        if runs(name) and name not in ("bf16", "fp16", "fp32"):
+            yield name

@@ -1,0 +1,148 @@
+"""Sessions: what is measured in which order, kept in a file, and gone on with."""
+
+import json
+import math
+
+import pytest
+
+from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.measure import session as sessions
+from kvloom.measure.cost import Cost
+from kvloom.measure.forced import Score
+from kvloom.measure.results import Results
+from kvloom.measure.session import Session, runnable
+from kvloom.measure.window import windows_of
+from kvloom.plan.measured import read_measurements
+
+FACTS = {"dtype": "float32"}
+POLICIES = ["snapkv(budget=30,window=8)", "random(budget=20)"]
+
+
+def session(llm, text, results, count=5, policies=POLICIES, **options):
+    """Return a session over windows of 80 tokens."""
+    windows = windows_of([llm.tokenizer.encode(text)], 70, 10, count)
+    return Session(llm.engine, windows, policies, results, **options)
+
+
+def scores_of(results):
+    return {row.policy: row.scores for row in results.rows}
+
+
+@pytest.fixture(scope="module")
+def whole(llm, text):
+    """Results of a run from beginning to end, and its progress."""
+    results = Results("tiny", "here", FACTS)
+    return results, list(session(llm, text, results).run())
+
+
+def test_every_policy_and_the_full_cache_get_all_windows_and_costs(whole):
+    results, progress = whole
+    assert [row.policy for row in results.rows] == ["full", *POLICIES]
+    assert all((len(row.scores), len(row.costs)) == (5, 2) for row in results.rows)
+    assert (progress[0].done, progress[-1].done, progress[-1].total) == (0, 3 * 7, 3 * 7)
+    assert [p.done for p in progress] == sorted(p.done for p in progress)
+
+
+def test_a_result_is_the_mean_over_windows_against_the_same_windows_of_the_full_cache(whole):
+    results, _ = whole
+    full, some = (next(e for e in results.summaries() if e["policy"] == name) for name in ("full", POLICIES[0]))
+    change = [a - b for a, b in zip(some["by_window"]["nll"], full["by_window"]["nll"], strict=True)]
+    assert some["loss"] == pytest.approx(math.exp(sum(change) / 5) - 1)
+    assert some["loss_low"] <= some["loss"] <= some["loss_high"]
+    assert some["loss"] == pytest.approx(some["perplexity"] / full["perplexity"] - 1)
+    assert (full["loss"], full["loss_high"], full["kl"]) == (0, 0, 0)
+
+
+def test_a_stopped_session_goes_on_from_its_file_to_the_same_scores(llm, text, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(sessions, "MOST_AT_ONCE", 2)
+    path = tmp_path / "results.json"
+    results, runs = Results("tiny", "here", FACTS), 0
+    while not all(len(row.scores) == 5 and len(row.costs) == 2 for row in results.rows) or not results.rows:
+        runs += 1
+        results = Results.open(path, "tiny", "here", FACTS)
+        steps = iter(range(25))
+        list(session(llm, text, results, stop=lambda steps=steps: next(steps, None) is None).run())
+        results.save(path)
+    assert runs > 3
+    for policy, scores in scores_of(whole[0]).items():
+        found = scores_of(results)[policy]
+        assert [s.nll for s in found] == pytest.approx([s.nll for s in scores], abs=1e-5)
+        assert [s.evicted for s in found] == [s.evicted for s in scores]
+
+
+def test_more_windows_and_policies_are_added_to_what_there_is(llm, text, whole, tmp_path):
+    path = tmp_path / "results.json"
+    whole[0].save(path)
+    results = Results.open(path, "tiny", "here", FACTS)
+    before = scores_of(whole[0])
+    list(session(llm, text, results, count=7, policies=[*POLICIES, "keydiff(budget=30)"]).run())
+    found = scores_of(results)
+    assert {name: len(scores) for name, scores in found.items()} == dict.fromkeys(found, 7)
+    for policy, scores in before.items():
+        assert found[policy][:5] == scores
+    assert len(found) == 4
+
+
+def test_what_is_complete_is_not_run_again(llm, text, whole, monkeypatch):
+    monkeypatch.setattr(sessions, "forced_scores", None)
+    monkeypatch.setattr(sessions, "cost_of", None)
+    assert len(list(session(llm, text, whole[0]).run())) == 1
+
+
+def test_the_file_is_what_the_planner_reads(whole, tmp_path):
+    path = tmp_path / "results.json"
+    whole[0].save(path)
+    found = read_measurements(path)
+    assert (found.model, found.machine) == ("tiny", "here")
+    one = next(entry for entry in whole[0].summaries() if entry["policy"] == POLICIES[1])
+    read = next(entry for entry in found.results if str(entry.policy) == POLICIES[1])
+    assert (read.context, read.loss, read.loss_high) == (80, one["loss"], one["loss_high"])
+    assert (read.tpot_s, read.kv_peak_bytes) == (one["tpot_s"], one["kv_peak_bytes"])
+    assert read.evicted_tokens == 4 * (70 - 20)
+
+
+def test_results_of_something_else_are_refused_with_what_differs(whole, tmp_path):
+    path = tmp_path / "results.json"
+    whole[0].save(path)
+    with pytest.raises(InvalidInputError, match="dtype 'float32', not 'bfloat16'"):
+        Results.open(path, "tiny", "here", {"dtype": "bfloat16"})
+    with pytest.raises(InvalidInputError, match="model 'tiny', not 'other'"):
+        Results.open(path, "other", "here", FACTS)
+
+
+@pytest.mark.parametrize("part", ["by_window", "costs", "output"])
+def test_results_that_do_not_say_how_they_were_measured_cannot_be_gone_on_with(whole, tmp_path, part):
+    path = tmp_path / "results.json"
+    data = json.loads(json.dumps(whole[0].json()))
+    del data["results"][1][part]
+    path.write_text(json.dumps(data))
+    with pytest.raises(InvalidInputError, match="cannot go on"):
+        Results.open(path, "tiny", "here", FACTS)
+
+
+def test_nothing_is_written_before_there_is_a_result(tmp_path):
+    Results("tiny", "here", FACTS).save(tmp_path / "results.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_with_fewer_windows_is_compared_on_those(tmp_path):
+    results = Results("tiny", "here", FACTS)
+    results.row("full", 80, 10).scores = [Score(2.0, 0, 1, 0), Score(4.0, 0, 1, 0)]
+    results.row("knorm(budget=9)", 80, 10).scores = [Score(2.5, 0.1, 0.9, 7)]
+    results.row("knorm(budget=9)", 80, 10).costs = [Cost(0.1, 0.02, 64, 128), Cost(0.3, 0.04, 64, 128)]
+    entry = results.summaries()[1]
+    assert entry["loss"] == pytest.approx(math.exp(0.5) - 1)
+    assert (entry["windows"], entry["ttft_s"], entry["kv_bytes"], entry["kv_peak_bytes"]) == (1, 0.2, 64, 128)
+
+
+def test_policies_that_cannot_run_are_named_with_their_reasons(llm, text):
+    window = windows_of([llm.tokenizer.encode(text)], 70, 10, 1)[0]
+    able, refused = runnable(llm.engine, window, ["tova(budget=9)", "duo", "expected(budget=3)"])
+    assert able == ["tova(budget=9)"]
+    assert "duo needs the file" in refused["duo"]
+    assert "protected" in refused["expected(budget=3)"]
+
+
+def test_a_policy_that_cannot_run_is_refused_before_anything_runs(llm, text):
+    with pytest.raises(UnsupportedError, match="protected"):
+        session(llm, text, Results("tiny", "here", FACTS), policies=["expected(budget=3)"])
