@@ -28,6 +28,10 @@ import torch
 from policies_texts import MOBY_DICK, SOTU, text
 
 from kvloom import LLM, SamplingParams
+from kvloom.measure.forced import Reference, forced_scores
+from kvloom.measure.interval import bootstrap_interval
+from kvloom.measure.policies import at_share
+from kvloom.measure.window import Window
 
 SCHEMA_VERSION = 2
 METHODS = [
@@ -40,48 +44,30 @@ KEY = "The special magic number is {}. Remember it."
 ASK = "\n\nQuestion: What is the special magic number?\nAnswer: The special magic number is"
 
 
-@dataclass
-class Task:
-    """A prompt with the tokens that follow it, or with the number that it hides."""
+@dataclass(frozen=True)
+class Hidden:
+    """A prompt with the number that it hides."""
 
     prompt: list[int]
-    follow: list[int] | None = None
-    number: str = ""
+    number: str
 
 
 def spelled(method: str, keep: float, prompt: int) -> str | None:
-    """Return the policy string of a row of the table; some have no `keep` and get the same number of tokens."""
-    name, _, rest = method.partition("+")
-    extra = f"+{rest}" if rest else ""
-    if name == "full":
-        return None
-    if name == "fastgen":
-        return "fastgen+prefill"
-    if name == "window":
-        return f"window(size={int(keep * prompt)})+prefill"
-    if name == "streaming":
-        return f"streaming(sinks=4,window={int(keep * prompt) - 4})+prefill"
-    head, _, inner = name.partition("(")
-    arguments = ",".join(filter(None, [f"keep={keep}", inner.rstrip(")")]))
-    return f"{head}({arguments})+prefill{extra}"
+    """Return the policy string of a row of the table; None for the full cache."""
+    name, plus, additions = method.partition("+")
+    return None if name == "full" else at_share(f"{name}+prefill{plus}{additions}", keep, prompt)
 
 
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """Return the 95 % interval of the mean by the bootstrap, with a fixed seed."""
-    rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
-    return means[int(0.025 * draws)], means[int(0.975 * draws)]
-
-
-def tasks_of(llm: LLM, asked: argparse.Namespace) -> list[Task]:
-    """Return the prompts with their continuations, then those that hide a number at depths from 5 % to 95 %."""
+def windows_and_keys(llm: LLM, asked: argparse.Namespace) -> tuple[list[Window], list[Hidden]]:
+    """Return prompts with their continuations, and prompts that hide a number at depths from 5 % to 95 %."""
     sources = [llm.tokenizer.encode(text(member)[: 3 << 20]) for member in (MOBY_DICK, SOTU)]
     length, rng = asked.context + asked.tokens, random.Random(1)
-    tasks = []
+    windows, keys = [], []
     for index in range(asked.prompts):
         words = sources[index % 2]
         at = len(words) // 2 // asked.prompts * index
-        tasks.append(Task(words[at : at + asked.context], words[at + asked.context : at + length]))
+        middle = at + asked.context
+        windows.append(Window(tuple(words[at:middle]), tuple(words[middle : at + length])))
     ask = llm.tokenizer.encode(ASK)
     for index in range(asked.keys):
         words = sources[index % 2]
@@ -90,59 +76,31 @@ def tasks_of(llm: LLM, asked: argparse.Namespace) -> list[Task]:
         room = asked.context - len(key) - len(ask)
         first = len(words) // 2 + len(words) // 2 // (asked.keys + 1) * index
         filler, at = words[first : first + room], int((0.05 + 0.9 * index / max(1, asked.keys - 1)) * room)
-        tasks.append(Task([*filler[:at], *key, *filler[at:], *ask], number=number))
-    return tasks
+        keys.append(Hidden([*filler[:at], *key, *filler[at:], *ask], number))
+    return windows, keys
 
 
 def measured(
-    llm: LLM, tasks: list[Task], policy: str | None, full: dict[tuple[int, int], torch.Tensor]
+    llm: LLM, windows: list[Window], keys: list[Hidden], policy: str | None, full: Reference
 ) -> dict[str, object]:
-    """Run all tasks at once under `policy` and compare with the log-probabilities of `full`, which is filled if empty.
-
-    The first token of a continuation comes from the prompt's own forward pass, before anything was evicted.
-    """
-    fill = not full
-    divergence: dict[int, list[float]] = {}
-    agreement: dict[int, list[float]] = {}
-
-    def watch(sequences: list, logits: torch.Tensor) -> None:
-        for sequence, row in zip(sequences, logits, strict=True):
-            index, step = order.index(sequence.request), sequence.num_output_tokens
-            if sequence.request.forced_token_ids is None or step == 0:
-                continue
-            own = torch.log_softmax(row.float(), -1)
-            if fill:
-                full[index, step] = own.clone()
-            reference = full[index, step]
-            divergence.setdefault(index, []).append(float((reference.exp() * (reference - own)).sum()))
-            agreement.setdefault(index, []).append(float(reference.argmax() == own.argmax()))
-
+    """Run everything under `policy` and compare with the log-probabilities of `full`, which is filled if empty."""
     began = time.perf_counter()
-    engine, order = llm.engine, []
-    engine.observer = watch
-    params = SamplingParams(temperature=0, max_tokens=8)
-    for task in tasks:
-        order.append(engine.add(task.prompt, params, forced_token_ids=task.follow, kv_policy=policy))
-    outputs: dict[str, str] = {}
-    kept = []
-    while engine.has_work:
-        engine.step()
-    for request in order:
-        output = engine.output(request)
-        outputs[request.request_id] = output.outputs[0].text
-        lanes = engine.cache.spec.num_lanes
-        kept.append(1 - output.kv.evicted_tokens / (lanes * len(request.prompt_token_ids)))
-        engine.abort(request.request_id)
-    engine.observer = None
-    hits = [float(t.number in outputs[r.request_id].replace(",", "")) for t, r in zip(tasks, order, strict=True)
-            if t.number]  # fmt: skip
-    losses = [statistics.fmean(values) for _, values in sorted(divergence.items())]
-    (low, high), (key_low, key_high) = interval(losses), interval(hits)
+    scores = forced_scores(llm.engine, windows, policy, full)
+    assert scores is not None
+    prompts = [{"prompt_token_ids": key.prompt, **({"kv_policy": policy} if policy else {})} for key in keys]
+    answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    hits = [float(key.number in answer.outputs[0].text.replace(",", ""))
+            for key, answer in zip(keys, answers, strict=True)]  # fmt: skip
+    losses = [score.kl for score in scores]
+    (low, high), (key_low, key_high) = bootstrap_interval(losses), bootstrap_interval(hits)
+    evicted = [score.evicted / len(window.prompt) for score, window in zip(scores, windows, strict=True)]
+    evicted += [answer.kv.evicted_tokens / len(key.prompt) for key, answer in zip(keys, answers, strict=True)]
     return {
         "kl": statistics.fmean(losses), "kl_low": low, "kl_high": high, "kl_by_prompt": losses,
-        "agreement": statistics.fmean(statistics.fmean(v) for v in agreement.values()),
+        "agreement": statistics.fmean(score.agreement for score in scores),
         "pass_keys": statistics.fmean(hits), "pass_keys_low": key_low, "pass_keys_high": key_high,
-        "kept": statistics.fmean(kept), "seconds": time.perf_counter() - began,
+        "kept": 1 - statistics.fmean(evicted) / llm.engine.cache.spec.num_lanes,
+        "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
@@ -169,14 +127,14 @@ def main() -> None:
     if missing:
         count = asked.prompts + asked.keys
         llm = LLM(asked.model, dtype=asked.dtype, kv_cache_memory_bytes=3 << 30, max_num_seqs=count)
-        tasks = tasks_of(llm, asked)
-        full: dict[tuple[int, int], torch.Tensor] = {}
-        measured(llm, tasks, None, full)  # also fills the prefix cache, which changes nothing of what is kept
+        windows, keys = windows_and_keys(llm, asked)
+        full: Reference = {}
+        measured(llm, windows, keys, None, full)  # also fills the prefix cache, which changes nothing of what is kept
         for method, keep in missing:
             if time.perf_counter() - started > asked.seconds:
                 break
             row = {"method": method, "keep": keep, "policy": spelled(method, keep, asked.context)}
-            row |= measured(llm, tasks, row["policy"], full)
+            row |= measured(llm, windows, keys, row["policy"], full)
             done.append(row)
             with asked.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -55,8 +55,8 @@ def run(
     named = _canonical(kv_policies)
 
     from kvloom.engine.llm import LLM
-    from kvloom.measure.results import Results
-    from kvloom.measure.session import FULL, Session, check_policy
+    from kvloom.measure.results import FULL, Results
+    from kvloom.measure.session import Session, check_policy
 
     file = None if as_json in (None, STDOUT) else as_json
     llm = LLM(name, enable_prefix_caching=False, **engine_arguments(values))
