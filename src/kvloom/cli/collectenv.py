@@ -120,10 +120,10 @@ def _kernels() -> dict[str, Any]:
     """Return what computes on the CPU: the compiled kernels and the instruction set they chose, else torch."""
     if importlib.util.find_spec("kvloom.kernels.cpu._ext") is None:
         return {"cpu": "torch (no compiled kernels)"}
-    from kvloom.kernels.cpu import machine
+    from kvloom.kernels import cpu
 
-    available, threads = machine.available_isas(), machine.num_threads()
-    return {"cpu": "compiled", "isa": machine.isa(), "isas_available": available, "threads": threads}
+    available, threads = cpu.available_isas(), cpu.num_threads()
+    return {"cpu": "compiled", "isa": cpu.isa(), "isas_available": available, "threads": threads}
 
 
 def _models() -> dict[str, Any]:
