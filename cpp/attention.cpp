@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 
@@ -25,6 +26,31 @@ struct Task {
 struct Plan {
   std::vector<Task> tasks;
   std::ptrdiff_t partial_floats = 0;
+};
+
+// The runs of slots of one lane that have one store, asked for in ascending order.
+class Stores {
+ public:
+  explicit Stores(const Lane& lane) : lane_(lane) {}
+  // The slot behind the run that `slot` lies in.
+  int run_end(int slot) {
+    seek(slot);
+    return segment_ < lane_.num_segments ? lane_.segment_end[segment_] * lane_.block_size : INT_MAX;
+  }
+  Element of(int slot) {
+    seek(slot);
+    return segment_ < lane_.num_segments ? static_cast<Element>(lane_.segment_store[segment_]) : lane_.store;
+  }
+
+ private:
+  void seek(int slot) {
+    const int column = divide_by_block(slot, lane_.block_inverse);
+    const int32_t* ends = lane_.segment_end;
+    if (segment_ < lane_.num_segments && column >= ends[segment_])
+      segment_ = static_cast<int>(std::upper_bound(ends + segment_, ends + lane_.num_segments, column) - ends);
+  }
+  Lane lane_;
+  int segment_ = 0;
 };
 
 int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
@@ -52,15 +78,20 @@ Plan make_plan(const AttentionCall& call) {
             plan.tasks.push_back({b, g, q0, q1, begin, end, 0, 1, -1});
             continue;
           }
-          const int first_part = begin / kContextPart, parts = std::max(1, (end - 1) / kContextPart - first_part + 1);
-          for (int p = 0; p < parts; ++p) {
-            Task task = {b, g, q0, q1, std::max(begin, (first_part + p) * kContextPart),
-                         std::min(end, (first_part + p + 1) * kContextPart), p, parts, -1};
-            if (parts > 1) {
-              task.partial = plan.partial_floats;
-              plan.partial_floats += static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
-            }
-            plan.tasks.push_back(task);
+          // A part lies within 256 slots and within one store.
+          const std::size_t group = plan.tasks.size();
+          Stores stores(lane_of(call.lanes, shape, row, g));
+          int part = 0;
+          for (int s = begin; part == 0 || s < end; ++part) {
+            const int stop = std::min({end, (s / kContextPart + 1) * kContextPart, stores.run_end(s)});
+            plan.tasks.push_back({b, g, q0, q1, s, stop, part, 1, -1});
+            s = stop;
+          }
+          if (part == 1) continue;
+          for (std::size_t i = group; i < plan.tasks.size(); ++i) {
+            plan.tasks[i].num_parts = part;
+            plan.tasks[i].partial = plan.partial_floats;
+            plan.partial_floats += static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
           }
         }
         q1 = q0;
@@ -129,6 +160,11 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
     }
   AttendArgs args = {};
   args.lane = lane_of(call.lanes, shape, table_row, task.kv_head);
+  Stores stores(args.lane);
+  if (args.lane.num_segments && stores.run_end(task.begin) >= task.end) {  // the kernel need not look for stores
+    args.lane.store = stores.of(task.begin);
+    args.lane.num_segments = 0;
+  }
   args.compute = call.compute;
   args.queries = rows.queries;
   args.num_rows = rows.num_rows;

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dense_attention import CheckedBackend, DenseBackend
+from dense_attention import CheckedBackend, DenseBackend, through_int8
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.errors import InvalidInputError, UnsupportedError
@@ -69,6 +69,26 @@ class Duet:
         assert self.cache.compact(sequence, keep)
         self.cache.check_invariants()
         return {lane: len(slots) for lane, slots in keep.items()}
+
+    def encode(self, sequence: int, lanes: list[int], first: int, last: int) -> None:
+        """Send full blocks in columns first .. last - 1 of some lanes to int8.
+
+        The oracle takes over what they decode to, which is what it would round to itself or the next code: a number
+        within rounding errors of the edge between two codes may fall either way.
+        """
+        assert self.cache.encode(sequence, lanes, "int8", first, last)
+        for lane in lanes:
+            layer = self.cache.spec.lane_layer[lane]
+            entries = self.beside.dense.lanes[sequence, layer, lane - self.cache.layers[layer].first]
+            decoded = self.cache.read_lane(sequence, lane)
+            for i in range(first * P, last * P):
+                *before, position = entries[i]
+                for x, after in zip(before, (side[i] for side in decoded), strict=True):
+                    step = x.abs().max() / 127
+                    off = (through_int8(x) - after).abs()
+                    assert off.max() < 1.001 * step and (off > 0.001 * step).sum() <= 1
+                entries[i] = (decoded[0][i], decoded[1][i], position)
+        self.cache.check_invariants()
 
 
 @pytest.mark.parametrize("kind", ["eager", "cpu"])
@@ -177,6 +197,40 @@ def test_a_lane_of_16_bit_then_int8_then_16_bit_segments_equals_dense_attention(
     assert cache.bytes_in_use == (6 * 13 - 7) * native + 7 * int8  # 198 tokens: 13 blocks a lane
     cache.lanes.close(sequence)
     assert cache.arena.used_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["eager", "cpu"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_generation_over_lanes_with_encoded_runs_equals_dense_attention_over_what_they_decode_to(
+    family: str, kind: str
+) -> None:
+    """Sinks and newest tokens in 16 bit, as KIVI keeps them; runs that differ by lane; forks; other sequences."""
+    duet = Duet(family, kind)
+    unbounded = [0, 1, 2, 3, 4, 5] if family == "llama" else [2]
+    coded, plain = duet.cache.lanes.open(), duet.cache.lanes.open()
+    (token,) = duet.step([(coded, random_tokens(330, seed=1))])
+    (other,) = duet.step([(plain, random_tokens(40, seed=2))])
+    duet.encode(coded, unbounded, 1, 18)
+    duet.encode(coded, unbounded[-1:], 0, 1)
+    for _ in range(20):
+        token, other = duet.step([(coded, [token]), (plain, [other])])
+        residual = int(duet.cache.lanes.seen[coded]) - 2 * P  # 32 newest tokens stay as they are
+        if residual % P == 0:
+            duet.encode(coded, unbounded, residual // P - 1, residual // P)
+    child = duet.cache.lanes.fork(coded)
+    duet.beside.dense.fork(coded, child)
+    duet.encode(child, unbounded, 19, 20)
+    for place in range(3):
+        duet.step([(coded, random_tokens(1, seed=place)), (child, random_tokens(2, seed=place))])
+    duet.step([(coded, random_tokens(60, seed=9)), (plain, random_tokens(30, seed=10))])  # another prompt
+    duet.cache.lanes.close(coded)
+    again = duet.cache.lanes.open()
+    assert again == coded  # the row of the encoded one
+    duet.beside.dense.lanes = {key: entries for key, entries in duet.beside.dense.lanes.items() if key[0] != again}
+    duet.step([(again, random_tokens(50, seed=11)), (child, random_tokens(1))])
+    for sequence in (plain, child, again):
+        duet.cache.lanes.close(sequence)
+    assert duet.cache.arena.used_bytes == 0
 
 
 def test_encoding_really_loses_something() -> None:

@@ -61,3 +61,37 @@ def test_what_encoding_saves_is_counted_to_the_byte(segments: SegmentList) -> No
     assert segments.extra_bytes(0, SPEC) == 3 * (2176 - 4096)
     segments.encode(0, 2, "int8", 1, 2)
     assert segments.extra_bytes(0, SPEC) == 3 * (2176 - 4096) + (4224 - 8192)
+
+
+def test_arrays_name_every_segment_but_the_open_ends(segments: SegmentList) -> None:
+    start, store, last = segments.arrays()
+    assert (start.tolist(), store.tolist(), last.tolist()) == ([0] * 7, [], [])
+    segments.encode(1, 0, "int8", 2, 5)
+    segments.encode(0, 2, "int4", 0, 2)
+    segments.encode(0, 2, "int8", 2, 3)
+    start, store, last = segments.arrays()
+    assert segments.store_names == [NATIVE, "int8", "int4"]
+    assert start.tolist() == [0, 0, 0, 2, 4, 4, 4]  # lanes 0, 1, 2 of sequence 0, then of sequence 1
+    assert store.tolist() == [2, 1, 0, 1] and last.tolist() == [2, 3, 2, 5]
+
+
+def test_arrays_follow_every_change_and_the_version_tells(segments: SegmentList) -> None:
+    versions = [segments.version]
+    for change in (
+        lambda: segments.encode(0, 1, "int8", 0, 1),
+        lambda: segments.copy(0, 1),
+        lambda: segments.encode(1, 1, "int8", 1, 4),
+        lambda: segments.clear(0),
+    ):
+        change()
+        versions.append(segments.version)
+        flat = [(s, lane) for s in range(2) for lane in range(3)]
+        start, store, last = segments.arrays()
+        for (sequence, lane), low, high in zip(flat, start.tolist(), start.tolist()[1:], strict=False):
+            closed = segments.of(sequence, lane)[:-1]
+            assert [segments.store_names[i] for i in store[low:high]] == [segment.store for segment in closed]
+            assert last[low:high].tolist() == [segment.last for segment in closed]
+    assert len(set(versions)) == len(versions)
+    segments.clear(0)  # nothing was there
+    segments.copy(0, 0)
+    assert segments.version == versions[-1]

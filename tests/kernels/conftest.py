@@ -22,6 +22,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.force_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Draw the same random numbers in every run."""
+    torch.manual_seed(0)
+
+
 @dataclass
 class FilledLanes:
     """A lane table of one layer whose lanes hold k, v [G, length, D] of each sequence, as the store keeps them."""

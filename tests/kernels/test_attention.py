@@ -105,21 +105,69 @@ def test_a_result_depends_on_neither_the_batch_nor_the_threads(isa: str, threads
     assert torch.equal(torch.cat(alone), together)
 
 
-def test_a_lane_may_hold_blocks_of_two_stores(isa: str) -> None:
-    filled = fill_lanes("int8", 2, 1, 32, [80])
-    native = fill_lanes("fp32", 2, 1, 32, [80])
-    base = filled.arena.numel() // 128
-    arena = torch.cat((filled.arena, native.arena))
-    table = filled.table.copy()
-    table[0, 2, 2:] = native.table[0, 2, 2:] + base  # slots from 32 on are float32
-    lanes = cpu.Lanes(arena, table, filled.begin, filled.end, 16, "fp32")
-    start = np.array([0, 0, 0, 2, 2], np.int32)
-    lanes.set_segments(start, np.array([3, 0], np.int32), np.array([2, table.shape[2]], np.int32))
-    q = torch.randn(1, 2, 32)
-    out = cpu.attention(lanes, filled.shape, chunks([1]), filled.rows, q, 0.2)
-    k, v = (torch.cat((a[0][:, :32], b[0][:, 32:]), dim=1) for a, b in ((filled.k, native.k), (filled.v, native.v)))
-    want, _ = reference.attention(q, k, v, torch.tensor([80]), 0.2)
-    torch.testing.assert_close(out, want, atol=FLOAT, rtol=FLOAT)
+def mixed_lanes(native: str, runs: list[tuple[str, int]]) -> tuple[FilledLanes, cpu.Lanes, torch.Tensor, torch.Tensor]:
+    """Lanes of 330 and 80 tokens: `runs` of (store, last column) in the second lane of the first sequence.
+
+    "" is the native store. Returns native lanes, the mixed ones, and K and V [3, 330, 32] of the first sequence.
+    """
+    filled, coded = (fill_lanes(store, 6, 3, 32, [330, 80]) for store in (native, "int8"))
+    table, column = filled.table.copy(), 0
+    k, v = filled.k[0].clone(), filled.v[0].clone()
+    for store, last in runs:
+        if store:
+            table[0, 3, column:last] = coded.table[0, 3, column:last] + filled.arena.numel() // 128
+            k[1, column * 16 : last * 16] = coded.k[0][1, column * 16 : last * 16]
+            v[1, column * 16 : last * 16] = coded.v[0][1, column * 16 : last * 16]
+        column = last
+    lanes = cpu.Lanes(torch.cat((filled.arena, coded.arena)), table, filled.begin, filled.end, 16, native)
+    start = np.array([0] * 4 + [len(runs)] * 9, np.int32)
+    stores = np.array([int(bool(store)) for store, _ in runs], np.int32)
+    lanes.set_segments(start, stores, np.array([last for _, last in runs], np.int32), ["", "int8"])
+    return filled, lanes, k, v
+
+
+RUNS = [[("int8", 2)], [("", 1), ("int8", 9)], [("", 3), ("int8", 18), ("", 19), ("int8", 20)]]
+
+
+@pytest.mark.parametrize("native", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("runs", RUNS)
+@pytest.mark.parametrize("new", [1, 5, 70])
+def test_a_lane_may_hold_runs_of_blocks_of_two_stores(
+    isa: str, native: str, runs: list[tuple[str, int]], new: int
+) -> None:
+    filled, lanes, k, v = mixed_lanes(native, runs)
+    cu = chunks([new, 1])
+    q = torch.randn(new + 1, 6, 32)
+    lse = torch.empty(new + 1, 6)
+    out = cpu.attention(lanes, filled.shape, cu, filled.rows, q, 0.2, lse=lse)
+    want, want_lse = reference.attention(q[:new], k, v, torch.full((3,), 330), 0.2)
+    torch.testing.assert_close(out[:new], want, atol=FLOAT, rtol=FLOAT)
+    torch.testing.assert_close(lse[:new], want_lse, atol=FLOAT, rtol=FLOAT)
+    torch.testing.assert_close(out[new:], expected(filled, 1, q[new:], None)[0], atol=FLOAT, rtol=FLOAT)
+    mass = cpu.key_mass(lanes, filled.shape, cu, filled.rows, q, lse, 0.2)
+    want_mass = reference.key_mass(q[:new], k, torch.full((3,), 330), 0.2) * 2  # mean -> sum
+    torch.testing.assert_close(mass[0], want_mass, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("new", [1, 70])
+def test_bf16_products_over_runs_of_two_stores_stay_close_to_the_definition(isa: str, new: int) -> None:
+    filled, lanes, k, v = mixed_lanes("bf16", RUNS[2])
+    q = torch.randn(new, 6, 32).bfloat16()
+    out = cpu.attention(lanes, filled.shape, chunks([new]), filled.rows[:1], q, 0.2)
+    want, _ = reference.attention(q.float(), k, v, torch.full((3,), 330), 0.2)
+    torch.testing.assert_close(out.float(), want, atol=BF16, rtol=BF16)
+
+
+@pytest.mark.parametrize("new", [1, 70])
+def test_runs_do_not_make_a_result_depend_on_the_batch_or_the_threads(isa: str, new: int) -> None:
+    filled, lanes, _, _ = mixed_lanes("bf16", RUNS[2])
+    q = torch.randn(new + 1, 6, 32)
+    together = cpu.attention(lanes, filled.shape, chunks([new, 1]), filled.rows, q, 0.2)
+    before = cpu.num_threads()
+    cpu.set_num_threads(3)
+    alone = cpu.attention(lanes, filled.shape, chunks([new]), filled.rows[:1], q[:new], 0.2)
+    cpu.set_num_threads(before)
+    assert torch.equal(alone, together[:new])
 
 
 @pytest.mark.parametrize("store", ["fp32", "bf16", "int8"])

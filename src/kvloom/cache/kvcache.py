@@ -22,6 +22,9 @@ from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.store import STORES
 
+ENCODED_AT_ONCE = 4096
+"""Blocks that are decoded to be encoded anew at a time: bounds what lies outside the arena meanwhile."""
+
 Layout = Literal["rows", "cpu"]
 """How tokens lie inside a block: row by row for torch, or interleaved for the CPU kernels."""
 
@@ -206,7 +209,7 @@ class KVCache:
         new = [changed.get(lane) for lane in lanes.tolist()]
         written = np.array([0 if x is None else len(x.keys) for x in new])
         index, slots, places = (x[kept[2] >= np.maximum(unchanged * size, written)[kept[0]]] for x in kept)
-        widths = [(view.k_width, view.v_width) for view in (self.layers[self.spec.lane_layer[i]] for i in lanes)]
+        widths = [self._widths(lane) for lane in lanes]
         for k_width, v_width in sorted(set(widths)):
             chosen = np.array([width == (k_width, v_width) for width in widths])
             mine = chosen[index]
@@ -221,6 +224,11 @@ class KVCache:
                 addresses = table[np.repeat(lanes[chosen], written[chosen]), place // size]
                 k, v = torch.cat([x.keys for x in parts]), torch.cat([x.values for x in parts])
                 self.native.write(addresses, place % size, k.to(self.native.dtype), v.to(self.native.dtype))
+
+    def _widths(self, lane: int) -> tuple[int, int]:
+        """Return the widths of a lane's keys and values."""
+        view = self.layers[self.spec.lane_layer[lane]]
+        return view.k_width, view.v_width
 
     def _check_compactable(
         self, sequence: int, lanes: NDArray[np.int64], lane_of: NDArray[np.int64], slots: NDArray[np.int64]
@@ -250,8 +258,12 @@ class KVCache:
         The 16-bit blocks are released (other owners keep theirs). False, and no change, when the new blocks cannot
         be had now.
         """
-        spec = STORES.get(store)
+        STORES.get(store)  # an unknown name is refused with the nearest known one
         size = self.spec.block_size
+
+        def cost_of(lane: int) -> int:
+            return self.spec.layer_block_bytes(self.spec.lane_layer[lane], store)
+
         needs: dict[int, int] = {}
         if store not in self.stores or len(set(lanes)) != len(lanes):
             raise InvalidInputError(
@@ -273,23 +285,24 @@ class KVCache:
                     raise UnsupportedError(
                         "encoding", [f"lane {lane} has encoded blocks there; a block is encoded once"]
                     )
-            cost = self.spec.layer_block_bytes(self.spec.lane_layer[lane], spec.name)
-            needs[cost] = needs.get(cost, 0) + last - first
+            needs[cost_of(lane)] = needs.get(cost_of(lane), 0) + last - first
         if not self.pool.ensure(needs):
             return False
-        for lane in lanes:
-            kv = self.spec.layers[self.spec.lane_layer[lane]]
-            cost = self.spec.layer_block_bytes(self.spec.lane_layer[lane], spec.name)
-            fresh = self.arena.allocate(last - first, cost)
+        kinds = [(cost_of(lane), self._widths(lane)) for lane in lanes]
+        for cost, widths in sorted(set(kinds)):
+            alike = np.array([lane for lane, kind in zip(lanes, kinds, strict=True) if kind == (cost, widths)])
+            old = self.lanes.table[sequence, alike, first:last].ravel()
+            fresh = self.arena.allocate(len(old), cost)
             assert fresh is not None, "the pool promised these blocks"
-            old = self.lanes.table[sequence, lane, first:last].copy()
-            k, v = self.native.read(old, kv.k_width, kv.v_width)
-            addresses = np.repeat(fresh, size)
-            slots = np.tile(np.arange(size, dtype=np.int64), last - first)
-            self.stores[store].write(addresses, slots, k.flatten(0, 1), v.flatten(0, 1))
-            self.lanes.table[sequence, lane, first:last] = fresh
-            self.lanes.segments.encode(sequence, lane, store, first, last)
+            for start in range(0, len(old), ENCODED_AT_ONCE):
+                part = slice(start, start + ENCODED_AT_ONCE)
+                k, v = self.native.read(old[part], *widths)
+                slots = np.tile(np.arange(size, dtype=np.int64), len(old[part]))
+                self.stores[store].write(np.repeat(fresh[part], size), slots, k.flatten(0, 1), v.flatten(0, 1))
+            self.lanes.table[sequence, alike, first:last] = fresh.reshape(len(alike), -1)
             self.arena.release(old)
+        for lane in lanes:
+            self.lanes.segments.encode(sequence, lane, store, first, last)
         return True
 
     # ---- accounting -----------------------------------------------------------------------------------------------

@@ -7,8 +7,14 @@ last one is always native and open, so that tokens are appended in the model's o
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvloom.spec.kv import KVSpec
+
+Ints = NDArray[np.int32]
 
 NATIVE = ""
 """Store name of a segment in the model's own dtype."""
@@ -23,12 +29,32 @@ class Segment:
     last: int | None
 
 
+class SegmentArrays(NamedTuple):
+    """All segments but the open ends, as kernels read them; int32.
+
+    start  [Q * R + 1]  segments start[i] .. start[i + 1] - 1 are those of lane i of the flattened [Q, R], in order
+    store  [S]          index of each segment's store in `SegmentList.store_names`
+    last   [S]          column behind its last one
+    """
+
+    start: Ints
+    store: Ints
+    last: Ints
+
+
 class SegmentList:
-    """The segments of every lane of every sequence; empty for lanes that are native throughout."""
+    """The segments of every lane of every sequence; empty for lanes that are native throughout.
+
+    `version` is another number whenever a segment is.
+    """
 
     def __init__(self, max_sequences: int, num_lanes: int) -> None:
         self._encoded: list[dict[int, list[Segment]]] = [{} for _ in range(max_sequences)]
+        self._arrays: list[tuple[Ints, Ints, Ints] | None] = [None] * max_sequences
+        self._none = np.zeros(num_lanes, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32)
         self.num_lanes = num_lanes
+        self.version = 0
+        self.store_names = [NATIVE]
 
     def of(self, sequence: int, lane: int) -> list[Segment]:
         """Return the segments of a lane in column order, from column 0 to the open end."""
@@ -68,14 +94,46 @@ class SegmentList:
                 assert not merged or (merged[-1].last or 0) <= segment.first, "segments must not overlap"
                 merged.append(segment)
         self._encoded[sequence][lane] = merged
+        if store not in self.store_names:
+            self.store_names.append(store)
+        self._changed(sequence)
 
     def clear(self, sequence: int) -> None:
         """Make every lane of the sequence native."""
-        self._encoded[sequence] = {}
+        if self._encoded[sequence]:
+            self._encoded[sequence] = {}
+            self._changed(sequence)
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` the segments of `source`."""
-        self._encoded[target] = {lane: list(segments) for lane, segments in self._encoded[source].items()}
+        if self._encoded[source] or self._encoded[target]:
+            self._encoded[target] = {lane: list(segments) for lane, segments in self._encoded[source].items()}
+            self._changed(target)
+
+    def _changed(self, sequence: int) -> None:
+        self.version += 1
+        self._arrays[sequence] = None
+
+    def arrays(self) -> SegmentArrays:
+        """Return the segments of all lanes as arrays, those of unchanged sequences from memory."""
+        parts = []
+        for sequence, lanes in enumerate(self._encoded):
+            found = self._arrays[sequence] if lanes else self._none
+            if found is None:
+                found = self._arrays[sequence] = self._as_arrays(sequence)
+            parts.append(found)
+        counts, stores, lasts = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return SegmentArrays(np.concatenate(([0], np.cumsum(counts))).astype(np.int32), stores, lasts)
+
+    def _as_arrays(self, sequence: int) -> tuple[Ints, Ints, Ints]:
+        """Return segments of each lane, their stores and ends; open ends are left out."""
+        closed = [self.of(sequence, lane)[:-1] for lane in range(self.num_lanes)]
+        together = [segment for segments in closed for segment in segments]
+        return (
+            np.array([len(segments) for segments in closed], np.int32),
+            np.array([self.store_names.index(segment.store) for segment in together], np.int32),
+            np.array([segment.last for segment in together], np.int32),
+        )
 
     def extra_bytes(self, sequence: int, spec: KVSpec) -> int:
         """Return what the encoded blocks of a sequence cost beyond native ones (negative: they cost less)."""

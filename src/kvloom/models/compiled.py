@@ -102,6 +102,7 @@ class CompiledModel:
         self._lanes: Lanes | None = None
         self._end: NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._seen_table: NDArray[np.int32] | None = None
+        self._seen_segments = 0  # their version
         self._queries: NDArray[np.float32] = np.empty(0, np.float32)
 
     # ---- loading --------------------------------------------------------------------------------------------------
@@ -239,12 +240,16 @@ class CompiledModel:
             self._lanes = Lanes(
                 cache.memory.bytes, table, cache.lanes.begin, self._end, cache.spec.block_size, cache.spec.store
             )
-            self._seen_table = table
+            self._seen_table, self._seen_segments = table, 0
+        if cache.lanes.segments.version != self._seen_segments:
+            self._lanes.set_segments(*cache.lanes.segments.arrays(), cache.lanes.segments.store_names)
+            self._seen_segments = cache.lanes.segments.version
         rows = batch.sequences
         self._end[rows] = cache.lanes.begin[rows] + cache.lanes.held[rows]
-        encoded = [int(row) for row in rows if cache.lanes.segments.any_encoded(int(row))]
-        if encoded:
-            raise UnsupportedError("CPU kernels", ["lanes with encoded segments are not served by whole steps yet"])
+        if self.config.slopes and any(int(row) in cache.lanes.positions for row in rows):
+            raise UnsupportedError(
+                "CPU kernels", ["ALiBi counts distances in slots there, and these lanes have lost tokens"]
+            )
         return self._lanes
 
     def _bias(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.float32] | None:

@@ -37,6 +37,8 @@ class MassKernel:
             cache.spec.block_size,
             cache.spec.store,
         )
+        if table.segments.any_encoded(sequence):
+            self._lanes.set_segments(*table.segments.arrays(), table.segments.store_names)
         self._views = cache.layers
         self._scale = scale
         self._row = np.array([sequence], np.int32)

@@ -1,6 +1,6 @@
 """Append to lanes and attend over them, for packed batches of prefill chunks and decodes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +49,15 @@ class Lanes:
         self.store = store
         self._end = end
 
-    def set_segments(self, start: Ints, stores: Ints, last_column: Ints) -> None:
-        """Say which stores a lane's columns have: segments start[lane] .. start[lane + 1] - 1 of the flattened
-        [num_seqs, num_lanes] cover the columns below `last_column`, in the store with that element code."""
-        self.view.set_segments(start, stores, last_column)
+    def set_segments(self, start: Ints, stores: Ints, last_column: Ints, names: Sequence[str]) -> None:
+        """Say which stores a lane's columns have, until this is called again.
+
+        Segments start[lane] .. start[lane + 1] - 1 of the flattened [num_seqs, num_lanes] follow each other; each goes
+        on to below its `last_column`, in the store `names[stores[segment]]`. "" is the store of the lanes, which is
+        also that of all columns behind the segments.
+        """
+        codes = np.array([STORE_ELEMENT.get(name or self.store) for name in names], np.int32)
+        self.view.set_segments(start, codes[stores], last_column)
 
     def longest(self, seq_rows: Ints, shape: LayerShape) -> int:
         """Return the largest `end` among a layer's lanes of `seq_rows`."""
