@@ -1,7 +1,9 @@
 """`kvloom measure` as its users meet it: the table, the file, Ctrl-C, and what the planner then promises."""
 
 import json
+import shlex
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +129,15 @@ def test_a_policy_that_is_named_and_cannot_run_is_refused(measure):
     code, out, err = measure("--kv-policy", "expected(budget=3)")
     assert (code, out) == (5, "")
     assert "4 tokens are protected but the budget is 3" in err
+
+
+def test_every_command_on_the_page_parses():
+    page = (Path(__file__).parents[2] / "docs" / "measure.md").read_text(encoding="utf-8")
+    block = page.split("```")[1]
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("kvloom ")]
+    assert {name for name, *_ in commands} == {"measure", "plan"}
+    for name, *arguments in commands:
+        main.cli.commands[name].make_context(name, arguments)
 
 
 def test_a_file_of_another_run_is_left_alone(measure, file, tmp_path):
