@@ -183,6 +183,27 @@ def test_key_mass_sums_the_attention_that_each_key_received(isa: str, store: str
         torch.testing.assert_close(mass[b, :, :length], want, atol=1e-4, rtol=1e-4)
 
 
+def test_key_mass_of_several_layers_is_that_of_each(isa: str) -> None:
+    """Two layers of equal lanes, given in another order than that of their queries, among three."""
+    filled = fill_lanes("bf16", 8, 4, 32, [150, 40])
+    shapes = {layer: cpu.LayerShape(4, 2, 32, 32, 2 + 2 * place, 0) for place, layer in enumerate((2, 0))}
+    cu, q = chunks([40, 1]), torch.randn(3, 41, 4, 32)
+    lse = torch.randn(3, 41, 4) + 5
+    together = cpu.key_mass_of_layers(filled.lanes, shapes, cu, filled.rows, q, lse, 0.2)
+    assert together.shape == (2, 2, 2, 150)
+    for place, (layer, shape) in enumerate(shapes.items()):
+        alone = cpu.key_mass(filled.lanes, shape, cu, filled.rows, q[layer], lse[layer], 0.2)
+        assert torch.equal(together[place], alone) and alone.abs().max() > 0
+
+
+def test_key_mass_of_unlike_layers_or_of_queries_that_are_not_there_is_refused() -> None:
+    filled = fill_lanes("fp32", 4, 2, 32, [40])
+    q, lse = torch.randn(1, 40, 4, 32), torch.randn(1, 40, 4)
+    for shapes in ({1: filled.shape}, {0: filled.shape, 1: filled.shape._replace(num_kv_heads=1)}):
+        with pytest.raises(InvalidInputError, match="layers 0 to 0 of equal heads and widths"):
+            cpu.key_mass_of_layers(filled.lanes, shapes, chunks([40]), filled.rows, q, lse, 0.2)
+
+
 def test_rope_and_head_norms_are_applied_to_queries_and_stored_keys(isa: str) -> None:
     filled = fill_lanes("fp32", 4, 2, 32, [40])
     q, k, v = torch.randn(7, 4, 32), torch.randn(7, 2, 32), torch.randn(7, 2, 32)

@@ -44,17 +44,25 @@ class MassKernel:
         self._row = np.array([sequence], np.int32)
         self._low = cache.native.dtype == torch.bfloat16  # as the model attends, so that weights sum to 1
 
-    def __call__(self, layer: int, q: torch.Tensor, lse: torch.Tensor, window: int = 0) -> NDArray[np.float32]:
-        """Return the weights of q [n, H, D], with lse [n, H], summed over n, mean over each group: [G, slots].
+    def __call__(
+        self, layers: Sequence[int], q: torch.Tensor, lse: torch.Tensor, window: int = 0
+    ) -> NDArray[np.float32]:
+        """Return the weights of q [L, n, H, D], with lse [L, n, H], summed over n, mean over each group.
 
+        L counts all layers of the model; the result is that of `layers`, which are alike, [len(layers), G, slots].
         Slots count from the start of each lane; a `window` counts only that many slots up to a query's own.
         """
-        count, heads = q.shape[:2]
-        view = self._views[layer]
-        shape = self._cpu.LayerShape(heads, view.num_lanes, view.k_width, view.v_width, view.first, window)
+        count, heads = q.shape[1:3]
+        shapes = {}
+        for layer in layers:
+            view = self._views[layer]
+            shapes[layer] = self._cpu.LayerShape(heads, view.num_lanes, view.k_width, view.v_width, view.first, window)
         bounds = np.array([0, count], np.int32)
-        found = self._cpu.key_mass(self._lanes, shape, bounds, self._row, q, lse, self._scale, low_precision=self._low)
-        mass: NDArray[np.float32] = found[0].numpy() * np.float32(view.num_lanes / heads)
+        found = self._cpu.key_mass_of_layers(
+            self._lanes, shapes, bounds, self._row, q, lse, self._scale, low_precision=self._low
+        )
+        mass: NDArray[np.float32] = found[:, 0].numpy()
+        mass *= np.float32(mass.shape[1] / heads)
         return mass
 
 
@@ -114,10 +122,15 @@ class KeyMass:
 
     def _add_by_kernel(self, sequence: int, q: torch.Tensor, lse: torch.Tensor, sums: Masses, window: int) -> None:
         kernel = MassKernel(self.cache, sequence, self.scale)
+        alike: dict[tuple[int, int, int], list[int]] = {}
         for layer in self.layers:
-            view, found = self.cache.layers[layer], kernel(layer, q[layer], lse[layer], window)
-            part = sums[view.first : view.first + view.num_lanes, : found.shape[1]]
-            part += found
+            view = self.cache.layers[layer]
+            alike.setdefault((view.num_lanes, view.k_width, view.v_width), []).append(layer)
+        for layers in alike.values():
+            for layer, found in zip(layers, kernel(layers, q, lse, window), strict=True):
+                first = self.cache.layers[layer].first
+                part = sums[first : first + len(found), : found.shape[1]]
+                part += found
 
     def _add_by_definition(self, sequence: int, layer: int, q: torch.Tensor, first: int) -> None:
         view = self.cache.layers[layer]

@@ -99,9 +99,9 @@ class Observation:
             return None  # since the earlier ones attended, the policy may have acted
         view = self.cache.layers[layer]
         found = MassKernel(self.cache, sequence, self.scale)(
-            layer, self._queries[layer, -count:], self._lse[layer, -count:]
+            [layer], self._queries[:, -count:], self._lse[:, -count:]
         )
-        return aligned(found, self.cache.lanes.held[sequence, view.first : view.first + view.num_lanes])
+        return aligned(found[0], self.cache.lanes.held[sequence, view.first : view.first + view.num_lanes])
 
     def _add_moments(self, q: torch.Tensor, first: int) -> None:
         """Add queries q [L, n, H, D] at positions `first` on; each tile ends at a multiple of `TILE` positions."""

@@ -1,6 +1,6 @@
 """The CPU kernels: C++ over lanes, packed weights and whole decoder steps. No torch inside; pointers go in."""
 
-from kvloom.kernels.cpu.attention import Lanes, LayerShape, append, attention, key_mass
+from kvloom.kernels.cpu.attention import Lanes, LayerShape, append, attention, key_mass, key_mass_of_layers
 from kvloom.kernels.cpu.decoder import LayerWeights, StepDecoder
 from kvloom.kernels.cpu.linear import PRODUCTS, PackedWeight, linear
 from kvloom.kernels.cpu.machine import (
@@ -30,6 +30,7 @@ __all__ = [
     "gate",
     "isa",
     "key_mass",
+    "key_mass_of_layers",
     "linear",
     "num_threads",
     "peak_flops",

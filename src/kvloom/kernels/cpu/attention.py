@@ -1,6 +1,6 @@
 """Append to lanes and attend over them, for packed batches of prefill chunks and decodes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,10 +59,9 @@ class Lanes:
         codes = np.array([STORE_ELEMENT.get(name or self.store) for name in names], np.int32)
         self.view.set_segments(start, codes[stores], last_column)
 
-    def longest(self, seq_rows: Ints, shape: LayerShape) -> int:
-        """Return the largest `end` among a layer's lanes of `seq_rows`."""
-        lanes = slice(shape.lane_offset, shape.lane_offset + shape.num_kv_heads)
-        return int(self._end[seq_rows, lanes].max(initial=0))
+    def longest(self, seq_rows: Ints, members: NDArray[np.integer]) -> int:
+        """Return the largest `end` among some lanes of `seq_rows`."""
+        return int(self._end[seq_rows[:, None], members].max(initial=0))
 
 
 def append(
@@ -176,12 +175,47 @@ def key_mass(
     _expect_tokens(cu_seqlens, q, shape.num_heads, shape.k_width, "q")
     if contiguous(lse, "lse", torch.float32).shape != (q.shape[0], shape.num_heads):
         raise InvalidInputError(f"lse has shape {tuple(lse.shape)}; expected {(q.shape[0], shape.num_heads)}")
-    slots = lanes.longest(seq_rows, shape)
-    mass = torch.zeros(len(seq_rows), shape.num_kv_heads, slots)
-    _call(
-        _ext.key_mass, lanes.view, cu_seqlens, seq_rows, tuple(shape), low_precision, scale, softcap,
-        element_of(q, "q"), q.data_ptr(), token_stride(q, "q"), lse.data_ptr(), mass.data_ptr(), slots,
-    )  # fmt: skip
+    return key_mass_of_layers(
+        lanes, {0: shape}, cu_seqlens, seq_rows, q[None], lse[None], scale, softcap=softcap, low_precision=low_precision
+    )[0]
+
+
+def key_mass_of_layers(
+    lanes: Lanes,
+    shapes: Mapping[int, LayerShape],
+    cu_seqlens: Ints,
+    seq_rows: Ints,
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    low_precision: bool = False,
+) -> torch.Tensor:
+    """Return `key_mass` of several layers at once, [len(shapes), B, G, slots] in the order of `shapes`.
+
+    q [L, T, H, Dk] and lse [L, T, H] are those of all layers, `shapes` are keyed by index in L and equal but for
+    `lane_offset` and `window`.
+    """
+    first = next(iter(shapes.values()))
+    if any(shape[:4] != first[:4] for shape in shapes.values()) or not set(shapes) <= set(range(len(q))):
+        raise InvalidInputError(f"key mass at once takes layers 0 to {len(q) - 1} of equal heads and widths")
+    _expect_tokens(cu_seqlens, q[0], first.num_heads, first.k_width, "q")
+    if contiguous(lse[0], "lse", torch.float32).shape != q.shape[1:3] or len(lse) != len(q):
+        raise InvalidInputError(f"lse has shape {tuple(lse.shape)}; expected {tuple(q.shape[:3])}")
+    groups = first.num_kv_heads
+    members = np.concatenate([np.arange(shape.lane_offset, shape.lane_offset + groups) for shape in shapes.values()])
+    slots = lanes.longest(seq_rows, members)
+    mass = torch.zeros(len(shapes), len(seq_rows), groups, slots)
+    element, stride = element_of(q, "q"), token_stride(q[0], "q")
+    q_at, q_step = q.data_ptr(), q.stride(0) * q.element_size()
+    lse_at, lse_step = lse.data_ptr(), lse.stride(0) * 4
+    mass_at, mass_step = mass.data_ptr(), mass.stride(0) * 4
+    for place, (layer, shape) in enumerate(shapes.items()):
+        _call(
+            _ext.key_mass, lanes.view, cu_seqlens, seq_rows, tuple(shape), low_precision, scale, softcap, element,
+            q_at + layer * q_step, stride, lse_at + layer * lse_step, mass_at + place * mass_step, slots,
+        )  # fmt: skip
     return mass
 
 
