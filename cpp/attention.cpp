@@ -12,19 +12,28 @@ namespace kvloom {
 namespace {
 
 constexpr int kContextPart = 256;  // slots of one part of a split context; fixed, so results do not depend on threads
+constexpr int kRunsPerThread = 8;  // so many runs of parts at least, where there are as many parts
+constexpr int kLongestRun = 16;
 constexpr int kSplitRows = 48;     // up to that many rows a context is split
 constexpr int kBlockRows = 96;     // rows of one prefill task
 constexpr float kLog2E = 1.44269504089f;
 
-// Rows of queries [q0, q1) of a sequence, all heads of one group, over slots [begin, end).
+// Rows of queries [q0, q1) of a sequence, all heads of one group, over slots [begin, end): the whole context, or a run
+// of consecutive parts of a split one.
 struct Task {
   int seq, kv_head, q0, q1, begin, end;
-  int part, num_parts;
-  std::ptrdiff_t partial;  // where its partial result lies, in floats; -1: finished at once
+  std::ptrdiff_t partial;  // where the result of its first part lies, in floats; -1: finished at once
+};
+
+// Rows whose context is split, and their parts' results.
+struct Split {
+  int seq, kv_head, num_parts;
+  std::ptrdiff_t partial;
 };
 
 struct Plan {
   std::vector<Task> tasks;
+  std::vector<Split> splits;
   std::ptrdiff_t partial_floats = 0;
 };
 
@@ -56,10 +65,21 @@ class Stores {
 int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
 int lane_end(const LaneTable& t, int row, int lane) { return t.end[row * t.bounds_stride + lane]; }
 
-Plan make_plan(const AttentionCall& call) {
+// Most parts of a run: long runs start seldom, short ones share the work out evenly.
+int run_length(const AttentionCall& call, int num_threads) {
+  const LayerShape& shape = call.shape;
+  int slots = 0;
+  for (int b = 0; b < call.batch.num_seqs; ++b) {
+    const int row = call.batch.seq_rows[b];
+    slots += lane_end(call.lanes, row, shape.lane_offset) - lane_begin(call.lanes, row, shape.lane_offset);
+  }
+  return std::clamp(slots / kContextPart * shape.num_kv_heads / (num_threads * kRunsPerThread), 1, kLongestRun);
+}
+
+Plan make_plan(const AttentionCall& call, int num_threads) {
   Plan plan;
   const LayerShape& shape = call.shape;
-  const int heads = shape.num_heads / shape.num_kv_heads;
+  const int heads = shape.num_heads / shape.num_kv_heads, longest = run_length(call, num_threads);
   for (int pass = 0; pass < 2; ++pass) {  // whole-context tasks first: they are the long ones
     for (int b = 0; b < call.batch.num_seqs; ++b) {
       const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
@@ -75,23 +95,32 @@ Plan make_plan(const AttentionCall& call) {
           int begin = first, end = last - n + q1;
           if (shape.window) begin = std::max(begin, last - n + q0 + 1 - shape.window);
           if (!split) {
-            plan.tasks.push_back({b, g, q0, q1, begin, end, 0, 1, -1});
+            plan.tasks.push_back({b, g, q0, q1, begin, end, -1});
             continue;
           }
-          // A part lies within 256 slots and within one store.
-          const std::size_t group = plan.tasks.size();
+          // A part lies within 256 slots and within one store; a run of parts within one store.
+          const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
+          const std::size_t first_task = plan.tasks.size();
           Stores stores(lane_of(call.lanes, shape, row, g));
-          int part = 0;
-          for (int s = begin; part == 0 || s < end; ++part) {
-            const int stop = std::min({end, (s / kContextPart + 1) * kContextPart, stores.run_end(s)});
-            plan.tasks.push_back({b, g, q0, q1, s, stop, part, 1, -1});
+          Split whole = {b, g, 0, plan.partial_floats};
+          int in_run = 0;
+          for (int s = begin; whole.num_parts == 0 || s < end; ++whole.num_parts) {
+            const int store_end = stores.run_end(s);
+            const int stop = std::min({end, (s / kContextPart + 1) * kContextPart, store_end});
+            if (in_run == 0) {
+              plan.tasks.push_back({b, g, q0, q1, s, stop, plan.partial_floats});
+            } else {
+              plan.tasks.back().end = stop;
+            }
+            plan.partial_floats += part_floats;
+            in_run = in_run + 1 == longest || stop == store_end ? 0 : in_run + 1;
             s = stop;
           }
-          if (part == 1) continue;
-          for (std::size_t i = group; i < plan.tasks.size(); ++i) {
-            plan.tasks[i].num_parts = part;
-            plan.tasks[i].partial = plan.partial_floats;
-            plan.partial_floats += static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
+          if (whole.num_parts > 1) {
+            plan.splits.push_back(whole);
+          } else {
+            plan.partial_floats = whole.partial;
+            plan.tasks[first_task].partial = -1;
           }
         }
         q1 = q0;
@@ -249,7 +278,7 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   const Kernels& kernel = kernels();
   const LayerShape& shape = call.shape;
   const int heads = shape.num_heads / shape.num_kv_heads, width = shape.v_width;
-  const Plan plan = make_plan(call);  // every thread makes the same one
+  const Plan plan = make_plan(call, team.size());  // every thread makes the same one
   const int count = static_cast<int>(plan.tasks.size());
   const bool grow = workspace.partial.size() < static_cast<std::size_t>(plan.partial_floats);
   if (plan.partial_floats) {
@@ -281,6 +310,8 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
       args.peak = at;
       args.total = at + rows.num_rows;
       args.sum = at + 2 * rows.num_rows;
+      args.part_slots = kContextPart;
+      args.part_stride = static_cast<std::ptrdiff_t>(rows.num_rows) * (width + 2);
     }
     kernel.attend(args, rows.kernel_scratch);
     if (task.partial < 0) {
@@ -294,27 +325,24 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   if (plan.partial_floats == 0) return;
   team.barrier();
   float sum[1024];
-  int group = 0;
-  for (int i = 0; i < count; i += plan.tasks[static_cast<std::size_t>(i)].num_parts, ++group) {
-    if (group % team.size() != team.id()) continue;
-    const Task& task = plan.tasks[static_cast<std::size_t>(i)];
-    if (task.partial < 0) continue;
-    const int rows = (task.q1 - task.q0) * heads;
-    const int token0 = call.batch.cu_seqlens[task.seq] + task.q0;
+  for (int i = team.id(); i < static_cast<int>(plan.splits.size()); i += team.size()) {
+    const Split& split = plan.splits[static_cast<std::size_t>(i)];
+    const int token0 = call.batch.cu_seqlens[split.seq];
+    const int rows = (call.batch.cu_seqlens[split.seq + 1] - token0) * heads;
     const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(rows) * (width + 2);
-    const float* base = workspace.partial.data() + task.partial;
+    const float* base = workspace.partial.data() + split.partial;
     for (int r = 0; r < rows; ++r) {
       float peak = -INFINITY, total = 0;
-      for (int p = 0; p < task.num_parts; ++p) peak = std::max(peak, base[p * part_floats + r]);
+      for (int p = 0; p < split.num_parts; ++p) peak = std::max(peak, base[p * part_floats + r]);
       std::fill(sum, sum + width, 0.0f);
-      for (int p = 0; p < task.num_parts && peak > -INFINITY; ++p) {
+      for (int p = 0; p < split.num_parts && peak > -INFINITY; ++p) {
         const float* part = base + p * part_floats;
         const float weight = std::exp2(part[r] - peak);
         total += weight * part[rows + r];
         const float* from = part + 2 * rows + static_cast<std::ptrdiff_t>(r) * width;
         for (int d = 0; d < width; ++d) sum[d] += weight * from[d];
       }
-      finish_row(kernel, call, token0 + r / heads, task.kv_head * heads + r % heads, peak, total, sum);
+      finish_row(kernel, call, token0 + r / heads, split.kv_head * heads + r % heads, peak, total, sum);
     }
   }
 }
@@ -331,7 +359,7 @@ void key_mass(Team& team, const AttentionCall& call, const float* lse, float* ma
       const int end = lane_end(call.lanes, row, lane);
       for (int s = lane_begin(call.lanes, row, lane); s < end;) {
         const int stop = std::min(end, (s / kContextPart + 1) * kContextPart);
-        tasks.push_back({b, g, 0, n, s, stop, 0, 1, -1});
+        tasks.push_back({b, g, 0, n, s, stop, -1});
         s = stop;
       }
     }

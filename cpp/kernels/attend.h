@@ -1,5 +1,5 @@
-// Attention of any number of query rows over a part of one lane, online over strips of slots that share a store; and
-// the key mass that a log-sum-exp makes of the same scores.
+// Attention of any number of query rows over a lane or a run of its parts, online over strips of slots that share a
+// store; and the key mass that a log-sum-exp makes of the same scores.
 #pragma once
 
 #include "attend_few.h"
@@ -98,7 +98,7 @@ static inline Strip seen_part(const AttendArgs& args, const Strip& strip, int r0
   return {low > strip.begin ? low : strip.begin, high < strip.end ? high : strip.end, strip.store};
 }
 
-static void attend(const AttendArgs& args, char* scratch) {
+static void attend_part(const AttendArgs& args, char* scratch) {
   float* scores = (float*)scratch;                       // [12, kStrip]
   char* probabilities = scratch + kMaxRows * kStrip * 4; // [12, kRowBytes]
   char* fixed = probabilities + kMaxRows * kRowBytes;
@@ -107,17 +107,11 @@ static void attend(const AttendArgs& args, char* scratch) {
     args.total[r] = 0;
   }
   memset(args.sum, 0, (size_t)args.num_rows * args.lane.v_width * 4);
-  if (args.num_rows <= kMaxRows && args.lane.num_segments == 0) {
-#define KVLOOM_FEW(Kind) FewRows<Kind>(args, scratch).run()
-    KVLOOM_BY_STORE(args.lane.store, args.compute, KVLOOM_FEW)
-    return;
-  }
   const int group_bytes = kGroup * (args.lane.k_width + args.lane.v_width) * store_bytes(args.lane.store);
   int distance = (16 << 10) / group_bytes;
   distance = (distance < 1 ? 1 : distance > 8 ? 8 : distance) * kGroup;
-  const int most = args.num_rows <= kMaxRows ? kStrip / 2 : kStrip;
   for (int begin = args.slot_begin / kGroup * kGroup; begin < args.slot_end;) {
-    Strip strip = next_strip(args, begin, most);
+    Strip strip = next_strip(args, begin, kStrip);
     int ahead = distance;
     for (int r0 = 0; r0 < args.num_rows; r0 += kMaxRows) {
       int rows = args.num_rows - r0 < kMaxRows ? args.num_rows - r0 : kMaxRows;
@@ -137,6 +131,24 @@ static void attend(const AttendArgs& args, char* scratch) {
     }
     begin = strip.end;
   }
+}
+
+static void attend(const AttendArgs& args, char* scratch) {
+  if (args.num_rows <= kMaxRows && args.lane.num_segments == 0 && args.slot_begin < args.slot_end) {
+#define KVLOOM_FEW(Kind) FewRows<Kind>(args, scratch).run()
+    KVLOOM_BY_STORE(args.lane.store, args.compute, KVLOOM_FEW)
+    return;
+  }
+  AttendArgs part = args;
+  do {
+    if (args.part_slots) part.slot_end = (part.slot_begin / args.part_slots + 1) * args.part_slots;
+    if (part.slot_end > args.slot_end) part.slot_end = args.slot_end;
+    attend_part(part, scratch);
+    part.slot_begin = part.slot_end;
+    part.peak += args.part_stride;
+    part.total += args.part_stride;
+    part.sum += args.part_stride;
+  } while (part.slot_begin < args.slot_end);
 }
 
 static void mass(const MassArgs& mass_args, char* scratch) {

@@ -1,7 +1,8 @@
-// Attention of 1 to 12 query rows, the whole of decode, over a part of one lane with one store. Strips of up to 128
-// slots go through two passes, a strip apart, so that the processor always has independent work at hand:
+// Attention of 1 to 12 query rows, the whole of decode, over a run of parts of one lane with one store. Strips of up to
+// 128 slots go through two passes, a strip apart, so that the processor always has independent work at hand; nothing
+// stops where a part ends, only its result goes elsewhere:
 //
-//   keys 0 | keys 1, values 0 | keys 2, values 1 | ... | values n-1 | keys 0 of the part that this thread reads next
+//   keys 0 | keys 1, values 0 | keys 2, values 1 | ... | values n-1 | keys 0 of the run that this thread reads next
 //
 // Every pass asks memory for the lines of the next, a line for each that it uses. Where blocks lie is worked out once a
 // strip, for branches and table reads between the passes cost more bandwidth than arithmetic does.
@@ -21,11 +22,12 @@ template <class Kind> struct FewRows {
   static constexpr size_t kLine = (size_t)kGroup * Kind::kPer * Kind::kBBytes;
   static constexpr int kValueRows = kGroup / Kind::kPer;
 
-  const AttendArgs& args;
+  AttendArgs args;  // peak and total: of the part that the softmax is in
   const Lane& lane;
   const size_t key_stride, value_stride;  // bytes between the rows of a key and of a value group
   const int rows, most;  // most: column groups in registers at once
-  const int strip_slots, begin, strips;
+  const int strip_slots, base, strips;  // base: where the first strip would begin if it were whole
+  float *const peak, *const total;  // of the first part
   float* scores;              // [rows, kFewStrip]
   char* probabilities[2];     // of an even and of an odd strip: [rows][kRowBytes]
   char* written;              // copies of groups with unwritten slots
@@ -45,30 +47,41 @@ template <class Kind> struct FewRows {
       : args(a), lane(a.lane), key_stride((size_t)lane.block_size * Kind::kPer * Kind::kBBytes),
         value_stride((size_t)lane.v_width * Kind::kPer * Kind::kBBytes), rows(a.num_rows),
         most(rows <= kFewRows ? 4 : 2), strip_slots(strip_length(lane.k_width)),
-        begin(a.slot_begin / kGroup * kGroup), strips((a.slot_end - begin + strip_slots - 1) / strip_slots),
-        scores((float*)scratch) {
+        base(a.slot_begin / strip_slots * strip_slots), strips((a.slot_end - base + strip_slots - 1) / strip_slots),
+        peak(a.peak), total(a.total), scores((float*)scratch) {
     scratch += kMaxRows * kFewStrip * 4;
     probabilities[0] = scratch;
     probabilities[1] = scratch + kMaxRows * kRowBytes;
     written = scratch + 2 * kMaxRows * kRowBytes;
   }
 
-  static int strip_length(int width) {
-    const int groups = kFewBytes / (kGroup * width * Kind::kBBytes);
-    return kGroup * (groups < 2 ? 2 : groups > kFewGroups ? kFewGroups : groups);
+  static int strip_length(int width) {  // a power of two, so that strips divide parts
+    int groups = kFewGroups;
+    while (groups > 2 && groups * kGroup * width * Kind::kBBytes > kFewBytes) groups /= 2;
+    return kGroup * groups;
   }
 
+  int begin_of(int strip) const {
+    const int whole = base + strip * strip_slots;
+    return whole > args.slot_begin ? whole : args.slot_begin / kGroup * kGroup;
+  }
   int groups_of(int strip) const {
-    const int left = args.slot_end - begin - strip * strip_slots;
-    return ((left < strip_slots ? left : strip_slots) + kGroup - 1) / kGroup;
+    const int whole_end = base + (strip + 1) * strip_slots;
+    return ((whole_end < args.slot_end ? whole_end : args.slot_end) - begin_of(strip) + kGroup - 1) / kGroup;
   }
+  ptrdiff_t part_of(int strip) const {
+    return args.part_slots ? begin_of(strip) / args.part_slots - args.slot_begin / args.part_slots : 0;
+  }
+  bool opens_part(int strip) const { return strip == 0 || part_of(strip) != part_of(strip - 1); }
 
-  // Find a strip of this part, or of the part that follows as if its strips were this one's.
+  // Find a strip of this run, or of the run that follows as if its strips were this one's.
   void find(int strip) {
     const AttendArgs* part = &args;
-    int slot = begin + strip * strip_slots;
+    int slot = base + strip * strip_slots;
     Place& place = places[strip % 4];
-    if (strip >= strips) {
+    if (strip < strips) {
+      slot = begin_of(strip);
+    } else {
       part = args.upcoming;
       if (part) slot = part->slot_begin / kGroup * kGroup + (strip - strips) * strip_slots;
       if (!part || slot >= part->slot_end) {
@@ -105,14 +118,23 @@ template <class Kind> struct FewRows {
   }
 
   void softmax(int strip) {
-    const int slot = begin + strip * strip_slots;
+    const int slot = begin_of(strip);
     const Strip span = {slot, slot + groups_of(strip) * kGroup, lane.store};
+    if (opens_part(strip)) {
+      args.peak = peak + part_of(strip) * args.part_stride;
+      args.total = total + part_of(strip) * args.part_stride;
+      for (int r = 0; r < rows; ++r) {
+        args.peak[r] = kMinusInf;
+        args.total[r] = 0;
+      }
+    }
     for (int r = 0; r < rows; ++r)
       shrink[strip % 2][r] =
           softmax_row(args, span, r, scores + r * kFewStrip, probabilities[strip % 2] + r * kRowBytes);
   }
 
-  template <int NV> void values(const Lines& own, const Lines& ahead, int groups, const char* p, int d) {
+  template <int NV>
+  void values(const Lines& own, const Lines& ahead, int groups, const char* p, int d, float* sum, bool add) {
     const char* column[NV * kFewGroups];
     const char* next[NV * kFewGroups];
     for (int g = 0; g < groups; ++g)
@@ -121,27 +143,29 @@ template <class Kind> struct FewRows {
         next[g * NV + v] = ahead.group[g] + ((size_t)d / kGroup * kValueRows + v) * ahead.stride;
       }
     Columns b = {column, next, groups, kValueRows, value_stride, NV * ahead.stride};
-    product<Kind, NV>(rows, p, kGroup * Kind::kABytes, b, args.sum + d, lane.v_width, true);
+    product<Kind, NV>(rows, p, kGroup * Kind::kABytes, b, sum + d, lane.v_width, add);
   }
 
   void values(int strip, const Lines& ahead) {
     const Lines own = values_of(strip);
     const int groups = groups_of(strip);
-    for (int r = 0; r < rows; ++r) {
+    float* sum = args.sum + part_of(strip) * args.part_stride;
+    const bool add = !opens_part(strip);
+    for (int r = 0; add && r < rows; ++r) {
       const float by = shrink[strip % 2][r];
-      if (by != 1.0f) scale_row(args.sum + (size_t)r * lane.v_width, lane.v_width, by);
+      if (by != 1.0f) scale_row(sum + (size_t)r * lane.v_width, lane.v_width, by);
     }
     for (int g = groups - 1; g >= 0; --g) {
-      const int slot = begin + strip * strip_slots + g * kGroup;
+      const int slot = begin_of(strip) + g * kGroup;
       if (slot + kGroup <= args.lane_end) break;
       char* copy = written + g * (size_t)kValueRows * value_stride;
       places[strip % 4].value[g] = without_unwritten<Kind>(args, own.group[g], slot, copy);
     }
     const char* p = probabilities[strip % 2];
     int d = 0;
-    for (; most == 4 && d + 4 * kGroup <= lane.v_width; d += 4 * kGroup) values<4>(own, ahead, groups, p, d);
-    for (; d + 2 * kGroup <= lane.v_width; d += 2 * kGroup) values<2>(own, ahead, groups, p, d);
-    if (d < lane.v_width) values<1>(own, ahead, groups, p, d);
+    for (; most == 4 && d + 4 * kGroup <= lane.v_width; d += 4 * kGroup) values<4>(own, ahead, groups, p, d, sum, add);
+    for (; d + 2 * kGroup <= lane.v_width; d += 2 * kGroup) values<2>(own, ahead, groups, p, d, sum, add);
+    if (d < lane.v_width) values<1>(own, ahead, groups, p, d, sum, add);
   }
 
   void run() {

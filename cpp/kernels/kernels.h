@@ -126,6 +126,8 @@ struct AttendArgs {
   float* peak;            // [rows] out, running maximum in units of log 2
   float* total;           // [rows] out
   float* sum;             // [rows, v_width] out
+  int part_slots;         // 0, or: slots from every multiple of it on have a result of their own, a power of two >= 256,
+  ptrdiff_t part_stride;  // that many floats behind the one before
   const AttendArgs* upcoming;  // what this thread reads next (only lane and slots are looked at), or null
 };
 
