@@ -243,6 +243,15 @@ def test_a_budget_that_was_never_filled_promises_nothing_for_longer_prompts(tmp_
     assert str(recommend(ask(users=150), "llama-3-8b", 0.01, read_measurements(path)).policy) == "knorm(budget=2048)"
 
 
+def test_a_promise_says_over_how_much_text_and_never_promises_a_gain(tmp_path):
+    entry = {"policy": "knorm(budget=2048)", "context": 4096, "loss": -0.02, "loss_high": -0.01, "windows": 32,
+             "metric": "perplexity"}  # fmt: skip
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**RESULTS, "results": [entry]}))
+    found = recommend(ask(users=150), "llama-3-8b", 0.01, read_measurements(path))
+    assert "at most 0.00% loss of perplexity measured at 4096 tokens over 32 windows" in found.promise
+
+
 def test_what_is_missing_is_named_as_a_command_that_measures_it():
     found = recommend(ask(users=150), "llama-3-8b", 0.01, None)
     words = shlex.split(found.promise[found.promise.index("kvloom measure") :])

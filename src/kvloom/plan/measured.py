@@ -1,10 +1,10 @@
 """Measured results: what each policy cost a model in quality and gave it in speed.
 
 Schema `kvloom.measure/1`, which `kvloom measure` writes: {"schema", "model", "machine", "results": [{"policy",
-"context", "loss", "loss_high", "metric", "tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens"}]}. `loss`
-is relative (0.01 is 1 %), `loss_high` the upper end of its interval; bytes and times are those of one request of
-`context` tokens, `evicted_tokens` a sum over lanes. All but policy, context and loss may be left out; what else stands
-there is not read.
+"context", "loss", "loss_high", "metric", "tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens",
+"windows"}]}. `loss` is relative (0.01 is 1 %), `loss_high` the upper end of its interval over `windows` pieces of text;
+bytes and times are those of one request of `context` tokens, `evicted_tokens` a sum over lanes. All but policy, context
+and loss may be left out; what else stands there is not read.
 """
 
 import json
@@ -24,6 +24,7 @@ class Measurement:
     """One measured policy: `loss` against the full cache, `loss_high` the upper end of its interval; times in s.
 
     `kv_bytes` were in use at the last token, `kv_peak_bytes` at most; `evicted_tokens` were forgotten, over all lanes.
+    `windows` pieces of text were measured.
     """
 
     policy: PolicySpec
@@ -36,6 +37,7 @@ class Measurement:
     kv_bytes: float | None = None
     kv_peak_bytes: float | None = None
     evicted_tokens: float | None = None
+    windows: float | None = None
 
     def forgot_enough_for(self, prompt: int) -> bool:
         """Return whether the policy showed what forgetting costs, if it would forget anything of such a prompt.
@@ -97,6 +99,6 @@ def _measurement(path: Path, index: int, entry: Any) -> Measurement:
     loss, context = number("loss"), number("context")
     assert loss is not None and context is not None
     high = number("loss_high", required=False)
-    more = ("tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens")
+    more = ("tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens", "windows")
     return Measurement(PolicySpec.parse(policy), int(context), loss, loss if high is None else high,
                        str(entry.get("metric", "loss")), **{name: number(name, False) for name in more})

@@ -77,7 +77,8 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
         return _what_to_measure(asked, model, max_loss, why, measured)
     best = min(good, key=lambda entry: entry[:2])[2]
     promise = (
-        f"at most {best.loss_high:.2%} loss of {best.metric} measured at {best.context} tokens"
+        f"at most {max(0.0, best.loss_high):.2%} loss of {best.metric} measured at {best.context} tokens"
+        f"{'' if best.windows is None else f' over {best.windows:.0f} windows'}"
         f"{f' on {measured.machine}' if measured.machine else ''}"
     )
     return _serve(replace(asked, policy=best.policy), model, promise, best)
