@@ -159,7 +159,7 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
 }
 
 constexpr int kMaxSlices = 64;
-constexpr size_t kStreamAhead = 9216;  // bytes between the row in use and the row being fetched, one row at a time
+constexpr size_t kStreamAhead = 9216;  // bytes between the row in use and the row being fetched, in a single pass
 
 template <class Kind>
 static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end) {
@@ -182,7 +182,7 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
       int t0 = tile * x.tile_rows;
       int rows = x.num_rows - t0 < x.tile_rows ? x.num_rows - t0 : x.tile_rows;
       Columns b = {column, ahead, w.num_slices, rows_per_slice, row_bytes, row_bytes};
-      if (x.num_rows == 1) {
+      if (tiles == 1) {
         for (int i = 0; i < 2 * w.num_slices; ++i) ahead[i] = column[i] + kStreamAhead;
       } else {  // the passes over this panel share the work of fetching the next one
         const char* next = panel + panel_bytes + (size_t)(tile - tile_begin) * (panel_bytes / tiles);
