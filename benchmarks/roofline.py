@@ -2,7 +2,9 @@
 
 Regime: greedy generation on the CPU kernels, one sequence and `--batch` of them at once, at several contexts. Decode is
 bound by reading the weights and every sequence's own keys and values once a step, prefill by arithmetic. Bounds
-are those of `kvloom.plan` with the best bandwidth and peak of all probes of this run, which stand between the cases.
+are those of `kvloom.plan` with the best bandwidth and peak of all probes of this run: nothing may be faster. Where
+memory is shared with other machines its rate moves within seconds, so a probe stands between any two repeats, and each
+repeat is also set against the bound at the better of its own two probes ("then").
 Every sequence has blocks of its own; the prefix cache only saves computing the same prompts again. A case is measured
 in `--repeats` runs of `--new` steps each; medians with the spread. The last line is one JSON object.
 
@@ -14,6 +16,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ from kvloom.plan.source import find_model
 from kvloom.spec.hardware import DeviceSpec
 from kvloom.units import parse_count
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Probes:
@@ -39,16 +42,26 @@ class Probes:
         self.bandwidths: list[float] = []
         self.peaks: dict[str, list[float]] = {}
 
-    def take(self) -> None:
-        """Measure once more."""
-        self.bandwidths.append(best_bandwidth(rounds=3))
+    def take_peaks(self) -> None:
+        """Measure products once more."""
         for name, peak in best_peaks(rounds=2).items():
             self.peaks.setdefault(name, []).append(peak)
 
-    def device(self) -> DeviceSpec:
-        """Return this machine at its best."""
+    def between(self, measure: Callable[[], float], repeats: int) -> list[tuple[float, float]]:
+        """Return `repeats` results of `measure`, each with the better bandwidth of the probes before and after it."""
+        before, found = best_bandwidth(rounds=3), []
+        self.bandwidths.append(before)
+        for _ in range(repeats):
+            seconds, after = measure(), best_bandwidth(rounds=3)
+            found.append((seconds, max(before, after)))
+            self.bandwidths.append(after)
+            before = after
+        return found
+
+    def device(self, bandwidth: float | None = None) -> DeviceSpec:
+        """Return this machine at its best, or with another bandwidth."""
         peaks = tuple((name, max(values)) for name, values in self.peaks.items())
-        return DeviceSpec("cpu", None, max(self.bandwidths), peaks, "cpu", measured=True)
+        return DeviceSpec("cpu", None, bandwidth or max(self.bandwidths), peaks, "cpu", measured=True)
 
 
 def decode_times(llm: LLM, prompts: list[list[int]], new: int) -> list[float]:
@@ -109,46 +122,57 @@ def main() -> None:
         return list(map(int, rng.integers(100, 40000, count)))
 
     probes, cases, prefills = Probes(), [], []
-    probes.take()
+    probes.take_peaks()
     for context in options.contexts:
         prompts = [tokens(context) for _ in range(options.batch)]
         for batch in dict.fromkeys((1, options.batch)):
-            decode_times(llm, prompts[:batch], 2)  # computes the prompts, and warms up
-            probes.take()
-            steps = []
-            for _ in range(options.repeats):
-                steps.append(statistics.mean(decode_times(llm, prompts[:batch], options.new)))
-            cases.append((context, batch, steps))
+            chosen = prompts[:batch]
+            decode_times(llm, chosen, 2)  # computes the prompts, and warms up
+
+            def mean_step(chosen: list[list[int]] = chosen) -> float:
+                return statistics.mean(decode_times(llm, chosen, options.new))
+
+            cases.append((context, batch, probes.between(mean_step, options.repeats)))
     for length in options.prompts:
         prefill_time(llm, tokens(length))
-        prefills.append((length, [prefill_time(llm, tokens(length)) for _ in range(options.repeats)]))
-    probes.take()
+        prefills.append((length, probes.between(lambda n=length: prefill_time(llm, tokens(n)), options.repeats)))
+    probes.take_peaks()
 
     device, spec = probes.device(), find_model(str(path))
-    reads = ", ".join(f"{bandwidth / 1e9:.1f}" for bandwidth in probes.bandwidths)
-    print(f"{path.name}, {options.dtype}, {options.threads} threads; memory is read at {reads} GB/s, "
+    rates = spread(probes.bandwidths)
+    print(f"{path.name}, {options.dtype}, {options.threads} threads; memory is read at "
+          f"{rates['median'] / 1e9:.1f} GB/s ({rates['min'] / 1e9:.1f}-{rates['max'] / 1e9:.1f}), "
           f"products at best {(device.peak(options.dtype) or 0) / 1e9:.0f} GFLOP/s\n")  # fmt: skip
-    print(f"{'case':28}{'bound':>10}{'measured, median (spread)':>36}{'measured/bound':>16}{'GB/s':>8}")
+    print(f"{'case':20}{'bound':>10}{'measured, median (spread)':>36}{'measured/bound':>16}{'then':>8}{'GB/s':>8}")
     rows = []
 
-    def show(name: str, bound: float, measured: list[float], moved: float, facts: dict[str, int]) -> None:
-        found = spread(measured)
+    def show(name: str, bound: Callable[[DeviceSpec], float], times: list[tuple[float, float]], moved: float,
+             facts: dict[str, int]) -> None:  # fmt: skip
+        found, best = spread([seconds for seconds, _ in times]), bound(device)
+        then = spread([seconds / bound(probes.device(bandwidth)) for seconds, bandwidth in times])
         text = f"{found['median'] * 1e3:.2f} ms ({found['min'] * 1e3:.2f}-{found['max'] * 1e3:.2f})"
-        print(f"{name:28}{bound * 1e3:>7.2f} ms{text:>36}{found['median'] / bound:>16.2f}"
+        print(f"{name:20}{best * 1e3:>7.2f} ms{text:>36}{found['median'] / best:>16.2f}{then['median']:>8.2f}"
               f"{moved / found['median'] / 1e9:>8.1f}")  # fmt: skip
-        rows.append({"case": name, **facts, "bound_s": bound, "measured_s": found, "ratio": found["median"] / bound})
+        rows.append({"case": name, **facts, "bound_s": best, "measured_s": found, "ratio": found["median"] / best,
+                     "least_ratio": found["min"] / best, "ratio_then": then})  # fmt: skip
 
-    for context, batch, steps in cases:
-        # the prompt's first token is there when the first timed step begins
-        asked = Question(spec, device, context, options.new + 1, batch, dtype=options.dtype)
-        roof = Roofline(asked)
-        bound = roof.tpot().value or 0.0
+    for context, batch, times in cases:
+
+        def decode_roof(device: DeviceSpec, context: int = context, batch: int = batch) -> Roofline:
+            # the prompt's first token is there when the first timed step begins
+            return Roofline(Question(spec, device, context, options.new + 1, batch, dtype=options.dtype))
+
+        roof = decode_roof(device)
         moved = roof.weight_bytes(batch) + batch * roof.kv_read_bytes(context, options.new // 2)
-        show(f"decode, {context} x {batch}", bound, steps, moved, {"context": context, "batch": batch})
+        show(f"decode, {context} x {batch}", lambda d, of=decode_roof: of(d).tpot().value or 0.0, times, moved,
+             {"context": context, "batch": batch})  # fmt: skip
     for length, times in prefills:
-        asked = Question(spec, device, length, 1, dtype=options.dtype)
-        bound = Roofline(asked).ttft().value or 0.0
-        show(f"prefill, {length}", bound, times, Roofline(asked).weight_bytes(1), {"prompt": length})
+
+        def prefill_roof(device: DeviceSpec, length: int = length) -> Roofline:
+            return Roofline(Question(spec, device, length, 1, dtype=options.dtype))
+
+        show(f"prefill, {length}", lambda d, of=prefill_roof: of(d).ttft().value or 0.0, times,
+             prefill_roof(device).weight_bytes(1), {"prompt": length})  # fmt: skip
     print(
         json.dumps(
             {
