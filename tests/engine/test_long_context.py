@@ -16,6 +16,7 @@ import torch
 from kvloom import LLM, SamplingParams
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.solo import solo_peak
 from tiny_engine import nothing_left
 from tolerances import LOGITS_FLOAT32
 
@@ -103,6 +104,7 @@ def test_bytes_in_use_are_the_planned_ones(generation: Generation) -> None:
     # most is held after the last whole chunk: 7 x 2,048 tokens in full lanes, 511 + 2,048 in windowed ones
     most = (FULL * 896 + WINDOWED * 160) * BLOCK
     assert generation.llm.engine.cache.arena.peak_bytes == max(step.used for step in generation.steps) == most
+    assert most == solo_peak(kv, full, PROMPT, NEW, CHUNK)
     assert most <= request_footprint(kv, full, PROMPT, NEW, CHUNK).peak.high
 
 

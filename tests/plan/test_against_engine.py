@@ -7,6 +7,7 @@ import pytest
 from kvloom.plan.source import find_model
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.solo import solo_peak
 
 CHUNK = 24
 SHAPES = {
@@ -104,3 +105,14 @@ def test_what_is_planned_is_what_is_in_use(folder, engine, policy, prompt, outpu
     assert planned.settled.low <= settled <= planned.settled.high
     if spec.lengths_known and not any(layer.window for layer in kv.layers):
         assert planned.settled.exact
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("prompt, output", [(90, 20), (21, 60), (95, 1), (48, 2)])
+def test_the_highest_in_use_of_a_request_alone_is_the_planned_peak(engine, policy, prompt, output):
+    engine.cache.arena.peak_bytes = 0
+    for _ in trace(engine, prompt, output, policy):
+        pass
+    planned = solo_peak(engine.cache.spec, PolicySpec.parse(policy), prompt, output, CHUNK)
+    assert planned is not None or policy != "full"
+    assert planned in (None, engine.cache.arena.peak_bytes)

@@ -40,6 +40,16 @@ def test_weights_and_kv_of_llama_3_8b_are_those_of_its_shape():
     assert (memory.weights.label, memory.kv.label, memory.activations.label) == ("exact", "exact", "assumed")
 
 
+def test_the_kv_of_one_request_is_exact_alone_and_a_bound_beside_others():
+    facts = {"device": "cpu:8GiB", "prompt": 16_000, "output": 32, "dtype": "float32"}
+    alone, beside = (Memory(ask("gemma-3-270m", users=n, **facts)) for n in (1, 4))
+    one = alone.kv_of_request
+    assert (one.label, one.value, one.low) == ("exact", 166_723_584, None)
+    assert (alone.kv.label, alone.kv.low) == ("bound", 166_723_584)
+    assert beside.kv_of_request.label == beside.kv.label == "bound"
+    assert beside.kv_of_request.low < alone.kv_of_request.value < beside.kv_of_request.value == alone.kv.value
+
+
 def test_the_total_is_the_sum_of_its_parts():
     memory = Memory(ask(users=8))
     parts = (memory.weights, memory.activations, memory.runtime, memory.tokenizer, memory.kv)

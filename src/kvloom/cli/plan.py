@@ -309,6 +309,7 @@ plan = Command(
     short_help="Will it fit, how many users, how fast at best?",
     help="""Plan the memory and the best possible speed of MODEL: a Hugging Face id, a folder, a config.json, a .gguf
     file, a name of the catalogue (--list-models), or a model that --layers and --heads describe. Bytes come from the
-    formulas that the allocator uses; every figure is labelled exact, assumed or measured. No weights are loaded.""",
+    formulas that the allocator uses; every figure is labelled exact, bound, assumed or measured. No weights are
+    loaded.""",
     params=[click.Argument(["model"], metavar="[MODEL]", required=False), *FLAGS],
 )

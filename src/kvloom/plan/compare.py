@@ -117,10 +117,9 @@ def per_token(asked: Question, store: Term | None) -> Figure:
 
 def _row(name: str, asked: Question, note: str) -> Row:
     memory = Memory(asked)
-    peak = memory.footprint.peak
-    end = memory.footprint.end if asked.policy.evicts or asked.policy.store is not None else peak
+    end = memory.footprint.end
     kv = Bounds(end.low * asked.devices, end.high * asked.devices)
-    figure = Figure(kv.high, "bytes", "exact" if asked.model.exact else "assumed", "at the last token",
-                    None if kv.exact else kv.low)
+    label = weakest("exact" if kv.exact else "bound", "exact" if asked.model.exact else "assumed")
+    figure = Figure(kv.high, "bytes", label, "at the last token", None if kv.exact else kv.low)
     return Row(name, per_token(asked, asked.policy.store), figure, memory.max_users(), memory.max_context(),
                Roofline(asked).tpot(), note)

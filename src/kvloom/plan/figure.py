@@ -5,10 +5,11 @@ from typing import Any, Literal, TypeAlias
 
 from kvloom.spec.bounds import Bounds
 
-Label: TypeAlias = Literal["exact", "assumed", "measured"]
+Label: TypeAlias = Literal["exact", "bound", "assumed", "measured"]
 
 LABELS: dict[Label, str] = {
     "exact": "follows by arithmetic from the model's shape, its files or what was asked",
+    "bound": "follows by the same arithmetic and is never exceeded; what it comes to below that depends on what is run",
     "assumed": "rests on an assumption that the note names, or on a vendor's figure",
     "measured": "was measured on this machine or read from a results file",
 }
@@ -16,7 +17,7 @@ LABELS: dict[Label, str] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """`value` in `unit`; `low` is given where the figure is an upper bound, which holds for any data.
+    """`value` in `unit`; `low` is given where the figure is an upper bound, which holds for any data and company.
 
     A `value` of None is not known; the note says what it would need.
     """
@@ -38,14 +39,16 @@ class Figure:
 
 
 def of_bounds(bounds: Bounds, note: str = "") -> Figure:
-    """Return bytes from bounds: exact when both ends agree, else the upper one with the lower beside it."""
+    """Return bytes from bounds: exact when both ends agree, else the upper one with the lower beside it and `note`."""
     if bounds.exact:
-        return Figure(bounds.high, "bytes", "exact", note)
-    return Figure(bounds.high, "bytes", "exact", note or "upper bound; lengths depend on the data", bounds.low)
+        return Figure(bounds.high, "bytes", "exact")
+    return Figure(bounds.high, "bytes", "bound", note, bounds.low)
 
 
 def weakest(*labels: Label) -> Label:
     """Return how a figure is known that was computed from figures known like `labels`."""
     if "assumed" in labels:
         return "assumed"
-    return "measured" if "measured" in labels else "exact"
+    if "measured" in labels:
+        return "measured"
+    return "bound" if "bound" in labels else "exact"

@@ -16,6 +16,7 @@ from kvloom.spec.bounds import Bounds
 from kvloom.spec.footprint import Footprint, request_footprint
 from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+from kvloom.spec.solo import solo_peak
 from kvloom.units import MIB, format_bytes
 
 RUNTIME_BYTES = {"cpu": 232 * MIB, "gpu": 800 * MIB}
@@ -127,8 +128,18 @@ class Memory:
 
     @cached_property
     def kv_of_request(self) -> Figure:
-        """Most KV bytes of one request at any time: what admission counts."""
-        return of_bounds(self.footprint.peak)
+        """Most KV bytes of one request at any time: exact for one that runs alone, else what admission counts."""
+        asked, found = self.question, self.footprint.peak
+        alone = None
+        if asked.users == 1 and asked.device_kv is not None:
+            alone = solo_peak(asked.device_kv, asked.policy, asked.prompt, asked.output, asked.chunk)
+        return of_bounds(found if alone is None else Bounds(alone, alone), self._open)
+
+    @property
+    def _open(self) -> str:
+        """What decides the bytes where only bounds are known beforehand."""
+        known = self.question.policy.lengths_known
+        return f"upper bound; {'steps depend on what else runs' if known else 'lengths depend on the data'}"
 
     def kv_bytes(self, asked: Question) -> int:
         """Return the most KV and state bytes of all users of `asked`.
@@ -145,13 +156,16 @@ class Memory:
 
     @cached_property
     def kv(self) -> Figure:
-        """KV of all users."""
+        """KV of all users, as admission counts it: however their steps are cut, it is enough."""
         exact = self.footprint.peak.exact
-        note = "" if exact else "upper bound; lengths depend on the data"
+        note = "" if exact else self._open
         if self.question.policy.evicts or self.question.policy.store is not None:
             note = (note + "; " if note else "") + "prompts in flight at their peak, others as the policy leaves them"
         low = None if exact else self.question.users * (self.footprint.settled.low + self.question.model.state_bytes)
-        return Figure(self.kv_bytes(self.question), "bytes", "exact", note, low)
+        if low is not None and self.question.users == 1 and self.kv_of_request.low is None:
+            low = int(self.kv_of_request.value or 0) + self.question.model.state_bytes
+            note = "set aside by admission, however its steps are cut"
+        return Figure(self.kv_bytes(self.question), "bytes", "exact" if exact else "bound", note, low)
 
     @cached_property
     def total(self) -> Figure:

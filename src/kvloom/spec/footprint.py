@@ -31,18 +31,13 @@ class Footprint:
     decode: Bounds
     end: Bounds
     peak: Bounds
+    replay: int = 0
 
     def peak_of(self, sequences: int) -> int:
         """Return the most bytes of `sequences` that share a prompt and then go on, each with blocks of its own."""
         if sequences == 1:
             return self.peak.high
         return max(self.prefill.high, sequences * max(self.settled.high, self.decode.high))
-
-
-def window_blocks(kv: KVSpec, seen: int, window: int) -> int:
-    """Return the fewest blocks of a windowed lane: those that hold one of the next query's keys."""
-    begin = max(0, seen - (window - 1))
-    return -(-seen // kv.block_size) - begin // kv.block_size
 
 
 def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -> int:
@@ -78,7 +73,8 @@ def request_footprint(
     """Return the KV bytes of one request of `prompt` + `output` tokens, its prompt processed in chunks of `chunk`.
 
     The last generated token is never written, so `prompt + output - 1` tokens are cached; planning counts one more,
-    as admission does: without a policy, `peak` is `kv.request_bytes(prompt + output, chunk)`. Who runs the policy may
+    as admission does: without a policy, `peak` is at most `kv.request_bytes(prompt + output, chunk)`, and not exact
+    where a step may be cut differently, which windowed lanes notice. Who runs the policy may
     say on which `layers` it acts (else all but the method's `skip_layers`) and how many tokens a `replay` feeds (else
     the most in any vocabulary). Raises `InvalidInputError` for lengths below 1.
     """
@@ -97,12 +93,13 @@ def request_footprint(
         a, b, c, d = moments
         prefill, settled, end, decode = prefill + a, settled + b, end + c, decode + d
     replay = replay_tokens(policy, prompt) if replay is None else replay
-    prefill = Bounds(prefill.low, prefill.high + _replay_bytes(kv, replay))
+    again = _replay_bytes(kv, replay)
+    prefill = Bounds(prefill.low, prefill.high + again)
     peak = prefill.union(settled).union(decode)
     if not policy.evicts and policy.store is None:
-        whole = kv.request_bytes(prompt + output, chunk)
-        peak = Bounds(whole, whole)
-    return Footprint(prefill, settled, decode, end, peak)
+        written = prompt + max(0, output - 1)
+        peak = Bounds(kv.step_bytes(written - 1, written), kv.request_bytes(prompt + output, chunk))
+    return Footprint(prefill, settled, decode, end, peak, again)
 
 
 def future_bytes(
@@ -191,7 +188,7 @@ def _windowed(
     def between(tokens: int, step: int) -> Bounds:
         """What left the window is freed when a lane next needs a block, so that up to a step's blocks linger."""
         most = kv.lane_blocks(tokens, group.window, step)
-        return Bounds(size * window_blocks(kv, tokens, group.window or 0), size * most)
+        return Bounds(size * kv.step_blocks(tokens, tokens, group.window), size * most)
 
     settled, end = between(prompt, chunk), between(total, chunk)
     last = (total - 1) // kv.block_size * kv.block_size
@@ -200,9 +197,11 @@ def _windowed(
         # shortened may have needed a block later, and have trimmed all once more
         amount = size * (-(-total // kv.block_size) - max(0, last - (group.window - 1)) // kv.block_size)
         end = Bounds(min(end.low, amount) if policy.evicts else amount, amount)
-    prefill = size * kv.lane_blocks(prompt, group.window, chunk)
+    # at least what the prompt's last token alone would need; at most what the longest step anywhere does
+    least, most = kv.step_blocks(prompt - 1, prompt, group.window), kv.lane_blocks(prompt, group.window, chunk)
+    prefill = Bounds(size * least, size * most)
     decode = Bounds(end.low, max(settled.high, size * kv.lane_blocks(total, group.window)))
-    return Bounds(prefill, prefill), settled, end, decode
+    return prefill, settled, end, decode
 
 
 def _evicting(
