@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from kvloom.engine.distribution import Distribution
 from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request, Sequence
-from kvloom.engine.sampler import draw, uniform_at
+from kvloom.engine.sampler import uniform_at
 from tiny_engine import finish, greedy, letters, run, tiny_engine
 from tiny_model import random_tokens
 
@@ -42,10 +43,10 @@ def params(**options: object) -> SamplingParams:
 
 def shares(logits: list[float], options: SamplingParams, steps: int = 4000) -> np.ndarray:
     """How much of [0, 1) leads to each token."""
-    tensor = torch.tensor(logits)
+    left = Distribution.of(np.array(logits, np.float32), options)
     counts = np.zeros(len(logits))
     for step in range(steps):
-        counts[draw(tensor, options, (step + 0.5) / steps)] += 1
+        counts[left.at((step + 0.5) / steps)] += 1
     return counts / steps
 
 
@@ -109,9 +110,9 @@ def test_temperature_comes_before_the_filters() -> None:
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 def test_forbidden_tokens_are_never_drawn_at_the_ends_of_the_unit_interval(uniform: float) -> None:
-    logits = torch.tensor([-torch.inf, 1.0, 2.0, -torch.inf])
+    logits = np.array([-np.inf, 1.0, 2.0, -np.inf], np.float32)
     for options in ({}, {"top_k": 3}, {"top_p": 0.9999}, {"min_p": 1e-9}, {"temperature": 1e-9}):
-        assert draw(logits, params(**options), uniform) in (1, 2)
+        assert Distribution.of(logits, params(**options)).at(uniform) in (1, 2)
 
 
 def test_random_numbers_belong_to_seed_sequence_and_place_alone() -> None:
@@ -229,11 +230,11 @@ def test_a_bias_comes_before_the_penalties_and_no_bias_frees_a_forbidden_token()
     engine = tiny_engine()
     options = {"repetition_penalty": 2.0, "logit_bias": {token: 6.0}, "allowed_token_ids": (token, 3), "min_tokens": 1}
     request = engine.add(PROMPT, greedy(1, stop_token_ids=(3,), **options))
-    logits = torch.full((211,), 9.0)
+    logits = np.full(211, 9.0, np.float32)
     logits[token] = -2.0
     changed = engine.sampler._adjusted(logits, request.sequences[0])
     assert changed[token] == (-2.0 + 6.0) / 2.0  # and not -2 * 2 + 6
-    assert bool(torch.isneginf(changed).sum() == 210)
+    assert np.isneginf(changed).sum() == 210
     finish(engine)
 
 

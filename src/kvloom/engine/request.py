@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvloom.engine.beam import BeamSearch
     from kvloom.engine.detokenizer import IncrementalDetokenizer
     from kvloom.engine.logits_processors import LogitsProcessor
+    from kvloom.engine.occurrences import Occurrences
     from kvloom.policies.eviction import Eviction
 
 
@@ -49,6 +50,7 @@ class Sequence:
 
     `token_ids` holds prompt and output; `row` is None unless running. `num_published` blocks are in the prefix index.
     `eviction` is the cache policy at work on it, if there is one; `kv_spread` its shortest and longest lane.
+    `occurrences` counts its tokens where penalties ask for it.
     """
 
     request: "Request"
@@ -70,6 +72,7 @@ class Sequence:
     stop_reason: int | str | None = None
     detokenizer: "IncrementalDetokenizer | None" = None
     processors: "list[LogitsProcessor]" = field(default_factory=list)
+    occurrences: "Occurrences | None" = None
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
+from kvloom.engine.distribution import best
 from kvloom.engine.request import Logprob
 from kvloom.engine.scheduler import Work
 from kvloom.models.model import Model, StepOutput, StepWanted
@@ -96,7 +97,9 @@ class Runner:
             targets = request.prompt_token_ids[item.start + 1 : item.start + item.num_tokens + 1]
             skip = len(wanted) - 1 - item.start  # rows that an earlier run of a preempted request has done
             for tile, ids in self._tiles(rows[max(skip, 0) : len(targets)], targets[max(skip, 0) :]):
-                wanted.extend(top_logprobs(tile, ids, request.params.prompt_logprobs or 0))
+                values = tile.float().cpu().numpy()
+                count = request.params.prompt_logprobs or 0
+                wanted.extend(top_logprobs(row, token, count) for row, token in zip(values, ids, strict=True))
 
     def _tiles(self, hidden: torch.Tensor, targets: list[int]) -> Iterator[tuple[torch.Tensor, list[int]]]:
         step = max(1, LOGITS_TILE_BYTES // (4 * self.model.config.vocab_size))
@@ -104,21 +107,17 @@ class Runner:
             yield self.model.logits(hidden[first : first + step]), targets[first : first + step]
 
 
-def top_logprobs(logits: torch.Tensor, chosen: list[int], count: int) -> list[dict[int, Logprob]]:
-    """Return, for each row of logits [N, V], the `count` best tokens and the chosen one with logprob and rank."""
-    logits = logits.float()
-    total = torch.logsumexp(logits, dim=-1, keepdim=True)
-    ids = torch.tensor(chosen, device=logits.device)[:, None]
-    own = logits.gather(1, ids)
-    ranks = (logits > own).sum(dim=1) + 1
-    best = torch.topk(logits, min(count, logits.shape[1]), dim=-1)
-    found: list[dict[int, Logprob]] = []
-    for row, token in enumerate(chosen):
-        scores = (best.values[row] - total[row]).tolist()
-        entry = {
-            t: Logprob(s, place + 1)
-            for place, (t, s) in enumerate(zip(best.indices[row].tolist(), scores, strict=True))
-        }
-        entry.setdefault(token, Logprob(float(own[row] - total[row]), int(ranks[row])))
-        found.append(entry)
-    return found
+def top_logprobs(logits: NDArray[np.float32], chosen: int, count: int) -> dict[int, Logprob]:
+    """Return the `count` best tokens of logits [V] and the chosen one, with log-probability and rank."""
+    top = logits.max()
+    total = top + np.log(np.exp(logits - top).sum())
+    tokens = best(logits, count)
+    scores = (logits[tokens] - total).tolist()
+    entry = {
+        token: Logprob(score, place + 1)
+        for place, (token, score) in enumerate(zip(tokens.tolist(), scores, strict=True))
+    }
+    if chosen not in entry:
+        own = logits[chosen]
+        entry[chosen] = Logprob(float(own - total), int(np.count_nonzero(logits > own)) + 1)
+    return entry

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 from numpy.random import Generator, Philox
+from numpy.typing import NDArray
 
-from kvloom.engine.params import SamplingParams
+from kvloom.engine.distribution import Distribution
+from kvloom.engine.occurrences import Occurrences
 from kvloom.engine.request import Logprob, Sequence
 from kvloom.engine.runner import top_logprobs
 
@@ -35,6 +37,7 @@ class Sampler:
         """
         tokens: list[int] = []
         found: list[dict[int, Logprob] | None] = []
+        rows = None if logits is None else logits.detach().float().cpu().numpy()
         for row, sequence in enumerate(sequences):
             forced, params = sequence.request.forced_token_ids, sequence.request.params
             if forced is not None:
@@ -42,18 +45,22 @@ class Sampler:
             elif params.greedy and not self._changes(sequence):
                 tokens.append(greedy[row])
             else:
-                assert logits is not None
-                tokens.append(self._choose(logits[row], sequence))
+                assert rows is not None
+                tokens.append(self._choose(rows[row], sequence))
             if params.logprobs is None:
                 found.append(None)
             else:
-                assert logits is not None
-                found.append(top_logprobs(logits[row : row + 1], [tokens[row]], params.logprobs)[0])
+                assert rows is not None
+                found.append(top_logprobs(rows[row], tokens[row], params.logprobs))
         return tokens, found
 
-    def _choose(self, logits: torch.Tensor, sequence: Sequence) -> int:
+    def _choose(self, logits: NDArray[np.float32], sequence: Sequence) -> int:
         logits = self._adjusted(logits, sequence)
-        return int(torch.argmax(logits)) if sequence.request.params.greedy else self._draw(logits, sequence)
+        params = sequence.request.params
+        if params.greedy:
+            return int(logits.argmax())
+        uniform = uniform_at(sequence.request.seed, sequence.index, sequence.num_output_tokens)
+        return Distribution.of(logits, params).at(uniform)
 
     def _changes(self, sequence: Sequence) -> bool:
         """Return whether processors, penalties or forbidden tokens apply to the next token."""
@@ -62,7 +69,7 @@ class Sampler:
         early = sequence.num_output_tokens < params.min_tokens
         return bool(penalised or early or sequence.request.processors)
 
-    def _adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    def _adjusted(self, logits: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
         """Return logits [V] after forbidden tokens, processors and penalties; a copy where anything applies.
 
         The order is vLLM's: what is forbidden, then biases and the caller's processors, then penalties, so that a
@@ -70,13 +77,13 @@ class Sampler:
         """
         if not self._changes(sequence):
             return logits
-        changed = logits.clone()
+        changed = logits.copy()
         forbidden = self._forbidden(sequence)
         if forbidden:
-            changed[forbidden] = float("-inf")
-        self._process(changed, sequence)
+            changed[forbidden] = -np.inf
+        self._process(torch.from_numpy(changed), sequence)
         penalise(changed, sequence)
-        if self.eos_token_ids and bool(torch.isneginf(changed).all()):
+        if self.eos_token_ids and changed.max() == -np.inf:
             changed[self.eos_token_ids[0]] = 0.0  # nothing is allowed: the sequence ends
         return changed
 
@@ -97,25 +104,28 @@ class Sampler:
         ends = list(params.stop_token_ids)
         return ends if params.ignore_eos else [*ends, *self.eos_token_ids]
 
-    def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
-        params = sequence.request.params
-        uniform = uniform_at(sequence.request.seed, sequence.index, sequence.num_output_tokens)
-        return draw(logits, params, uniform)
 
+def penalise(logits: NDArray[np.float32], sequence: Sequence) -> None:
+    """Apply repetition (prompt and output), presence and frequency (output) penalties to logits [V] in place.
 
-def penalise(logits: torch.Tensor, sequence: Sequence) -> None:
-    """Apply repetition (prompt and output), presence and frequency (output) penalties to logits [V] in place."""
+    Touches only the tokens that the sequence has, which it keeps count of.
+    """
     params = sequence.request.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    output = sequence.output_token_ids
-    if output and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = np.unique(output, return_counts=True)
-        ids = torch.from_numpy(tokens).to(logits.device)
-        times = torch.from_numpy(counts).to(logits.device, torch.float32)
-        logits[ids] -= params.frequency_penalty * times + params.presence_penalty
+    repeats, counts = params.repetition_penalty != 1, bool(params.presence_penalty or params.frequency_penalty)
+    if not repeats and not counts:
+        return
+    if sequence.occurrences is None:
+        sequence.occurrences = Occurrences(len(sequence.request.prompt_token_ids))
+    found = sequence.occurrences
+    found.update(sequence.token_ids)
+    values = logits[found.tokens]
+    if repeats:
+        with np.errstate(over="ignore"):  # of logits that stand for minus infinity
+            values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if counts:
+        times = found.counts
+        values -= np.where(times > 0, params.frequency_penalty * times + params.presence_penalty, np.float32(0))
+    logits[found.tokens] = values
 
 
 def uniform_at(seed: int, index: int, place: int) -> float:
@@ -123,28 +133,3 @@ def uniform_at(seed: int, index: int, place: int) -> float:
     key = np.array([seed % 2**64, index], np.uint64)  # a list would go through float64 where a seed exceeds int64
     bits = Philox(key=key, counter=[place, 0, 0, 0])
     return float(Generator(bits).random())
-
-
-def draw(logits: torch.Tensor, params: SamplingParams, uniform: float) -> int:
-    """Return the token at `uniform` of the cumulative distribution, after temperature, top-k, top-p and min-p.
-
-    The order of the filters, each on what the one before it left, is that of vLLM: temperature, min-p, top-k, top-p.
-    """
-    scaled = logits.double() / params.temperature
-    order: torch.Tensor | None = None
-    if 0 < params.top_k < len(scaled):
-        scaled, order = torch.topk(scaled, params.top_k)
-    elif params.top_p < 1 or params.min_p > 0:
-        scaled, order = torch.sort(scaled, descending=True, stable=True)
-    weights = torch.exp(scaled - scaled.max())
-    if params.min_p > 0:
-        weights = torch.where(weights >= params.min_p, weights, 0.0)
-    cumulative = torch.cumsum(weights, dim=0)
-    if params.top_p < 1:
-        # keep the smallest set that reaches top_p: a token stays while the mass before it is below top_p
-        before = cumulative - weights
-        weights = torch.where(before < params.top_p * cumulative[-1], weights, 0.0)
-        cumulative = torch.cumsum(weights, dim=0)
-    place = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    place = min(place, int(torch.nonzero(weights)[-1]))
-    return place if order is None else int(order[place])
