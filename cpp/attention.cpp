@@ -5,130 +5,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention_plan.h"
 #include "isa.h"
 
 namespace kvloom {
 
 namespace {
 
-constexpr int kContextPart = 256;  // slots of one part of a split context; fixed, so results do not depend on threads
-constexpr int kRunsPerThread = 8;  // so many runs of parts at least, where there are as many parts
-constexpr int kLongestRun = 16;
-constexpr int kSplitRows = 48;     // up to that many rows a context is split
-constexpr int kBlockRows = 96;     // rows of one prefill task
 constexpr float kLog2E = 1.44269504089f;
-
-// Rows of queries [q0, q1) of a sequence, all heads of one group, over slots [begin, end): the whole context, or a run
-// of consecutive parts of a split one.
-struct Task {
-  int seq, kv_head, q0, q1, begin, end;
-  std::ptrdiff_t partial;  // where the result of its first part lies, in floats; -1: finished at once
-};
-
-// Rows whose context is split, and their parts' results.
-struct Split {
-  int seq, kv_head, num_parts;
-  std::ptrdiff_t partial;
-};
-
-struct Plan {
-  std::vector<Task> tasks;
-  std::vector<Split> splits;
-  std::ptrdiff_t partial_floats = 0;
-};
-
-// The runs of slots of one lane that have one store, asked for in ascending order.
-class Stores {
- public:
-  explicit Stores(const Lane& lane) : lane_(lane) {}
-  // The slot behind the run that `slot` lies in.
-  int run_end(int slot) {
-    seek(slot);
-    return segment_ < lane_.num_segments ? lane_.segment_end[segment_] * lane_.block_size : INT_MAX;
-  }
-  Element of(int slot) {
-    seek(slot);
-    return segment_ < lane_.num_segments ? static_cast<Element>(lane_.segment_store[segment_]) : lane_.store;
-  }
-
- private:
-  void seek(int slot) {
-    const int column = divide_by_block(slot, lane_.block_inverse);
-    const int32_t* ends = lane_.segment_end;
-    if (segment_ < lane_.num_segments && column >= ends[segment_])
-      segment_ = static_cast<int>(std::upper_bound(ends + segment_, ends + lane_.num_segments, column) - ends);
-  }
-  Lane lane_;
-  int segment_ = 0;
-};
-
-int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
-int lane_end(const LaneTable& t, int row, int lane) { return t.end[row * t.bounds_stride + lane]; }
-
-// Most parts of a run: long runs start seldom, short ones share the work out evenly.
-int run_length(const AttentionCall& call, int num_threads) {
-  const LayerShape& shape = call.shape;
-  int slots = 0;
-  for (int b = 0; b < call.batch.num_seqs; ++b) {
-    const int row = call.batch.seq_rows[b];
-    slots += lane_end(call.lanes, row, shape.lane_offset) - lane_begin(call.lanes, row, shape.lane_offset);
-  }
-  return std::clamp(slots / kContextPart * shape.num_kv_heads / (num_threads * kRunsPerThread), 1, kLongestRun);
-}
-
-Plan make_plan(const AttentionCall& call, int num_threads) {
-  Plan plan;
-  const LayerShape& shape = call.shape;
-  const int heads = shape.num_heads / shape.num_kv_heads, longest = run_length(call, num_threads);
-  for (int pass = 0; pass < 2; ++pass) {  // whole-context tasks first: they are the long ones
-    for (int b = 0; b < call.batch.num_seqs; ++b) {
-      const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
-      const bool split = n * heads <= kSplitRows;
-      if (n == 0 || split != (pass == 1)) continue;
-      const int row = call.batch.seq_rows[b];
-      const int block = split ? n : std::max(1, kBlockRows / heads);
-      for (int q1 = n; q1 > 0;) {  // from the end: the longest first
-        const int q0 = std::max(0, (q1 - 1) / block * block);
-        for (int g = 0; g < shape.num_kv_heads; ++g) {
-          const int first = lane_begin(call.lanes, row, shape.lane_offset + g);
-          const int last = lane_end(call.lanes, row, shape.lane_offset + g);
-          int begin = first, end = last - n + q1;
-          if (shape.window) begin = std::max(begin, last - n + q0 + 1 - shape.window);
-          if (!split) {
-            plan.tasks.push_back({b, g, q0, q1, begin, end, -1});
-            continue;
-          }
-          // A part lies within 256 slots and within one store; a run of parts within one store.
-          const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
-          const std::size_t first_task = plan.tasks.size();
-          Stores stores(lane_of(call.lanes, shape, row, g));
-          Split whole = {b, g, 0, plan.partial_floats};
-          int in_run = 0;
-          for (int s = begin; whole.num_parts == 0 || s < end; ++whole.num_parts) {
-            const int store_end = stores.run_end(s);
-            const int stop = std::min({end, (s / kContextPart + 1) * kContextPart, store_end});
-            if (in_run == 0) {
-              plan.tasks.push_back({b, g, q0, q1, s, stop, plan.partial_floats});
-            } else {
-              plan.tasks.back().end = stop;
-            }
-            plan.partial_floats += part_floats;
-            in_run = in_run + 1 == longest || stop == store_end ? 0 : in_run + 1;
-            s = stop;
-          }
-          if (whole.num_parts > 1) {
-            plan.splits.push_back(whole);
-          } else {
-            plan.partial_floats = whole.partial;
-            plan.tasks[first_task].partial = -1;
-          }
-        }
-        q1 = q0;
-      }
-    }
-  }
-  return plan;
-}
 
 // One task's arguments for the kernel, and the memory they live in.
 struct Rows {
@@ -278,7 +162,7 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   const Kernels& kernel = kernels();
   const LayerShape& shape = call.shape;
   const int heads = shape.num_heads / shape.num_kv_heads, width = shape.v_width;
-  const Plan plan = make_plan(call, team.size());  // every thread makes the same one
+  const AttentionPlan plan = attention_plan(call, team.size());
   const int count = static_cast<int>(plan.tasks.size());
   const bool grow = workspace.partial.size() < static_cast<std::size_t>(plan.partial_floats);
   if (plan.partial_floats) {

@@ -6,7 +6,7 @@
 
 namespace KVLOOM_ISA {
 
-constexpr int kStrip = 128;  // most slots per strip
+constexpr int kStrip = 256;  // most slots per strip: a row of probabilities must fit a row of a tile
 
 // Where to prefetch while `slot` is in use: the same kind of group `distance` slots on, in this part or the upcoming.
 static inline const char* ahead_group(const AttendArgs& args, int slot, int distance, bool value, const char* fallback) {
@@ -99,8 +99,8 @@ static inline Strip seen_part(const AttendArgs& args, const Strip& strip, int r0
 }
 
 static void attend_part(const AttendArgs& args, char* scratch) {
-  float* scores = (float*)scratch;                       // [12, kStrip]
-  char* probabilities = scratch + kMaxRows * kStrip * 4; // [12, kRowBytes]
+  float* scores = (float*)scratch;                        // [12, kStrip]
+  char* probabilities = scratch + kMaxRows * kStrip * 4;  // [12, kRowBytes]
   char* fixed = probabilities + kMaxRows * kRowBytes;
   for (int r = 0; r < args.num_rows; ++r) {
     args.peak[r] = kMinusInf;

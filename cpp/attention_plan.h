@@ -1,0 +1,72 @@
+// How the work of one attention call is cut up, the same whatever threads there are but for the length of runs.
+//
+//   context of one sequence and KV head   |  part  |  part  |  part  |  part  |  part |
+//   tasks                                 |           run            |      run       |
+//
+// A part has a result of its own, which depends on its slots alone; results of parts are joined at the end.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cstddef>
+#include <vector>
+
+#include "attention.h"
+
+namespace kvloom {
+
+constexpr int kContextPart = 256;  // slots of one part of a split context; fixed, so results do not depend on threads
+constexpr int kSplitRows = 48;     // up to that many rows a context is split
+constexpr int kBlockRows = 96;     // rows of one prefill task
+
+// Rows of queries [q0, q1) of a sequence, all heads of one group, over slots [begin, end): the whole context, or a run
+// of consecutive parts of a split one.
+struct Task {
+  int seq, kv_head, q0, q1, begin, end;
+  std::ptrdiff_t partial;  // where the result of its first part lies, in floats; -1: finished at once
+};
+
+// Rows whose context is split, and their parts' results.
+struct Split {
+  int seq, kv_head, num_parts;
+  std::ptrdiff_t partial;
+};
+
+struct AttentionPlan {
+  std::vector<Task> tasks;
+  std::vector<Split> splits;
+  std::ptrdiff_t partial_floats = 0;
+};
+
+// Every thread of a call makes the same one.
+AttentionPlan attention_plan(const AttentionCall& call, int num_threads);
+
+// The runs of slots of one lane that have one store, asked for in ascending order.
+class Stores {
+ public:
+  explicit Stores(const Lane& lane) : lane_(lane) {}
+  // The slot behind the run that `slot` lies in.
+  int run_end(int slot) {
+    seek(slot);
+    return segment_ < lane_.num_segments ? lane_.segment_end[segment_] * lane_.block_size : INT_MAX;
+  }
+  Element of(int slot) {
+    seek(slot);
+    return segment_ < lane_.num_segments ? static_cast<Element>(lane_.segment_store[segment_]) : lane_.store;
+  }
+
+ private:
+  void seek(int slot) {
+    const int column = divide_by_block(slot, lane_.block_inverse);
+    const int32_t* ends = lane_.segment_end;
+    if (segment_ < lane_.num_segments && column >= ends[segment_])
+      segment_ = static_cast<int>(std::upper_bound(ends + segment_, ends + lane_.num_segments, column) - ends);
+  }
+  Lane lane_;
+  int segment_ = 0;
+};
+
+inline int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
+inline int lane_end(const LaneTable& t, int row, int lane) { return t.end[row * t.bounds_stride + lane]; }
+
+}  // namespace kvloom
