@@ -11,14 +11,14 @@ namespace kvloom {
 
 namespace {
 
-template <class T> void reserve(std::vector<T>& buffer, std::size_t n) {
+template <class Buffer> void reserve(Buffer& buffer, std::size_t n) {
   if (buffer.size() < n) {
     buffer.clear();  // nothing is kept between steps: no copy
     buffer.resize(n);
   }
 }
 
-Tiles tiles_in(Product product, int rows, int k, std::vector<char>& data, std::vector<float>& scale) {
+Tiles tiles_in(Product product, int rows, int k, StepMemory::Buffer<char>& data, StepMemory::Buffer<float>& scale) {
   Tiles tiles = tiles_shape(product, rows, k);
   reserve(data, tiles.bytes() + 64);
   reserve(scale, static_cast<std::size_t>(rows));

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "huge_allocator.h"
 #include "weight.h"
 
 namespace kvloom {
@@ -67,9 +68,10 @@ struct StepCall {
 
 // Buffers that persist between steps; they grow with the batch.
 struct StepMemory {
-  std::vector<float> x, qkv, branch, wide, cos_sin, logits;
-  std::vector<char> hidden_tiles, attention_tiles, wide_tiles, output_tiles;
-  std::vector<float> hidden_scale, attention_scale, wide_scale, output_scale;
+  template <class T> using Buffer = std::vector<T, HugeAllocator<T>>;
+  Buffer<float> x, qkv, branch, wide, cos_sin, logits;
+  Buffer<char> hidden_tiles, attention_tiles, wide_tiles, output_tiles;
+  Buffer<float> hidden_scale, attention_scale, wide_scale, output_scale;
   std::vector<std::vector<char>> own_tiles;  // per thread, batch of one
   std::vector<std::vector<float>> own_row;
   std::vector<float> own_scale;

@@ -1,0 +1,38 @@
+// An allocator of standard containers whose large blocks lie on huge pages where the system has them: a buffer that
+// grows to megabytes in the first long prompt then costs a few page faults and not thousands.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kvloom {
+
+template <class T> struct HugeAllocator {
+  using value_type = T;
+  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+  HugeAllocator() = default;
+  template <class U> HugeAllocator(const HugeAllocator<U>&) {}
+
+  T* allocate(std::size_t n) {
+    const std::size_t bytes = n * sizeof(T), unit = bytes < kHugePage ? 64 : kHugePage;
+    const std::size_t rounded = (bytes + unit - 1) / unit * unit;
+    void* p = std::aligned_alloc(unit, rounded);
+    if (!p) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (unit == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(p);
+  }
+  void deallocate(T* p, std::size_t) { std::free(p); }
+
+  friend bool operator==(const HugeAllocator&, const HugeAllocator&) { return true; }
+  friend bool operator!=(const HugeAllocator&, const HugeAllocator&) { return false; }
+};
+
+}  // namespace kvloom
