@@ -1,7 +1,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <cstring>
 

@@ -3,17 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from kvloom.kernels import cpu
+from threads import threads
 
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Run the tests of this folder on one thread."""
-    before = torch.get_num_threads(), cpu.num_threads()
-    torch.set_num_threads(1)
-    cpu.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    cpu.set_num_threads(before[1])
+    with threads(1):
+        yield

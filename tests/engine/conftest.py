@@ -4,34 +4,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from kvloom.engine.llm import LLM
-from kvloom.kernels import cpu
-
-
-def set_threads(count: int) -> None:
-    """Use `count` threads in torch and in the kernels."""
-    torch.set_num_threads(count)
-    cpu.set_num_threads(count)
+from threads import threads
 
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
     """Small tensors: more than one thread only costs time."""
-    before = torch.get_num_threads(), cpu.num_threads()
-    set_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    cpu.set_num_threads(before[1])
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")
 def two_threads() -> Iterator[None]:
     """Real models are worth a second thread."""
-    set_threads(2)
-    yield
-    set_threads(1)
+    with threads(2):
+        yield
 
 
 @pytest.fixture(scope="package")

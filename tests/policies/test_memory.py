@@ -83,6 +83,17 @@ def test_a_prompt_three_times_the_arena_runs_per_chunk_and_is_refused_with_numbe
     engine.cache.check_invariants()
 
 
+def reserved_for(policy, sequences):
+    """Run a request alone, assert that it held no more than was reserved, and return the engine and what was."""
+    engine = small_engine(max_num_batched_tokens=128, prefix=False)
+    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=policy)
+    reserved = request.sequences[0].eviction.occupancy.peak_bytes(340, 128, sequences)
+    engine.cache.arena.peak_bytes = 0
+    run(engine, [request])
+    assert engine.cache.arena.peak_bytes <= reserved
+    return engine, reserved
+
+
 @pytest.mark.parametrize(
     "policy",
     ["snapkv(budget=100)", "snapkv(budget=100)+adaptive", "snapkv(budget=100)+pyramid", "h2o(budget=100)",
@@ -92,12 +103,7 @@ def test_a_prompt_three_times_the_arena_runs_per_chunk_and_is_refused_with_numbe
 )  # fmt: skip
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_a_request_never_holds_more_than_was_reserved_for_it(policy, sequences):
-    engine = small_engine(max_num_batched_tokens=128, prefix=False)
-    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=policy)
-    reserved = request.sequences[0].eviction.occupancy.peak_bytes(340, 128, sequences)
-    engine.cache.arena.peak_bytes = 0
-    run(engine, [request])
-    assert engine.cache.arena.peak_bytes <= reserved
+    engine, _ = reserved_for(policy, sequences)
     assert engine.scheduler.num_preemptions == 0
 
 
@@ -106,12 +112,7 @@ def test_a_request_never_holds_more_than_was_reserved_for_it(policy, sequences):
 def test_heads_with_a_limit_of_their_own_never_hold_more_than_was_reserved(tmp_path, extra, sequences):
     (tmp_path / "heads.json").write_text("[[1, 0], [0, 1], [0, 0]]")
     policy = f"duo(pattern={tmp_path / 'heads.json'},sinks=2,window=30){extra}"
-    engine = small_engine(max_num_batched_tokens=128, prefix=False)
-    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=policy)
-    reserved = request.sequences[0].eviction.occupancy.peak_bytes(340, 128, sequences)
-    engine.cache.arena.peak_bytes = 0
-    run(engine, [request])
-    assert engine.cache.arena.peak_bytes <= reserved
+    engine, reserved = reserved_for(policy, sequences)
     if extra:
         dense = engine.cache.spec.request_bytes(340, 128)
         assert reserved < sequences * dense * 3 // 4  # four lanes of six are short

@@ -1,6 +1,6 @@
 """What to change when it does not fit, cheapest first: free settings, then memory formats, then what users lose."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from kvloom.plan.question import Question
 from kvloom.spec.format import bits_per_element, runs, store_format, store_names
 from kvloom.spec.hardware import DEVICES
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.search import largest
 from kvloom.units import format_bytes
 
 MOST_DEVICES = 64
@@ -80,19 +81,10 @@ def _eviction(asked: Question) -> Iterator[Advice]:
         text = f"snapkv(budget={budget})" + (f"+{asked.policy.store.name}" if asked.policy.store else "")
         return replace(asked, policy=PolicySpec.parse(text))
 
-    budget = _largest(lambda n: _fits(with_budget(n)), 64, asked.prompt)
+    budget = largest(lambda n: _fits(with_budget(n)), 64, asked.prompt)
     if budget is not None:
         yield Advice(f"evict: keep {budget} of {asked.prompt} prompt tokens per lane",
                      f'--kv-policy "{with_budget(budget).policy}"', "lossy; measure it on your text", True)
-
-
-def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    if low > high or not fits(low):
-        return None
-    while high - low > 0:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def _demand(asked: Question) -> Iterator[Advice]:

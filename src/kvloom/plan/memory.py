@@ -16,6 +16,7 @@ from kvloom.spec.bounds import Bounds
 from kvloom.spec.footprint import Footprint, request_footprint
 from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+from kvloom.spec.search import largest
 from kvloom.spec.solo import solo_peak
 from kvloom.units import MIB, format_bytes
 
@@ -225,17 +226,7 @@ class Memory:
         def fits(number: int) -> bool:
             return bool(Memory(ask(number)).fits)
 
-        if not fits(least):
-            return 0
-        low, high = least, least * 2
-        while high <= most and fits(high):
-            low, high = high, high * 2
-        if high > most:
-            return most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return largest(fits, least, most) or 0
 
 
 _footprint = lru_cache(maxsize=4096)(request_footprint)

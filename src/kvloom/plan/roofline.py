@@ -14,6 +14,7 @@ from kvloom.spec.format import store_format
 from kvloom.spec.kv import LayerKV
 from kvloom.spec.layer import Attention, Experts, Latent, Recurrent
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+from kvloom.spec.search import largest
 
 
 def causal_pairs(tokens: int, window: int | None) -> int:
@@ -183,22 +184,13 @@ class Roofline:
     def kv_bound_context(self) -> int | None:
         """Context from which a step of all users reads more KV than weights; None when it never does.
 
-        Search by doubling and halving: reads never shrink with the context.
+        Reads never shrink with the context.
         """
         asked = self.question
         weights = self.weight_bytes(asked.users)
         if asked.users * self.kv_read_bytes(1 << 30, 0) <= weights:
             return None
-        low, high = 0, 1
-        while asked.users * self.kv_read_bytes(high, 0) <= weights:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            if asked.users * self.kv_read_bytes(middle, 0) <= weights:
-                low = middle
-            else:
-                high = middle
-        return high
+        return (largest(lambda n: asked.users * self.kv_read_bytes(n, 0) <= weights, 1, 1 << 30) or 0) + 1
 
     def intensity(self, batch: int) -> float:
         """Return the operations per byte of a decode step of `batch` requests at the full context, on one device."""
@@ -219,10 +211,4 @@ class Roofline:
         ridge = self.ridge
         if ridge is None or self.intensity(1 << 30) < ridge:
             return None
-        low, high = 0, 1
-        while self.intensity(high) < ridge:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.intensity(middle) < ridge else (low, middle)
-        return high
+        return (largest(lambda batch: self.intensity(batch) < ridge, 1, 1 << 30) or 0) + 1

@@ -1,11 +1,11 @@
 """What an engine comes to as it starts: the plan's figures for the weights and the arena that it really has."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
+from kvloom.spec.search import largest
 from kvloom.spec.slabs import longest_request, sure_bytes
 from kvloom.spec.store import SLAB_BYTES
 
@@ -49,7 +49,7 @@ def _longest(asked: Question, arena_bytes: int, room: int) -> int:
     assert kv is not None
     if not asked.policy.evicts:
         return min(most, longest_request(kv, arena_bytes, asked.chunk))
-    return _largest(lambda tokens: Memory.footprint_of(_split(asked, tokens)).peak.high <= room, most)
+    return largest(lambda tokens: Memory.footprint_of(_split(asked, tokens)).peak.high <= room, 1, most) or 0
 
 
 def _split(asked: Question, tokens: int) -> Question:
@@ -62,16 +62,4 @@ def _requests(asked: Question, room: int) -> int:
     """Return how many such requests fit into `room` bytes."""
     one = _split(asked, asked.context)
     memory = Memory(one)
-    return _largest(lambda users: memory.kv_bytes(replace(one, users=users)) <= room, room)
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number up to `most` for which `fits`, which is true up to some number; 0 when none does."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest(lambda users: memory.kv_bytes(replace(one, users=users)) <= room, 1, room) or 0

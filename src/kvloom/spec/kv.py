@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvloom.errors import InvalidInputError
+from kvloom.spec.search import largest
 from kvloom.spec.store import SLAB_BYTES, STORES
 
 
@@ -158,12 +159,4 @@ class KVSpec:
 
     def max_tokens_in(self, num_bytes: int, chunk: int = 1) -> int:
         """Return the longest request, in tokens, whose `request_bytes` are at most `num_bytes`."""
-        low, high = 0, 1
-        while self.request_bytes(high, chunk) <= num_bytes:
-            low, high = high, high * 2
-            if high > 1 << 40:
-                return low
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.request_bytes(middle, chunk) <= num_bytes else (low, middle)
-        return low
+        return largest(lambda num_tokens: self.request_bytes(num_tokens, chunk) <= num_bytes, 1, 1 << 40) or 0

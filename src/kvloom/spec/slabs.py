@@ -1,6 +1,7 @@
 """What fits into an arena: slabs of 2 MiB, each of which serves blocks of one size at a time."""
 
 from kvloom.spec.kv import KVSpec
+from kvloom.spec.search import largest
 from kvloom.spec.store import SLAB_BYTES
 
 
@@ -16,11 +17,8 @@ def slabs_of_request(kv: KVSpec, num_tokens: int, chunk: int) -> int:
 def longest_request(kv: KVSpec, num_bytes: int, chunk: int) -> int:
     """Return the longest request, in tokens, that fits alone into an empty arena of `num_bytes`."""
     slabs = num_bytes // SLAB_BYTES
-    low, high = 0, kv.max_tokens_in(num_bytes, chunk) + 1  # rounding to slabs only shortens it
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if slabs_of_request(kv, middle, chunk) <= slabs else (low, middle)
-    return low
+    most = kv.max_tokens_in(num_bytes, chunk)  # rounding to slabs only shortens it
+    return largest(lambda num_tokens: slabs_of_request(kv, num_tokens, chunk) <= slabs, 1, most) or 0
 
 
 def sure_bytes(kv: KVSpec, num_bytes: int) -> int:
