@@ -14,6 +14,8 @@ def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads(), cpu.num_threads()
     torch.set_num_threads(count)
     cpu.set_num_threads(count)
-    yield
-    torch.set_num_threads(before[0])
-    cpu.set_num_threads(before[1])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cpu.set_num_threads(before[1])

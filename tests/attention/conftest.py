@@ -7,7 +7,7 @@ import pytest
 from threads import threads
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Run the tests of this folder on one thread."""
     with threads(1):

@@ -9,7 +9,7 @@ from kvloom.engine.llm import LLM
 from threads import threads
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Small tensors: more than one thread only costs time."""
     with threads(1):

@@ -10,6 +10,7 @@ from kvloom.engine.occurrences import Occurrences
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request, Sequence
 from kvloom.engine.sampler import Sampler, penalise, uniform_at
+from threads import threads
 
 VOCABULARY = 20_011
 FILTERS: dict[str, dict[str, float]] = {
@@ -216,10 +217,9 @@ def test_a_row_gives_the_same_token_alone_and_among_others_with_any_number_of_th
     def sequences() -> list[Sequence]:
         return [sequence_of([1, 2, 3], [4, 5], **chosen) for chosen in options]
 
-    sampler, greedy, threads = Sampler(()), [0] * len(options), torch.get_num_threads()
+    sampler, greedy = Sampler(()), [0] * len(options)
     together, _ = sampler.sample(greedy, logits, sequences())
     for count in (1, 2):
-        torch.set_num_threads(count)
-        alone = [sampler.sample([0], logits[[i]], [s])[0][0] for i, s in enumerate(sequences())]
-        torch.set_num_threads(threads)
+        with threads(count):
+            alone = [sampler.sample([0], logits[[i]], [s])[0][0] for i, s in enumerate(sequences())]
         assert alone == together

@@ -13,7 +13,6 @@ import pytest
 
 from kvloom.engine.engine import Engine
 from kvloom.engine.llm import LLM
-from kvloom.kernels import cpu
 from tiny_engine import finish, greedy, nothing_left, tiny_engine
 from tiny_model import FULL, random_tokens
 
@@ -64,8 +63,8 @@ def test_thirty_two_requests_fill_the_limit_to_the_last_byte_and_give_everything
 
 
 @pytest.mark.real_model
+@pytest.mark.usefixtures("two_threads")
 def test_the_real_model_fills_the_limit_to_the_last_byte_and_gives_everything_back(smollm2_path: Path) -> None:
-    cpu.set_num_threads(2)
     llm = LLM(
         str(smollm2_path), dtype="float32", kv_cache_memory_bytes=LIMIT, max_num_seqs=32, max_num_batched_tokens=8192
     )

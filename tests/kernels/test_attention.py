@@ -7,6 +7,7 @@ from tests.kernels.conftest import FilledLanes, fill_lanes
 
 from kvloom.errors import InvalidInputError
 from kvloom.kernels import cpu, reference, reference_dense
+from threads import threads
 
 FLOAT = 1e-5  # float32 sums in another order
 BF16 = 3e-2  # queries and probabilities rounded to 8 bits of mantissa
@@ -87,21 +88,19 @@ def test_softcap_slopes_bias_and_sinks_follow_their_definitions(isa: str, new: i
     torch.testing.assert_close(lse, want_lse, atol=FLOAT, rtol=FLOAT)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_result_depends_on_neither_the_batch_nor_the_threads(isa: str, threads: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_result_depends_on_neither_the_batch_nor_the_threads(isa: str, count: int) -> None:
     filled = fill_lanes("bf16", 9, 3, 64, [700, 33, 520])
     cu = chunks([1, 4, 90])
     q = torch.randn(95, 9, 64)
     together = cpu.attention(filled.lanes, filled.shape, cu, filled.rows, q, 0.2)
-    before = cpu.num_threads()
-    cpu.set_num_threads(threads)
-    alone = [
-        cpu.attention(
-            filled.lanes, filled.shape, chunks([last - first]), filled.rows[b : b + 1], q[first:last], 0.2
-        )
-        for b, (first, last) in enumerate(((0, 1), (1, 5), (5, 95)))
-    ]
-    cpu.set_num_threads(before)
+    with threads(count):
+        alone = [
+            cpu.attention(
+                filled.lanes, filled.shape, chunks([last - first]), filled.rows[b : b + 1], q[first:last], 0.2
+            )
+            for b, (first, last) in enumerate(((0, 1), (1, 5), (5, 95)))
+        ]
     assert torch.equal(torch.cat(alone), together)
 
 
@@ -163,10 +162,8 @@ def test_runs_do_not_make_a_result_depend_on_the_batch_or_the_threads(isa: str, 
     filled, lanes, _, _ = mixed_lanes("bf16", RUNS[2])
     q = torch.randn(new + 1, 6, 32)
     together = cpu.attention(lanes, filled.shape, chunks([new, 1]), filled.rows, q, 0.2)
-    before = cpu.num_threads()
-    cpu.set_num_threads(3)
-    alone = cpu.attention(lanes, filled.shape, chunks([new]), filled.rows[:1], q[:new], 0.2)
-    cpu.set_num_threads(before)
+    with threads(3):
+        alone = cpu.attention(lanes, filled.shape, chunks([new]), filled.rows[:1], q[:new], 0.2)
     assert torch.equal(alone, together[:new])
 
 

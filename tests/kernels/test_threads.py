@@ -14,6 +14,7 @@ import torch
 
 from kvloom.kernels import cpu
 from kvloom.kernels.cpu import _ext
+from threads import threads
 from tiny_engine import finish, greedy, nothing_left, run, tiny_engine
 from tiny_model import random_tokens
 
@@ -33,12 +34,10 @@ def tasks() -> int:
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    """Put back the numbers of threads."""
-    before = torch.get_num_threads(), cpu.num_threads()
-    yield
-    torch.set_num_threads(before[0])
-    cpu.set_num_threads(before[1])
+def one_thread() -> Iterator[None]:
+    """Begin with one thread, whatever other tests left behind, and put back what was."""
+    with threads(1):
+        yield
 
 
 def work() -> torch.Tensor:

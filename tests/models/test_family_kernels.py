@@ -34,7 +34,6 @@ RUNNABLE = {
 def test_whole_steps_have_the_logits_of_transformers(variant, tmp_path, monkeypatch):
     kind, changes = VARIANTS[variant]
     monkeypatch.setitem(VARIANTS, variant, (kind, {**changes, **RUNNABLE[variant]}))
-    torch.set_num_threads(1)
     oracle = oracle_of(variant)
     decoder = decoder_of(oracle, tmp_path)
     config = decoder.config
@@ -54,7 +53,6 @@ def test_whole_steps_have_the_logits_of_transformers(variant, tmp_path, monkeypa
 
 
 def test_sinks_and_slopes_mean_the_same_in_both_decoders(tmp_path):
-    torch.set_num_threads(1)
     from families import feed
     from kvloom.models.decoder import Decoder
     from tiny_model import cache_of, random_weights, tiny_config

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kvloom.errors import DoesNotFitError
-from kvloom.kernels import cpu
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.plan.memory import Memory
@@ -15,6 +14,7 @@ from kvloom.spec.hardware import find_device
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import SLAB_BYTES
 from policies.small import greedy, prompt_of, run, small_engine
+from threads import threads
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
@@ -26,9 +26,8 @@ LANES, BLOCK_BYTES = 90, 4096
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path):
     """SmolLM2 in bfloat16 on the kernels of the CPU, with two threads."""
-    cpu.set_num_threads(2)
-    yield load_model(open_checkpoint(str(smollm2_path)), torch.bfloat16, block_size=16)
-    cpu.set_num_threads(1)
+    with threads(2):
+        yield load_model(open_checkpoint(str(smollm2_path)), torch.bfloat16, block_size=16)
 
 
 def engine_of(model, slabs):
