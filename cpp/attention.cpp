@@ -192,9 +192,9 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
       float* at = workspace.partial.data() + task.partial;
       args.peak = at;
       args.total = at + rows.num_rows;
-      args.sum = at + 2 * rows.num_rows;
+      args.sum = at + part_sums(rows.num_rows);
       args.part_slots = kContextPart;
-      args.part_stride = static_cast<std::ptrdiff_t>(rows.num_rows) * (width + 2);
+      args.part_stride = part_floats(rows.num_rows, width);
     }
     kernel.attend(args, rows.kernel_scratch);
     if (task.partial < 0) {
@@ -212,17 +212,17 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
     const Split& split = plan.splits[static_cast<std::size_t>(i)];
     const int token0 = call.batch.cu_seqlens[split.seq];
     const int rows = (call.batch.cu_seqlens[split.seq + 1] - token0) * heads;
-    const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(rows) * (width + 2);
+    const std::ptrdiff_t stride = part_floats(rows, width);
     const float* base = workspace.partial.data() + split.partial;
     for (int r = 0; r < rows; ++r) {
       float peak = -INFINITY, total = 0;
-      for (int p = 0; p < split.num_parts; ++p) peak = std::max(peak, base[p * part_floats + r]);
+      for (int p = 0; p < split.num_parts; ++p) peak = std::max(peak, base[p * stride + r]);
       std::fill(sum, sum + width, 0.0f);
       for (int p = 0; p < split.num_parts && peak > -INFINITY; ++p) {
-        const float* part = base + p * part_floats;
+        const float* part = base + p * stride;
         const float weight = std::exp2(part[r] - peak);
         total += weight * part[rows + r];
-        const float* from = part + 2 * rows + static_cast<std::ptrdiff_t>(r) * width;
+        const float* from = part + part_sums(rows) + static_cast<std::ptrdiff_t>(r) * width;
         for (int d = 0; d < width; ++d) sum[d] += weight * from[d];
       }
       finish_row(kernel, call, token0 + r / heads, split.kv_head * heads + r % heads, peak, total, sum);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "huge_allocator.h"
 #include "kernels/kernels.h"
 #include "thread_pool.h"
 
@@ -67,7 +68,7 @@ struct AttentionCall {
 
 // Memory that a call's partial results live in; grows and stays.
 struct Workspace {
-  std::vector<float> partial;
+  std::vector<float, HugeAllocator<float>> partial;
 };
 
 // The whole team attends; keys and values must be visible (barrier before). No barrier after.

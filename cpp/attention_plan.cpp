@@ -45,7 +45,6 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             continue;
           }
           // A part lies within 256 slots and within one store; a run of parts within one store.
-          const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
           const std::size_t first_task = plan.tasks.size();
           Stores stores(lane_of(call.lanes, shape, row, g));
           Split whole = {b, g, 0, plan.partial_floats};
@@ -58,7 +57,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             } else {
               plan.tasks.back().end = stop;
             }
-            plan.partial_floats += part_floats;
+            plan.partial_floats += part_floats(n * heads, shape.v_width);
             in_run = in_run + 1 == longest || stop == store_end ? 0 : in_run + 1;
             s = stop;
           }

@@ -38,6 +38,11 @@ struct AttentionPlan {
   std::ptrdiff_t partial_floats = 0;
 };
 
+// How the results of a part lie: [rows] peaks, [rows] totals, then [rows, width] sums on a cache line of their own, so
+// that no vector of them lies across two.
+inline std::ptrdiff_t part_sums(int rows) { return (static_cast<std::ptrdiff_t>(rows) * 2 + 15) / 16 * 16; }
+inline std::ptrdiff_t part_floats(int rows, int width) { return part_sums(rows) + static_cast<std::ptrdiff_t>(rows) * width; }
+
 // Every thread of a call makes the same one.
 AttentionPlan attention_plan(const AttentionCall& call, int num_threads);
 
