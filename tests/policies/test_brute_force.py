@@ -178,7 +178,6 @@ def test_survivors_hold_what_the_merging_formula_says(action):
             k, v = layer.k[:, g], layer.v[:, g]
             counts = dict.fromkeys(kept, 1)
             if action.startswith("cam"):
-
                 def draw(j, g=g, index=index):
                     return brute_force.hash_number(j, g, index, 77)
 
