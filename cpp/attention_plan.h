@@ -72,6 +72,9 @@ class Stores {
 };
 
 inline int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
-inline int lane_end(const LaneTable& t, int row, int lane) { return t.end[row * t.bounds_stride + lane]; }
+// Where a lane of sequence `b` ends once the batch is appended.
+inline int lane_end(const LaneTable& t, const Batch& batch, int b, int lane) {
+  return t.end[batch.seq_rows[b] * t.bounds_stride + lane] - (batch.later ? batch.later[b] : 0);
+}
 
 }  // namespace kvloom
