@@ -16,7 +16,7 @@ GROUP = 32
 
 
 def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return int8 codes [N, K] in [-8, 7], scales and offsets [N, ceil(K / 32)], float32 of half precision, of x [N, K].
+    """Return int8 codes [N, K] in [-8, 7], scales and offsets [N, ceil(K / 32)], halves in float32, of x [N, K].
 
     x is scale * code + offset in every 32 columns (the last group may have fewer). The range of a group, lowest to
     highest, is cut into 15, 14, .., 8 steps and x rounded to them; of these eight ways stays the one with the least
