@@ -163,6 +163,8 @@ struct Kernels {
   void (*linear)(const LinearArgs&, int panel_begin, int panel_end, int tile_begin, int tile_end, const float* sums);
   // Sums of every 32 inputs of tiles: out [tiles][k / 32][12], the rows of a tile last.
   void (*group_sums)(const Tiles&, int tile_begin, int tile_end, float* out);
+  // Codes [n], scale and offset [2] of up to 32 weights in int4, as int4_group.h says.
+  void (*int4_fit)(const float* weight, int n, int8_t* code, float* scale_offset);
   void (*pack_row)(const Tiles&, int row, const float* x);
   void (*to_float)(Element, const void* x, float* y, size_t n);
   void (*from_float)(Element, const float* x, void* y, size_t n);
