@@ -51,8 +51,8 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
   const int heads = shape.num_heads / shape.num_kv_heads, table_row = call.batch.seq_rows[task.seq];
   const int lane = shape.lane_offset + task.kv_head;
   const int token0 = call.batch.cu_seqlens[task.seq];
-  const int n = call.batch.cu_seqlens[task.seq + 1] - token0;
-  const int visible = lane_begin(call.lanes, table_row, lane), end = lane_end(call.lanes, table_row, lane);
+  const int n = call.batch.count(task.seq);
+  const int visible = lane_begin(call.lanes, table_row, lane), end = lane_end(call.lanes, call.batch, task.seq, lane);
   const float scale = call.scale * (call.softcap > 0 ? 1.0f : kLog2E);
   const std::size_t size = call.q_element == Element::kFloat ? 4 : 2;
   float head[1024];
@@ -172,7 +172,8 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
     }
   }
   char* memory = team.scratch(Rows::bytes(std::max(kBlockRows, std::max(heads, kSplitRows)), width));
-  const int chunk = std::max(1, count / (team.size() * 16));
+  // Whole contexts take up to a millisecond each: the last ones must not be one thread's. Runs of parts are short.
+  const int chunk = plan.splits.empty() ? 1 : std::max(1, count / (team.size() * 16));
   int claimed = team.next() * chunk, index = claimed;
   while (index < count) {
     int following = index + 1;
@@ -192,9 +193,9 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
       float* at = workspace.partial.data() + task.partial;
       args.peak = at;
       args.total = at + rows.num_rows;
-      args.sum = at + 2 * rows.num_rows;
+      args.sum = at + part_sums(rows.num_rows);
       args.part_slots = kContextPart;
-      args.part_stride = static_cast<std::ptrdiff_t>(rows.num_rows) * (width + 2);
+      args.part_stride = part_floats(rows.num_rows, width);
     }
     kernel.attend(args, rows.kernel_scratch);
     if (task.partial < 0) {
@@ -212,17 +213,17 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
     const Split& split = plan.splits[static_cast<std::size_t>(i)];
     const int token0 = call.batch.cu_seqlens[split.seq];
     const int rows = (call.batch.cu_seqlens[split.seq + 1] - token0) * heads;
-    const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(rows) * (width + 2);
+    const std::ptrdiff_t stride = part_floats(rows, width);
     const float* base = workspace.partial.data() + split.partial;
     for (int r = 0; r < rows; ++r) {
       float peak = -INFINITY, total = 0;
-      for (int p = 0; p < split.num_parts; ++p) peak = std::max(peak, base[p * part_floats + r]);
+      for (int p = 0; p < split.num_parts; ++p) peak = std::max(peak, base[p * stride + r]);
       std::fill(sum, sum + width, 0.0f);
       for (int p = 0; p < split.num_parts && peak > -INFINITY; ++p) {
-        const float* part = base + p * part_floats;
+        const float* part = base + p * stride;
         const float weight = std::exp2(part[r] - peak);
         total += weight * part[rows + r];
-        const float* from = part + 2 * rows + static_cast<std::ptrdiff_t>(r) * width;
+        const float* from = part + part_sums(rows) + static_cast<std::ptrdiff_t>(r) * width;
         for (int d = 0; d < width; ++d) sum[d] += weight * from[d];
       }
       finish_row(kernel, call, token0 + r / heads, split.kv_head * heads + r % heads, peak, total, sum);
@@ -239,7 +240,7 @@ void key_mass(Team& team, const AttentionCall& call, const float* lse, float* ma
     for (int g = 0; g < shape.num_kv_heads; ++g) {
       const int row = call.batch.seq_rows[b], lane = shape.lane_offset + g;
       const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
-      const int end = lane_end(call.lanes, row, lane);
+      const int end = lane_end(call.lanes, call.batch, b, lane);
       for (int s = lane_begin(call.lanes, row, lane); s < end;) {
         const int stop = std::min(end, (s / kContextPart + 1) * kContextPart);
         tasks.push_back({b, g, 0, n, s, stop, -1});
@@ -291,7 +292,7 @@ void append(Team& team, const AppendCall& call) {
     if (norm || (call.cos_sin && call.rotary)) kernel.from_float(call.element, head, at, shape.k_width);
     if (query) continue;
     const int row = call.batch.seq_rows[seq];
-    const int slot = lane_end(call.lanes, row, shape.lane_offset + h) - call.batch.cu_seqlens[seq + 1] + t;
+    const int slot = lane_end(call.lanes, call.batch, seq, shape.lane_offset + h) - call.batch.cu_seqlens[seq + 1] + t;
     const char* v = static_cast<const char*>(call.v) +
                     (static_cast<std::size_t>(t) * call.v_stride + static_cast<std::size_t>(h) * shape.v_width) * size;
     kernel.to_float(call.element, v, values, shape.v_width);

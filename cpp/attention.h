@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "huge_allocator.h"
 #include "kernels/kernels.h"
 #include "thread_pool.h"
 
@@ -31,11 +32,17 @@ struct LaneTable {
 };
 
 // Packed queries: sequence b owns tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1 and row seq_rows[b] of the table.
+// A batch may be a stretch of a longer step, with the lanes' ends already those after the whole of it.
 struct Batch {
   int num_tokens = 0;  // T
   int num_seqs = 0;    // B
   const int32_t* cu_seqlens = nullptr;
   const int32_t* seq_rows = nullptr;
+  const int32_t* later = nullptr;    // [B] tokens of the sequence that the step appends behind these; null: none
+  const int32_t* in_step = nullptr;  // [B] tokens of the sequence in the step; null: these
+
+  int count(int b) const { return cu_seqlens[b + 1] - cu_seqlens[b]; }
+  int step_count(int b) const { return in_step ? in_step[b] : count(b); }
 };
 
 struct LayerShape {
@@ -67,7 +74,7 @@ struct AttentionCall {
 
 // Memory that a call's partial results live in; grows and stays.
 struct Workspace {
-  std::vector<float> partial;
+  std::vector<float, HugeAllocator<float>> partial;
 };
 
 // The whole team attends; keys and values must be visible (barrier before). No barrier after.

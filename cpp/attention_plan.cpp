@@ -15,7 +15,7 @@ int run_length(const AttentionCall& call, int num_threads) {
   int slots = 0;
   for (int b = 0; b < call.batch.num_seqs; ++b) {
     const int row = call.batch.seq_rows[b];
-    slots += lane_end(call.lanes, row, shape.lane_offset) - lane_begin(call.lanes, row, shape.lane_offset);
+    slots += lane_end(call.lanes, call.batch, b, shape.lane_offset) - lane_begin(call.lanes, row, shape.lane_offset);
   }
   return std::clamp(slots / kContextPart * shape.num_kv_heads / (num_threads * kRunsPerThread), 1, kLongestRun);
 }
@@ -28,8 +28,8 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
   const int heads = shape.num_heads / shape.num_kv_heads, longest = run_length(call, num_threads);
   for (int pass = 0; pass < 2; ++pass) {  // whole-context tasks first: they are the long ones
     for (int b = 0; b < call.batch.num_seqs; ++b) {
-      const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
-      const bool split = n * heads <= kSplitRows;
+      const int n = call.batch.count(b);
+      const bool split = call.batch.step_count(b) * heads <= kSplitRows;
       if (n == 0 || split != (pass == 1)) continue;
       const int row = call.batch.seq_rows[b];
       const int block = split ? n : std::max(1, kBlockRows / heads);
@@ -37,7 +37,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
         const int q0 = std::max(0, (q1 - 1) / block * block);
         for (int g = 0; g < shape.num_kv_heads; ++g) {
           const int first = lane_begin(call.lanes, row, shape.lane_offset + g);
-          const int last = lane_end(call.lanes, row, shape.lane_offset + g);
+          const int last = lane_end(call.lanes, call.batch, b, shape.lane_offset + g);
           int begin = first, end = last - n + q1;
           if (shape.window) begin = std::max(begin, last - n + q0 + 1 - shape.window);
           if (!split) {
@@ -45,7 +45,6 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             continue;
           }
           // A part lies within 256 slots and within one store; a run of parts within one store.
-          const std::ptrdiff_t part_floats = static_cast<std::ptrdiff_t>(n) * heads * (shape.v_width + 2);
           const std::size_t first_task = plan.tasks.size();
           Stores stores(lane_of(call.lanes, shape, row, g));
           Split whole = {b, g, 0, plan.partial_floats};
@@ -58,7 +57,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             } else {
               plan.tasks.back().end = stop;
             }
-            plan.partial_floats += part_floats;
+            plan.partial_floats += part_floats(n * heads, shape.v_width);
             in_run = in_run + 1 == longest || stop == store_end ? 0 : in_run + 1;
             s = stop;
           }

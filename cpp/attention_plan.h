@@ -38,6 +38,11 @@ struct AttentionPlan {
   std::ptrdiff_t partial_floats = 0;
 };
 
+// How the results of a part lie: [rows] peaks, [rows] totals, then [rows, width] sums on a cache line of their own, so
+// that no vector of them lies across two.
+inline std::ptrdiff_t part_sums(int rows) { return (static_cast<std::ptrdiff_t>(rows) * 2 + 15) / 16 * 16; }
+inline std::ptrdiff_t part_floats(int rows, int width) { return part_sums(rows) + static_cast<std::ptrdiff_t>(rows) * width; }
+
 // Every thread of a call makes the same one.
 AttentionPlan attention_plan(const AttentionCall& call, int num_threads);
 
@@ -67,6 +72,9 @@ class Stores {
 };
 
 inline int lane_begin(const LaneTable& t, int row, int lane) { return t.begin[row * t.bounds_stride + lane]; }
-inline int lane_end(const LaneTable& t, int row, int lane) { return t.end[row * t.bounds_stride + lane]; }
+// Where a lane of sequence `b` ends once the batch is appended.
+inline int lane_end(const LaneTable& t, const Batch& batch, int b, int lane) {
+  return t.end[batch.seq_rows[b] * t.bounds_stride + lane] - (batch.later ? batch.later[b] : 0);
+}
 
 }  // namespace kvloom

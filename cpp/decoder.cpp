@@ -5,7 +5,9 @@
 #include <cstring>
 #include <optional>
 
+#include "attention_plan.h"
 #include "isa.h"
+#include "step_stretches.h"
 
 namespace kvloom {
 
@@ -18,6 +20,7 @@ template <class Buffer> void reserve(Buffer& buffer, std::size_t n) {
   }
 }
 
+// Memory for tiles of `rows` rows.
 Tiles tiles_in(Product product, int rows, int k, StepMemory::Buffer<char>& data, StepMemory::Buffer<float>& scale) {
   Tiles tiles = tiles_shape(product, rows, k);
   reserve(data, tiles.bytes() + 64);
@@ -41,20 +44,24 @@ void clear_padding(const Tiles& tiles, int begin, int end) {
 class Step {
  public:
   Step(const DecoderModel& model, const StepCall& call, StepMemory& memory, int num_threads)
-      : model_(model), call_(call), memory_(memory), kernel_(kernels()), num_tokens_(call.batch.num_tokens) {
-    const std::size_t tokens = static_cast<std::size_t>(num_tokens_), hidden = static_cast<std::size_t>(model.hidden);
+      : model_(model), call_(call), memory_(memory), kernel_(kernels()), num_tokens_(call.batch.num_tokens),
+        stretches_(call.batch, query_block(model.layers.front().shape)) {
+    const int longest = stretches_.longest();
+    const std::size_t hidden = static_cast<std::size_t>(model.hidden), rows = static_cast<std::size_t>(longest);
     std::size_t qkv = 0, wide = 0, rotary = 0;
+    bool branch = false;
     for (const DecoderLayer& layer : model.layers) {
+      branch |= layer.post_attention_norm || layer.post_mlp_norm;
       qkv = std::max(qkv, static_cast<std::size_t>(layer.qkv->n));
       if (layer.down->product == Product::kInt8Int8) wide = std::max(wide, static_cast<std::size_t>(layer.down->k));
       if (layer.o->product == Product::kInt8Int8) wide = std::max(wide, static_cast<std::size_t>(layer.o->k));
     }
     for (const Rope& rope : model.ropes) rotary += 2 * rope.inverse_frequency.size();
-    reserve(memory.x, tokens * hidden);
-    reserve(memory.qkv, tokens * qkv);
-    reserve(memory.branch, tokens * hidden);
-    reserve(memory.wide, tokens * wide);
-    reserve(memory.cos_sin, tokens * rotary);
+    reserve(memory.x, static_cast<std::size_t>(num_tokens_) * hidden);
+    reserve(memory.qkv, rows * qkv);
+    reserve(memory.branch, branch ? rows * hidden : 0);
+    reserve(memory.wide, rows * wide);
+    reserve(memory.cos_sin, static_cast<std::size_t>(num_tokens_) * rotary);
     if (call.num_logits && !call.logits)
       reserve(memory.logits, static_cast<std::size_t>(call.num_logits) * static_cast<std::size_t>(model.vocab));
     const std::size_t threads = static_cast<std::size_t>(num_threads);
@@ -63,9 +70,9 @@ class Step {
     reserve(memory.own_scale, threads * 16);
     for (auto& row : memory.own_row) reserve(row, hidden);
     const DecoderLayer& first = model.layers.front();
-    hidden_tiles_ = tiles_in(first.qkv->product, num_tokens_, model.hidden, memory.hidden_tiles, memory.hidden_scale);
-    attention_tiles_ = tiles_in(first.o->product, num_tokens_, first.o->k, memory.attention_tiles, memory.attention_scale);
-    wide_tiles_ = tiles_in(first.down->product, num_tokens_, first.down->k, memory.wide_tiles, memory.wide_scale);
+    hidden_tiles_ = tiles_in(first.qkv->product, longest, model.hidden, memory.hidden_tiles, memory.hidden_scale);
+    attention_tiles_ = tiles_in(first.o->product, longest, first.o->k, memory.attention_tiles, memory.attention_scale);
+    wide_tiles_ = tiles_in(first.down->product, longest, first.down->k, memory.wide_tiles, memory.wide_scale);
     if (call.num_logits)
       output_tiles_ = tiles_in(model.output->product, call.num_logits, model.hidden, memory.output_tiles,
                                memory.output_scale);
@@ -78,14 +85,21 @@ class Step {
     team.share(num_tokens_, &begin, &end);
     embed(begin, end);
     rotations(begin, end);
+    team.share(stretches_.longest(), &begin, &end);
     clear_padding(attention_tiles_, begin, end);
     clear_padding(wide_tiles_, begin, end);
     team.barrier();
-    for (std::size_t l = 0; l < model_.layers.size(); ++l) layer(team, l);
+    for (std::size_t l = 0; l < model_.layers.size(); ++l)
+      for (int s = 0; s < stretches_.size(); ++s) layer(team, l, stretches_[s]);
     output(team);
   }
 
  private:
+  // Rows of one prefill task, and so of any piece of a sequence but its last.
+  static int query_block(const LayerShape& shape) {
+    return std::max(1, kBlockRows * shape.num_kv_heads / std::max(1, shape.num_heads));
+  }
+
   float* x(int t) { return memory_.x.data() + static_cast<std::size_t>(t) * model_.hidden; }
 
   void embed(int begin, int end) {
@@ -119,21 +133,27 @@ class Step {
     return table;
   }
 
+  // The tiles of a stretch: the same memory, cut up in the same way, for each.
+  static Tiles of_stretch(Tiles tiles, const Stretch& stretch) {
+    tiles.num_rows = stretch.batch.num_tokens;
+    return tiles;
+  }
+
   // Normed activations of the residual stream for the next product. A single row is cheaper to norm twice than to
   // wait for; a batch is shared.
-  Tiles normed(Team& team, const float* weight) {
+  Tiles normed(Team& team, const float* weight, const Stretch& stretch) {
     const std::size_t id = static_cast<std::size_t>(team.id());
     float* row = memory_.own_row[id].data();
-    Tiles tiles = hidden_tiles_;
+    Tiles tiles = of_stretch(hidden_tiles_, stretch);
     if (num_tokens_ == 1) {
       auto& own = memory_.own_tiles[id];
       tiles.data = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(own.data()) + 63) & ~std::uintptr_t{63});
       tiles.scale = memory_.own_scale.data() + id * 16;
     }
     int begin = 0, end = 1;
-    if (num_tokens_ > 1) team.share(num_tokens_, &begin, &end);
+    if (num_tokens_ > 1) team.share(tiles.num_rows, &begin, &end);
     for (int t = begin; t < end; ++t) {
-      kernel_.rms_norm(x(t), weight, model_.hidden, model_.eps, row);
+      kernel_.rms_norm(x(stretch.first + t), weight, model_.hidden, model_.eps, row);
       kernel_.pack_row(tiles, t, row);
     }
     if (num_tokens_ > 1) team.barrier();
@@ -142,31 +162,33 @@ class Step {
 
   void pack_wide(Team& team, const Tiles& tiles) {
     int begin, end;
-    team.share(num_tokens_, &begin, &end);
+    team.share(tiles.num_rows, &begin, &end);
     for (int t = begin; t < end; ++t)
       kernel_.pack_row(tiles, t, memory_.wide.data() + static_cast<std::size_t>(t) * tiles.k);
     team.barrier();
   }
 
   // Residual += product, through a norm if the model has one there.
-  void add_branch(Team& team, const PackedWeight& weight, const Tiles& in, const float* post_norm) {
+  void add_branch(Team& team, const PackedWeight& weight, const Tiles& in, const float* post_norm, int first) {
     const bool direct = post_norm == nullptr;
     LinearArgs args = {&weight, &in, direct ? Finish::kAdd : Finish::kStore, Element::kFloat, Activation::kSilu,
-                       direct ? memory_.x.data() : memory_.branch.data(), static_cast<std::size_t>(model_.hidden), nullptr};
+                       direct ? x(first) : memory_.branch.data(), static_cast<std::size_t>(model_.hidden), nullptr};
     linear(team, args);
     team.barrier();
     if (direct) return;
     int begin, end;
-    team.share(num_tokens_, &begin, &end);
+    team.share(in.num_rows, &begin, &end);
     for (int t = begin; t < end; ++t) {
       float* row = memory_.branch.data() + static_cast<std::size_t>(t) * model_.hidden;
       kernel_.rms_norm(row, post_norm, model_.hidden, model_.eps, row);
-      kernel_.add(x(t), row, model_.hidden);
+      kernel_.add(x(first + t), row, model_.hidden);
     }
     team.barrier();
   }
 
-  void layer(Team& team, std::size_t index) {
+  // One layer over one stretch, whose keys and values go to the lanes before it looks at them; earlier stretches of the
+  // same layer are there already, and nobody looks at later ones.
+  void layer(Team& team, std::size_t index, const Stretch& stretch) {
     const DecoderLayer& layer = model_.layers[index];
     const LayerShape& shape = layer.shape;
     const std::ptrdiff_t stride = layer.qkv->n;
@@ -174,22 +196,23 @@ class Step {
     float* k = q + static_cast<std::ptrdiff_t>(shape.num_heads) * shape.k_width;
     float* v = k + static_cast<std::ptrdiff_t>(shape.num_kv_heads) * shape.k_width;
 
-    Tiles in = normed(team, layer.attention_norm);
+    Tiles in = normed(team, layer.attention_norm, stretch);
+    const Tiles attended = of_stretch(attention_tiles_, stretch), wide = of_stretch(wide_tiles_, stretch);
     linear(team, {layer.qkv, &in, Finish::kStore, Element::kFloat, Activation::kSilu, q,
                   static_cast<std::size_t>(stride), nullptr});
     team.barrier();
 
     AppendCall store;
     store.lanes = call_.lanes;
-    store.batch = call_.batch;
+    store.batch = stretch.batch;
     store.shape = shape;
     store.q = q;
     store.k = k;
     store.v = v;
     store.q_stride = store.k_stride = store.v_stride = stride;
     if (layer.rope >= 0) {
-      store.cos_sin = rotation(layer.rope);
       store.rotary = 2 * static_cast<int>(model_.ropes[static_cast<std::size_t>(layer.rope)].inverse_frequency.size());
+      store.cos_sin = rotation(layer.rope) + static_cast<std::ptrdiff_t>(stretch.first) * store.rotary;
     }
     store.q_norm = layer.q_norm;
     store.k_norm = layer.k_norm;
@@ -198,13 +221,16 @@ class Step {
     team.barrier();
     if (call_.queries && team.id() == 0) {
       const std::size_t width = static_cast<std::size_t>(shape.num_heads) * shape.k_width;
-      for (int i = 0; i < call_.num_queries; ++i)
-        std::memcpy(call_.queries + (index * call_.num_queries + i) * width, q + call_.query_rows[i] * stride, width * 4);
+      for (int i = 0; i < call_.num_queries; ++i) {
+        const int t = call_.query_rows[i] - stretch.first;
+        if (t >= 0 && t < stretch.batch.num_tokens)
+          std::memcpy(call_.queries + (index * call_.num_queries + i) * width, q + t * stride, width * 4);
+      }
     }
 
     AttentionCall read;
     read.lanes = call_.lanes;
-    read.batch = call_.batch;
+    read.batch = stretch.batch;
     read.shape = shape;
     const bool low = model_.dtype == Element::kBf16 &&
                      (call_.lanes.store == Element::kBf16 || call_.lanes.store == Element::kInt8);
@@ -223,21 +249,22 @@ class Step {
       read.out = memory_.wide.data();
       read.out_stride = layer.o->k;
     } else {
-      read.out_tiles = &attention_tiles_;
+      read.out_tiles = &attended;
     }
-    if (call_.lse) read.lse = call_.lse + index * static_cast<std::size_t>(num_tokens_) * shape.num_heads;
+    if (call_.lse)
+      read.lse = call_.lse + (index * static_cast<std::size_t>(num_tokens_) + stretch.first) * shape.num_heads;
     attention(team, read, memory_.workspace);
     team.barrier();
-    if (quantised) pack_wide(team, attention_tiles_);
-    add_branch(team, *layer.o, attention_tiles_, layer.post_attention_norm);
+    if (quantised) pack_wide(team, attended);
+    add_branch(team, *layer.o, attended, layer.post_attention_norm, stretch.first);
 
-    in = normed(team, layer.mlp_norm);
+    in = normed(team, layer.mlp_norm, stretch);
     const bool quantised_down = layer.down->product == Product::kInt8Int8;
     linear(team, {layer.gate_up, &in, quantised_down ? Finish::kGate : Finish::kGateTiles, Element::kFloat,
-                  layer.activation, memory_.wide.data(), static_cast<std::size_t>(layer.down->k), &wide_tiles_});
+                  layer.activation, memory_.wide.data(), static_cast<std::size_t>(layer.down->k), &wide});
     team.barrier();
-    if (quantised_down) pack_wide(team, wide_tiles_);
-    add_branch(team, *layer.down, wide_tiles_, layer.post_mlp_norm);
+    if (quantised_down) pack_wide(team, wide);
+    add_branch(team, *layer.down, wide, layer.post_mlp_norm, stretch.first);
   }
 
   void output(Team& team) {
@@ -273,6 +300,7 @@ class Step {
   StepMemory& memory_;
   const Kernels& kernel_;
   const int num_tokens_;
+  const Stretches stretches_;
   Tiles hidden_tiles_, attention_tiles_, wide_tiles_, output_tiles_;
 };
 

@@ -1,5 +1,6 @@
 // An allocator of standard containers whose large blocks lie on huge pages where the system has them: a buffer that
-// grows to megabytes in the first long prompt then costs a few page faults and not thousands.
+// grows to megabytes in the first long prompt then costs a few page faults and not thousands. What a container adds by
+// `resize` is not initialised.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +31,8 @@ template <class T> struct HugeAllocator {
     return static_cast<T*>(p);
   }
   void deallocate(T* p, std::size_t) { std::free(p); }
+  // Elements are left as they are: pages are touched by the thread that first writes to them, not all by one.
+  template <class U> void construct(U* p) { ::new (static_cast<void*>(p)) U; }
 
   friend bool operator==(const HugeAllocator&, const HugeAllocator&) { return true; }
   friend bool operator!=(const HugeAllocator&, const HugeAllocator&) { return false; }

@@ -226,6 +226,7 @@ NB_MODULE(_ext, m) {
   m.def("num_threads", [] { return ThreadPool::instance().size(); });
   m.def("set_num_threads", [](int n) { ThreadPool::instance().resize(n); }, Released());
   m.def("quota_threads", &quota_threads);
+  nb::class_<TeamSize>(m, "TeamSize").def(nb::init<int>()).def("next", &TeamSize::next).def("record", &TeamSize::record);
   m.def("read_bandwidth", &read_bandwidth, Released());
   m.def("peak_flops", &peak_flops, Released());
 

@@ -3,18 +3,21 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <new>
+#include <numeric>
 
 namespace kvloom {
 
 namespace {
 
 constexpr int kPauses = 4000;  // some tens of microseconds: longer than the gap between two steps of a decode loop
-constexpr int kYields = 64;
+constexpr double kWaking = 200e-6;  // a free core lets a thread begin sooner; whoever takes one away keeps it longer
+constexpr int kMostThreads = 0xffff;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,6 +26,14 @@ inline void pause() {
   std::this_thread::yield();
 #endif
 }
+
+double seconds(clockid_t clock) {
+  timespec at;
+  clock_gettime(clock, &at);
+  return static_cast<double>(at.tv_sec) + 1e-9 * static_cast<double>(at.tv_nsec);
+}
+
+double now() { return seconds(CLOCK_MONOTONIC); }
 
 thread_local bool inside = false;
 bool forked = false;  // written in the only thread of a child
@@ -82,17 +93,14 @@ ThreadPool& ThreadPool::instance() {
   return *pool;
 }
 
-ThreadPool::ThreadPool() : size_(default_num_threads()) {}
+ThreadPool::ThreadPool() : size_(default_num_threads()), team_size_(size_) {}
 
 template <class Ready> void ThreadPool::wait(Ready ready) {
   for (int i = 0; i < kPauses; ++i) {
     if (ready()) return;
     pause();
   }
-  for (int i = 0; i < kYields; ++i) {  // the thread waited for may want this core
-    if (ready()) return;
-    sched_yield();
-  }
+  // No yielding here: a busy neighbour would have the core for a whole time slice.
   std::unique_lock<std::mutex> lock(sleep_);
   sleepers_.fetch_add(1);
   wake_.wait(lock, ready);
@@ -105,19 +113,29 @@ void ThreadPool::notify() {
   wake_.notify_all();
 }
 
+// Let the workers of a team of `team` go on.
+void ThreadPool::begin(int team) {
+  const std::uint64_t last = round_.load();
+  round_.store(round_of((last >> 16) + 1, team));
+  notify();
+  if (team <= team_of(last)) return;
+  { std::lock_guard<std::mutex> lock(sleep_); }
+  bench_.notify_all();
+}
+
 void ThreadPool::start() {
   quit_ = false;
   arrived_ = 0;
   counter_ = 0;
   buffers_.resize(std::max(buffers_.size(), static_cast<std::size_t>(size_)));
-  for (int id = 1; id < size_; ++id) threads_.emplace_back(&ThreadPool::work, this, id, generation_.load());
+  off_.resize(buffers_.size());
+  for (int id = 1; id < size_; ++id) threads_.emplace_back(&ThreadPool::work, this, id, round_.load());
 }
 
 void ThreadPool::stop() {
   if (threads_.empty()) return;
   quit_ = true;
-  generation_.fetch_add(1);
-  notify();
+  begin(size_);
   for (auto& thread : threads_) thread.join();
   threads_.clear();
 }
@@ -129,47 +147,62 @@ void ThreadPool::forget() {
   new (&call_) std::mutex;
   new (&sleep_) std::mutex;
   new (&wake_) std::condition_variable;
+  new (&bench_) std::condition_variable;
   sleepers_ = 0;
   running_ = 0;
 }
 
 void ThreadPool::resize(int num_threads) {
   std::lock_guard<std::mutex> lock(call_);
-  num_threads = num_threads < 1 ? 1 : num_threads;
+  num_threads = std::clamp(num_threads, 1, kMostThreads);
   if (num_threads == size_) return;
   stop();
   size_ = num_threads;
+  team_size_ = TeamSize(size_);
 }
 
-void ThreadPool::work(int id, unsigned seen) {
+void ThreadPool::work(int id, std::uint64_t seen) {
   inside = true;
-  for (;;) {
-    wait([&] { return generation_.load() != seen; });
-    seen = generation_.load();
+  for (std::uint64_t round;;) {
+    wait([&] { return (round = round_.load()) != seen; });
+    if (team_of(round) <= id) {
+      std::unique_lock<std::mutex> lock(sleep_);
+      bench_.wait(lock, [&] { return team_of(round = round_.load()) > id; });
+    }
+    seen = round;
     if (quit_) return;
-    Team team(this, id, size_);
-    (*function_)(team);
+    take_part(id, team_of(round));
     if (running_.fetch_sub(1) == 1) notify();
   }
+}
+
+void ThreadPool::take_part(int id, int size) {
+  Team team(this, id, size);
+  if (size == 1) return (*function_)(team);
+  double begin = now();
+  if (begin - begin_ > kWaking) begin = begin_;
+  const double ran = seconds(CLOCK_THREAD_CPUTIME_ID);
+  (*function_)(team);
+  off_[static_cast<std::size_t>(id)] = now() - begin - (seconds(CLOCK_THREAD_CPUTIME_ID) - ran);
 }
 
 void ThreadPool::run(const std::function<void(Team&)>& function, const std::function<void(int)>& before) {
   if (inside) std::abort();  // a kernel must not start another parallel call: our own bug
   std::lock_guard<std::mutex> lock(call_);
   if (threads_.empty()) start();
-  if (before) before(size_);
+  const int team = team_size_.next(now());
+  if (before) before(team);
   function_ = &function;
   counter_ = 0;
-  running_ = size_ - 1;
-  if (size_ > 1) {
-    generation_.fetch_add(1);
-    notify();
-  }
+  running_ = team - 1;
+  begin_ = now();
+  begin(team);
   inside = true;
-  Team team(this, 0, size_);
-  function(team);
+  take_part(0, team);
   inside = false;
-  if (size_ > 1) wait([&] { return running_.load() == 0; });
+  if (team == 1) return;
+  wait([&] { return running_.load() == 0; });
+  team_size_.record(begin_, now(), std::accumulate(off_.begin(), off_.begin() + team, 0.0));
 }
 
 void Team::barrier() {

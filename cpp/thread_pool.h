@@ -4,11 +4,14 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "team_size.h"
 
 namespace kvloom {
 
@@ -39,8 +42,9 @@ class Team {
 };
 
 // Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool costs
-// nothing and a neighbour's threads get the cores. Calls from several threads run one after another. A fork waits until
-// the call in progress is done; the child starts its own workers on the first call.
+// nothing and a neighbour's threads get the cores. Beside a busy neighbour the team is smaller than the pool, and the
+// other workers sleep. Calls from several threads run one after another. A fork waits until the call in progress is
+// done; the child starts its own workers on the first call.
 class ThreadPool {
  public:
   static ThreadPool& instance();
@@ -55,8 +59,12 @@ class ThreadPool {
     char* data = nullptr;
     std::size_t bytes = 0;
   };
+  // Calls so far, and the team of the last one.
+  static std::uint64_t round_of(std::uint64_t calls, int team) { return calls << 16 | static_cast<std::uint64_t>(team); }
+  static int team_of(std::uint64_t round) { return static_cast<int>(round & 0xffff); }
   ThreadPool();
-  void work(int id, unsigned seen);
+  void work(int id, std::uint64_t seen);
+  void take_part(int id, int team);
   void start();
   void stop();
   void forget();  // in the child of a fork: the workers exist in the parent only
@@ -67,18 +75,23 @@ class ThreadPool {
   std::vector<Buffer> buffers_;
   const std::function<void(Team&)>* function_ = nullptr;
   bool quit_ = false;
+  TeamSize team_size_;
+  double begin_ = 0;         // when the call began
+  std::vector<double> off_;  // of each thread of the team: seconds of the call without running
 
-  alignas(64) std::atomic<unsigned> generation_{0};
+  alignas(64) std::atomic<std::uint64_t> round_{0};
   alignas(64) std::atomic<int> running_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> phase_{0};
   alignas(64) std::atomic<int> counter_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex sleep_;
-  std::condition_variable wake_;
+  std::condition_variable wake_;   // of the team
+  std::condition_variable bench_;  // of the others
 
   template <class Ready> void wait(Ready ready);
   void notify();
+  void begin(int team);
 };
 
 // `OMP_NUM_THREADS`, or as many as the process may use: cores it may run on, and the quota of its control group.

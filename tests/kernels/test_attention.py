@@ -104,6 +104,30 @@ def test_a_result_depends_on_neither_the_batch_nor_the_threads(isa: str, count: 
     assert torch.equal(torch.cat(alone), together)
 
 
+@pytest.mark.parametrize("rise", [20.0, 300.0])
+def test_scores_may_rise_far_above_all_earlier_ones(isa: str, rise: float) -> None:
+    filled = fill_lanes("fp32", 4, 2, 16, [1300])
+    q = torch.randn(60, 4, 16)
+    q[:, 1] *= rise  # one head of each lane has scores of another size
+    lse = torch.empty(60, 4)
+    out = cpu.attention(filled.lanes, filled.shape, chunks([60]), filled.rows, q, 0.2, lse=lse)
+    want, want_lse = expected(filled, 0, q, None)
+    torch.testing.assert_close(out, want, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(lse, want_lse, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_depends_on_no_row_beside_it(isa: str, dtype: torch.dtype) -> None:
+    filled = fill_lanes("bf16", 9, 3, 64, [1300])
+    q = torch.randn(96, 9, 64).to(dtype)
+    other = q.clone()
+    other[:48] *= 3000
+    other[50:, 1] = 0
+    out, found = (cpu.attention(filled.lanes, filled.shape, chunks([96]), filled.rows, x, 0.2) for x in (q, other))
+    assert torch.equal(found[48:50], out[48:50])
+    assert torch.equal(found[50:, 3:], out[50:, 3:])
+
+
 def mixed_lanes(native: str, runs: list[tuple[str, int]]) -> tuple[FilledLanes, cpu.Lanes, torch.Tensor, torch.Tensor]:
     """Lanes of 330 and 80 tokens: `runs` of (store, last column) in the second lane of the first sequence.
 

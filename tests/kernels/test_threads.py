@@ -282,3 +282,13 @@ def test_arrays_of_thousands_of_rows_are_shared_by_more_threads_than_cores() -> 
     cpu.set_num_threads(16)
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((3000, 50), dtype=np.float32))
     assert torch.equal(cpu.argmax(values), values.argmax(1).int())
+
+
+def test_a_team_that_shrinks_and_grows_among_too_few_cores_gives_what_one_thread_gives() -> None:
+    torch.set_num_threads(1)
+    prompts = [random_tokens(40 + i, seed=i) for i in range(3)]
+    expected, product = run(tiny_engine(kind="cpu"), prompts, greedy(40)), work()
+    cpu.set_num_threads(12)
+    assert run(tiny_engine(kind="cpu"), prompts, greedy(40)) == expected
+    assert all(torch.equal(work(), product) for _ in range(200))
+    assert cpu.num_threads() == 12

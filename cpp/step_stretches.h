@@ -1,0 +1,42 @@
+// A long step, cut into stretches of tokens that every layer takes one after another: what lies between two operations
+// then stays in the caches, and the memory for it does not grow with the step.
+//
+//   tokens     | sequence 0 ............................. | sequence 1 .... | 2 | 3 ....... |
+//   stretches  |           |           |           |                |                       |
+//
+// A sequence is cut between two blocks of query rows only, so that its results do not depend on where the cuts fall.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+
+namespace kvloom {
+
+struct Stretch {
+  int first;  // token of the step
+  Batch batch;
+};
+
+class Stretches {
+ public:
+  static constexpr int kTokens = 1024;  // of a stretch, about
+
+  // Sequences are cut at multiples of `block` tokens from their first in the step. `batch` must outlive this.
+  Stretches(const Batch& batch, int block);
+  int size() const { return static_cast<int>(stretches_.size()); }
+  int longest() const { return longest_; }  // tokens
+  const Stretch& operator[](int i) const { return stretches_[static_cast<std::size_t>(i)]; }
+
+ private:
+  struct Piece {  // what the batch of one stretch points to
+    std::vector<int32_t> cu_seqlens, seq_rows, later, in_step;
+  };
+  std::vector<Piece> pieces_;
+  std::vector<Stretch> stretches_;
+  int longest_ = 0;
+};
+
+}  // namespace kvloom
