@@ -184,7 +184,7 @@ def main() -> None:
             for heads, groups in ((4, 4), (9, 3), (8, 2), (8, 1)):
                 cases.append(lambda a=(store, heads, groups, width): decode_case(*a, 2000, repeats))
     if arguments.only in (None, "linear"):
-        for product in ("bf16", "int8", "w8a8", "fp32"):
+        for product in ("bf16", "int8", "int4", "w8a8", "fp32"):
             for rows in (1, 8, 32, 64, 512, 2048):
                 cases.append(lambda a=(product, rows): linear_case(*a, 3072, 576, repeats))
     if arguments.only in (None, "prefill"):

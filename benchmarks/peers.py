@@ -2,12 +2,12 @@
 
     python benchmarks/peers.py ENGINE CHECKPOINT CASE
 
-ENGINE is kvloom, kvloom-int8, kvloom-w8a8, transformers, llama.cpp, vllm or openvino. CHECKPOINT is a folder with bf16
-safetensors; for llama.cpp a .gguf file and for openvino an exported folder of the same weights, in 8 bit for the rows
-of that kind. CASE is single:N (a 64-token warm-up, then N prompt ids and 65 new tokens: prefill is N over the time to
-the first token, decode 64 over the time from it to the last), uniform (32 requests of 256 + 128 at once) or mixed (32
-at once, prompts of 32 to 1,024 and outputs of 16 to 256 tokens, seed 0: 17,727 and 5,001 in all). Two threads, greedy,
-prefix caching off, end of sequence ignored; peak_mib is the peak resident memory of the process.
+ENGINE is kvloom, kvloom-int8, kvloom-int4, kvloom-w8a8, transformers, llama.cpp, vllm or openvino. CHECKPOINT is a
+folder with bf16 safetensors; for llama.cpp a .gguf file and for openvino an exported folder of the same weights, in 8
+bit for the rows of that kind. CASE is single:N (a 64-token warm-up, then N prompt ids and 65 new tokens: prefill is N
+over the time to the first token, decode 64 over the time from it to the last), uniform (32 requests of 256 + 128 at
+once) or mixed (32 at once, prompts of 32 to 1,024 and outputs of 16 to 256 tokens, seed 0: 17,727 and 5,001 in all).
+Two threads, greedy, prefix caching off, end of sequence ignored; peak_mib is the peak resident memory of the process.
 """
 
 import json
@@ -191,6 +191,7 @@ def main() -> None:
     makers: dict[str, Callable[[], Stamps]] = {
         "kvloom": lambda: kvloom_engine(checkpoint, None),
         "kvloom-int8": lambda: kvloom_engine(checkpoint, "int8"),
+        "kvloom-int4": lambda: kvloom_engine(checkpoint, "int4"),
         "kvloom-w8a8": lambda: kvloom_engine(checkpoint, "w8a8"),
         "transformers": lambda: transformers_engine(checkpoint),
         "llama.cpp": lambda: llama_engine(checkpoint),

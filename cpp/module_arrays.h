@@ -47,7 +47,7 @@ struct PackedWeightObject {
       num_bytes += columns * 4;
       return reinterpret_cast<float*>(owner.get());
     };
-    if (weight_bytes(weight.product) == 1) {
+    if (is_int8(weight.product)) {
       weight.scale = floats(scale);
       weight.row_sum = floats(row_sum);
     }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "int4_group.h"
 #include "isa.h"
 
 namespace kvloom {
@@ -45,8 +46,8 @@ int weight_source_row(const PackedWeight& w, int p, int c) {
 
 void pack_weight(PackedWeight& w, Element element, const void* source, const float* source_scale) {
   const Kernels& kernel = kernels();
-  const int per = weight_per(w.product), bytes = weight_bytes(w.product);
-  const std::size_t k = static_cast<std::size_t>(w.k);
+  const std::size_t row_bytes = static_cast<std::size_t>(panel_row_bytes(w.product)), k = static_cast<std::size_t>(w.k);
+  const std::size_t per = static_cast<std::size_t>(weight_per(w.product)), bytes = row_bytes / kPanelColumns / per;
   ThreadPool::instance().run([&](Team& team) {
     std::vector<float> row(k);
     std::vector<uint16_t> rounded(k);
@@ -61,7 +62,7 @@ void pack_weight(PackedWeight& w, Element element, const void* source, const flo
         if (from < 0) continue;
         // Element i of a row lies at row i / per, column c, place i % per.
         char* out = panel + static_cast<std::size_t>(c) * per * bytes;
-        const std::size_t stride = static_cast<std::size_t>(kPanelColumns) * per * bytes;
+        const std::size_t stride = row_bytes;
         if (element == Element::kInt8) {
           const int8_t* codes = static_cast<const int8_t*>(source) + from * k;
           int sum = 0;
@@ -75,7 +76,11 @@ void pack_weight(PackedWeight& w, Element element, const void* source, const flo
         }
         const std::size_t size = element == Element::kFloat ? 4 : 2;
         kernel.to_float(element, static_cast<const char*>(source) + from * k * size, row.data(), k);
-        if (w.product == Product::kFloat) {
+        if (is_int4(w.product)) {
+          for (std::size_t i = 0; i < k; i += kInt4Group)
+            pack_int4_group(row.data() + i, static_cast<int>(k - i < kInt4Group ? k - i : kInt4Group),
+                            panel + i / kInt4Group * row_bytes, c);
+        } else if (w.product == Product::kFloat) {
           for (std::size_t i = 0; i < k; ++i) std::memcpy(out + i * stride, &row[i], 4);
         } else if (w.product == Product::kHalf) {
           kernel.from_float(Element::kHalf, row.data(), rounded.data(), k);
@@ -103,10 +108,16 @@ void pack_weight(PackedWeight& w, Element element, const void* source, const flo
 
 void unpack_row(const PackedWeight& w, int row, float* out) {
   const Kernels& kernel = kernels();
-  const int per = weight_per(w.product), bytes = weight_bytes(w.product);
-  const std::size_t stride = static_cast<std::size_t>(kPanelColumns) * per * bytes;
-  const char* at = w.data + static_cast<std::size_t>(row / kPanelColumns) * w.panel_bytes() +
-                   static_cast<std::size_t>(row % kPanelColumns) * per * bytes;
+  const std::size_t stride = static_cast<std::size_t>(panel_row_bytes(w.product));
+  const char* panel = w.data + static_cast<std::size_t>(row / kPanelColumns) * w.panel_bytes();
+  if (is_int4(w.product)) {
+    for (int i = 0; i < w.k; i += kInt4Group)
+      unpack_int4_group(panel + static_cast<std::size_t>(i / kInt4Group) * stride, row % kPanelColumns,
+                        w.k - i < kInt4Group ? w.k - i : kInt4Group, out + i);
+    return;
+  }
+  const int per = weight_per(w.product), bytes = static_cast<int>(stride) / kPanelColumns / per;
+  const char* at = panel + static_cast<std::size_t>(row % kPanelColumns) * per * bytes;
   const int groups = (w.k + per - 1) / per;
   char unit[4];
   float value[4];
@@ -135,10 +146,20 @@ Tiles tiles_shape(Product product, int num_rows, int k) {
 void linear(Team& team, const LinearArgs& args) {
   const Kernels& kernel = kernels();
   const int panels = args.weight->num_panels, tiles = args.x->num_tiles();
+  // Sums of groups of activations, per thread: cheaper to work out again than to wait for.
+  const std::size_t sums_per_tile = is_int4(args.weight->product) ? args.weight->panel_rows() * kTileRows : 0;
+  float* sums = nullptr;
+  auto sum_up = [&](int tile_begin, int tile_end) {
+    if (!sums_per_tile) return;
+    sums = reinterpret_cast<float*>(team.scratch(static_cast<std::size_t>(tile_end - tile_begin) * sums_per_tile * 4));
+    kernel.group_sums(*args.x, tile_begin, tile_end, sums);
+  };
   if (tiles <= 6) {  // bound by the weight's bytes: long contiguous streams
     int begin, end;
     team.share(panels, &begin, &end);
-    if (begin < end) kernel.linear(args, begin, end, 0, tiles, nullptr);
+    if (begin == end) return;
+    sum_up(0, tiles);
+    kernel.linear(args, begin, end, 0, tiles, sums);
     return;
   }
   // Bound by arithmetic: blocks of rows that stay in the second-level cache while panels pass by.
@@ -149,11 +170,14 @@ void linear(Team& team, const LinearArgs& args) {
   per_block = (tiles + blocks - 1) / blocks;
   const int chunk = panels / (team.size() * 4) > 8 ? 8 : panels / (team.size() * 4) < 1 ? 1 : panels / (team.size() * 4);
   const int chunks = (panels + chunk - 1) / chunk;
+  int summed = -1;  // the block whose sums are at hand
   for (int task; (task = team.next()) < blocks * chunks;) {
     const int block = task / chunks, first = task % chunks * chunk;
     const int last = first + chunk < panels ? first + chunk : panels;
     const int end = (block + 1) * per_block < tiles ? (block + 1) * per_block : tiles;
-    kernel.linear(args, first, last, block * per_block, end, nullptr);
+    if (block != summed) sum_up(block * per_block, end);
+    summed = block;
+    kernel.linear(args, first, last, block * per_block, end, sums);
   }
 }
 

@@ -15,7 +15,7 @@ std::size_t weight_data_bytes(const PackedWeight& weight);
 int weight_source_row(const PackedWeight& weight, int p, int c);
 
 // Pack row-major `source` [n, k] of `element` (kInt8 with `source_scale` [n], or float kinds, which are quantised per
-// row if the product is int8) into weight.data, .scale and .row_sum. Runs on all threads.
+// row or group if the product is int8 or int4) into weight.data, .scale and .row_sum. Runs on all threads.
 void pack_weight(PackedWeight& weight, Element element, const void* source, const float* source_scale);
 
 // Read row `row` of an ungated weight back, as float: the embedding of a model that ties it to its output layer.

@@ -16,6 +16,8 @@ enum class Product : int {
   kInt8Float = 3, // int8 weight (a scale per output), float32 activations
   kInt8Int8 = 4,  // int8 weight, activations quantised per row when they arrive; exact int32 sums
   kHalf = 5,      // IEEE half weight, float32 activations
+  kInt4 = 6,      // int4 weight (a scale and an offset per output and 32 inputs), bf16 activations
+  kInt4Float = 7, // the same, float32 activations
 };
 
 constexpr int kPanelColumns = 32;
@@ -23,11 +25,28 @@ constexpr int kTileRows = 12;
 constexpr int kTileRowBytes = 1600;
 constexpr int kTileSliceBytes = 1536;
 
-constexpr int activation_bytes(Product p) {
-  return p == Product::kBf16 || p == Product::kInt8 ? 2 : p == Product::kInt8Int8 ? 1 : 4;
+// A row of a panel of int4: 32 inputs of its 32 outputs, [8 inputs x 4][32][4 bytes of codes][32 scales][32 offsets].
+// Input i of eight is bits 16 (i % 2) + 4 (i / 2) of its output's 32; scales and offsets are in IEEE half.
+constexpr int kInt4Group = 32;
+constexpr int kInt4CodeBytes = kInt4Group * kPanelColumns / 2;
+constexpr int kInt4RowBytes = kInt4CodeBytes + 2 * kPanelColumns * 2;
+constexpr int int4_shift(int i) { return 16 * (i % 2) + 4 * (i % 8 / 2); }
+
+constexpr bool is_int4(Product p) { return p == Product::kInt4 || p == Product::kInt4Float; }
+constexpr bool is_int8(Product p) {
+  return p == Product::kInt8 || p == Product::kInt8Float || p == Product::kInt8Int8;
 }
-constexpr int weight_per(Product p) { return p == Product::kFloat || p == Product::kHalf ? 1 : p == Product::kBf16 ? 2 : 4; }
-constexpr int weight_bytes(Product p) { return p == Product::kFloat ? 4 : p == Product::kBf16 || p == Product::kHalf ? 2 : 1; }
+constexpr int activation_bytes(Product p) {
+  return p == Product::kBf16 || p == Product::kInt8 || p == Product::kInt4 ? 2 : p == Product::kInt8Int8 ? 1 : 4;
+}
+// Inputs in a row of a panel, and bytes of that row.
+constexpr int weight_per(Product p) {
+  return is_int4(p) ? kInt4Group : is_int8(p) ? 4 : p == Product::kBf16 ? 2 : 1;
+}
+constexpr int panel_row_bytes(Product p) {
+  return is_int4(p) ? kInt4RowBytes
+                    : kPanelColumns * weight_per(p) * (is_int8(p) ? 1 : p == Product::kFloat ? 4 : 2);
+}
 
 // Activations of T tokens, cut into tiles of at most 12 rows and slices of at most 1536 bytes of k:
 // [tile][slice][tile_rows][1600 bytes]. `scale` [T] belongs to kInt8Int8.
@@ -50,7 +69,8 @@ struct Tiles {
   }
 };
 
-// One resident copy of a weight [N, K]: panels of 32 outputs, [panel][k / per][32][per], zero padded.
+// One resident copy of a weight [N, K]: panels of 32 outputs, [panel][k / per][32][per] (int4: see kInt4Group), zero
+// padded.
 struct PackedWeight {
   Product product = Product::kFloat;
   int n = 0;             // outputs
@@ -65,7 +85,7 @@ struct PackedWeight {
   const float* bias = nullptr;  // [num_panels * 32] in panel order, or null
 
   size_t panel_rows() const { return (size_t)num_slices * slice_elements / weight_per(product); }
-  size_t panel_bytes() const { return panel_rows() * kPanelColumns * weight_per(product) * weight_bytes(product); }
+  size_t panel_bytes() const { return panel_rows() * panel_row_bytes(product); }
 };
 
 enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
@@ -74,7 +94,7 @@ enum class Finish : int {
   kStore = 0,  // y[t, n] = value, in `element`
   kAdd = 1,    // y[t, n] += value, float32
   kGate = 2,   // y[t, j] = activation(gate_j) * up_j, j < n / 2, in `element`
-  kGateTiles = 3,  // the same into `tiles` (kFloat, kBf16, kInt8, kInt8Float products)
+  kGateTiles = 3,  // the same into `tiles` (of any product but kInt8Int8)
 };
 
 struct LinearArgs {
@@ -139,7 +159,12 @@ struct MassArgs {
 
 struct Kernels {
   const char* name;
-  void (*linear)(const LinearArgs&, int panel_begin, int panel_end, int tile_begin, int tile_end, char* scratch);
+  // `sums` of these tiles by group_sums, for int4 weights.
+  void (*linear)(const LinearArgs&, int panel_begin, int panel_end, int tile_begin, int tile_end, const float* sums);
+  // Sums of every 32 inputs of tiles: out [tiles][k / 32][12], the rows of a tile last.
+  void (*group_sums)(const Tiles&, int tile_begin, int tile_end, float* out);
+  // Codes [n], scale and offset [2] of up to 32 weights in int4, as int4_group.h says.
+  void (*int4_fit)(const float* weight, int n, int8_t* code, float* scale_offset);
   void (*pack_row)(const Tiles&, int row, const float* x);
   void (*to_float)(Element, const void* x, float* y, size_t n);
   void (*from_float)(Element, const float* x, void* y, size_t n);

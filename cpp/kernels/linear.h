@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "tile.h"
+#include "tile_int4.h"
 
 namespace KVLOOM_ISA {
 
@@ -199,7 +200,54 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
   }
 }
 
-static void linear(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end, char*) {
+// A row of an int4 panel holds its own scales, so that all of a panel is one stream.
+template <class Kind>
+static void linear_of_int4(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end,
+                           const float* sums) {
+  const PackedWeight& w = *args.weight;
+  const Tiles& x = *args.x;
+  const int groups = (int)w.panel_rows(), tiles = tile_end - tile_begin;
+  const size_t panel_bytes = w.panel_bytes();
+  float c[kTileRows * kPanelColumns] __attribute__((aligned(64)));
+  for (int p = panel_begin; p < panel_end; ++p) {
+    const char* panel = w.data + p * panel_bytes;
+    for (int tile = tile_begin; tile < tile_end; ++tile) {
+      int t0 = tile * x.tile_rows;
+      int rows = x.num_rows - t0 < x.tile_rows ? x.num_rows - t0 : x.tile_rows;
+      Int4Panel b = {panel, sums + (size_t)(tile - tile_begin) * groups * kTileRows, nullptr, w.num_slices,
+                     groups / w.num_slices, 0};
+      if (tiles == 1) {
+        b.ahead = panel + kStreamAhead;
+        b.ahead_bytes = kInt4RowBytes;
+      } else {  // the passes over this panel share the work of fetching the next one
+        b.ahead_bytes = (kInt4RowBytes / 64 + tiles - 1) / tiles * 64;
+        size_t from = (size_t)(tile - tile_begin) * groups * b.ahead_bytes;
+        if (from < panel_bytes) b.ahead = panel + panel_bytes + from;
+      }
+      int4_product<Kind>(rows, x.data + tile * x.tile_bytes(), x.slice_bytes(), b, c);
+      finish_tile(args, p, t0, rows, c);
+    }
+  }
+}
+
+static void group_sums(const Tiles& x, int tile_begin, int tile_end, float* out) {
+  const int per_slice = x.slice_elements / kInt4Group, bytes = kInt4Group * activation_bytes(x.product);
+  for (int tile = tile_begin; tile < tile_end; ++tile)
+    for (int s = 0; s < x.num_slices; ++s)
+      for (int g = 0; g < per_slice; ++g, out += kTileRows)
+        for (int m = 0; m < x.tile_rows && tile * x.tile_rows + m < x.num_rows; ++m) {
+          const char* row = x.row(tile * x.tile_rows + m, s) + g * bytes;
+          vf total = vzero();
+          for (int i = 0; i < bytes; i += W * 4) {
+            vi bits = vloadi(row + i);
+            total = vadd(total, bytes == 4 * kInt4Group ? vload((const float*)(row + i)) : vadd(vlow(bits), vhigh(bits)));
+          }
+          out[m] = vsum(total);
+        }
+}
+
+static void linear(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end,
+                   const float* sums) {
   switch (args.weight->product) {
     case Product::kFloat: return linear_of<WeightF32>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kBf16: return linear_of<WeightBf16>(args, panel_begin, panel_end, tile_begin, tile_end);
@@ -207,6 +255,8 @@ static void linear(const LinearArgs& args, int panel_begin, int panel_end, int t
     case Product::kInt8Float: return linear_of<Int8ByF32>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kHalf: return linear_of<HalfByF32>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kInt8Int8: return linear_of<Int8ByUint8>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kInt4: return linear_of_int4<Int4ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
+    case Product::kInt4Float: return linear_of_int4<Int4ByF32>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
   }
 }
 

@@ -1,5 +1,6 @@
 // Compiled once per instruction set; exports the set's table.
 #include "attend.h"
+#include "int4_fit.h"
 #include "linear.h"
 #include "rows.h"
 #include "slot.h"
@@ -7,7 +8,7 @@
 namespace KVLOOM_ISA {
 extern const kvloom::Kernels table;
 const kvloom::Kernels table = {
-    KVLOOM_NAME, linear, pack_row, convert_to_float, convert_from_float, rms_norm, add, gate, rope, write_slot,
-    attend, mass, argmax, read_probe, flop_probe,
+    KVLOOM_NAME, linear, group_sums, int4_fit, pack_row, convert_to_float, convert_from_float, rms_norm, add, gate, rope,
+    write_slot, attend, mass, argmax, read_probe, flop_probe,
 };
 }  // namespace KVLOOM_ISA

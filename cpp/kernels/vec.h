@@ -78,6 +78,10 @@ static inline vf vhigh(vi a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _m
 template <int J> static inline vf vbyte(vi a) {  // signed byte J of every 32-bit lane
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(J == 3 ? a : _mm512_slli_epi32(a, 24 - 8 * J), 24));
 }
+template <int J> static inline vf vnibble(vi a) {  // signed four bits from bit 4 J of every 32-bit lane; looked up by them
+  const vf table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return _mm512_permutexvar_ps(J == 0 ? a : _mm512_srli_epi32(a, 4 * J), table);
+}
 static inline vf vfromi(vi a) { return _mm512_cvtepi32_ps(a); }
 static inline vf vload_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -136,6 +140,9 @@ static inline vf vlow(vi a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16
 static inline vf vhigh(vi a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
 template <int J> static inline vf vbyte(vi a) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(J == 3 ? a : _mm256_slli_epi32(a, 24 - 8 * J), 24));
+}
+template <int J> static inline vf vnibble(vi a) {
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(J == 7 ? a : _mm256_slli_epi32(a, 28 - 4 * J), 28));
 }
 static inline vf vfromi(vi a) { return _mm256_cvtepi32_ps(a); }
 static inline vf vload_bf16(const uint16_t* p) {
@@ -198,6 +205,11 @@ static inline vf vfromi(vi a) { return vf{(float)a[0], (float)a[1], (float)a[2],
 template <int J> static inline vf vbyte(vi a) {
   vf r;
   for (int i = 0; i < W; ++i) r[i] = (float)(int8_t)((uint32_t)a[i] >> (8 * J));
+  return r;
+}
+template <int J> static inline vf vnibble(vi a) {
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = (float)((int32_t)((uint32_t)a[i] << (28 - 4 * J)) >> 28);
   return r;
 }
 static inline vf vload_bf16(const uint16_t* p) {

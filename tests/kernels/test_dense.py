@@ -13,6 +13,10 @@ def stored(weight: torch.Tensor, product: str) -> torch.Tensor:
     """The weight as the product keeps it, in float32."""
     if product in EXACT_SIDES:
         return weight.to(EXACT_SIDES[product]).float()
+    if product.startswith("int4"):
+        codes, scale, offset = reference_dense.quantize_groups(weight)
+        scale, offset = (v.repeat_interleave(32, 1)[:, : weight.shape[1]] for v in (scale, offset))
+        return codes.float() * scale + offset
     codes, scale = reference_dense.quantize_rows(weight)
     return codes.float() * scale[:, None]
 
@@ -22,7 +26,7 @@ def received(x: torch.Tensor, product: str) -> torch.Tensor:
     if product == "w8a8":
         codes, scale = reference_dense.quantize_rows(x)
         return codes.float() * scale[:, None]
-    return x.bfloat16().float() if product in ("bf16", "int8") else x
+    return x.bfloat16().float() if product in ("bf16", "int8", "int4") else x
 
 
 @pytest.mark.parametrize("product", list(cpu.PRODUCTS))
@@ -46,19 +50,21 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(isa: str, product: str
         assert torch.equal(cpu.linear(x[:tokens], packed), full[:tokens])
 
 
+@pytest.mark.parametrize("product", ["fp32", "int4_fp32"])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_a_gated_weight_gives_activation_of_gate_times_up(isa: str, activation: str) -> None:
+def test_a_gated_weight_gives_activation_of_gate_times_up(isa: str, activation: str, product: str) -> None:
     weight, bias, x = torch.randn(2 * 40, 64) / 8, torch.randn(80), torch.randn(5, 64)
-    packed = cpu.PackedWeight(weight, "fp32", gated=True, bias=bias)
-    half = reference_dense.linear(x, weight, bias)
+    packed = cpu.PackedWeight(weight, product, gated=True, bias=bias)
+    half = reference_dense.linear(x, stored(weight, product), bias)
     want = reference_dense.gate(half[:, :40], half[:, 40:], activation)
     torch.testing.assert_close(cpu.linear(x, packed, activation=activation), want, atol=1e-5, rtol=1e-5)
 
 
-def test_add_accumulates_into_the_residual(isa: str) -> None:
+@pytest.mark.parametrize("product", ["fp32", "int4_fp32"])
+def test_add_accumulates_into_the_residual(isa: str, product: str) -> None:
     weight, x, residual = torch.randn(40, 64), torch.randn(14, 64), torch.randn(14, 40)
-    want = residual + x @ weight.T
-    cpu.linear(x, cpu.PackedWeight(weight, "fp32"), out=residual, add=True)
+    want = residual + x @ stored(weight, product).T
+    cpu.linear(x, cpu.PackedWeight(weight, product), out=residual, add=True)
     torch.testing.assert_close(residual, want, atol=1e-4, rtol=1e-5)
 
 
@@ -73,6 +79,29 @@ def test_given_codes_and_scales_are_kept_as_they_are(isa: str) -> None:
     codes = torch.randint(-127, 128, (33, 50), dtype=torch.int8)
     scale = torch.rand(33)
     assert torch.equal(cpu.PackedWeight(codes, "int8", scale=scale).row(32), codes[32].float() * scale[32])
+
+
+@pytest.mark.parametrize("levels", [2, 3, 6, 8, 11, 16])
+def test_weights_on_a_few_equidistant_values_stay_what_they_are_in_int4(isa: str, levels: int) -> None:
+    step, low = torch.rand(40, 3) + 0.1, torch.randn(40, 3)
+    code = torch.randint(levels, (40, 3, 32))
+    code[:, :, 7], code[:, :, 20] = 0, levels - 1
+    weight = (code * step[..., None] + low[..., None]).flatten(1).bfloat16()
+    packed = cpu.PackedWeight(weight, "int4")
+    found = torch.stack([packed.row(i) for i in range(40)])
+    tolerance = (0.01 * step + 0.004 * weight.view(40, 3, 32).float().abs().amax(-1)).repeat_interleave(32, 1)
+    assert ((found - weight.float()).abs() < tolerance).all()
+
+
+def test_groups_that_are_constant_or_zero_are_exact_in_int4(isa: str) -> None:
+    weight = torch.zeros(3, 70)
+    weight[1], weight[2, 32:64] = 0.5, -3.0
+    packed = cpu.PackedWeight(weight, "int4")
+    assert torch.equal(torch.stack([packed.row(i) for i in range(3)]), weight)
+
+
+def test_an_int4_weight_takes_five_bits_a_weight() -> None:
+    assert cpu.PackedWeight(torch.randn(64, 576), "int4").num_bytes == 64 * 576 * 5 // 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -91,7 +91,7 @@ ENGINE_FLAGS = [
     ),
     _flag(
         "--quantization",
-        "Weights in int8 (int8), or weights and activations (w8a8). Without it: in --dtype.",
+        "Weights in 8 bits (int8), in 4 (int4), or weights and activations in 8 (w8a8). Without it: in --dtype.",
         type=click.Choice(QUANTIZATIONS),
     ),
 ]

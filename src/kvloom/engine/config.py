@@ -16,8 +16,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 BACKENDS = ("auto", "cpu", "eager")
 """cpu: whole steps in C++ over packed weights; eager: torch, operation by operation; auto: cpu where it can."""
 
-QUANTIZATIONS = ("int8", "w8a8")
-"""int8: int8 weights with a scale per row, activations as they are; w8a8: activations in int8 as well."""
+QUANTIZATIONS = ("int8", "int4", "w8a8")
+"""int8: int8 weights with a scale per row, activations as they are; int4: int4 weights with a scale and an offset for
+every 32 inputs of a row, the vocabulary's in int8; w8a8: int8 weights and activations."""
 MAX_KV_BYTES_BY_DEFAULT = 4 * GIB
 
 

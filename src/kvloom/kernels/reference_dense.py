@@ -11,6 +11,53 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.round(x.float() * inverse[:, None]).clamp(-127, 127).to(torch.int8), peak / 127.0
 
 
+GROUP = 32
+"""Inputs that share a scale and an offset in `quantize_groups`."""
+
+
+def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return int8 codes [N, K] in [-8, 7], scales and offsets [N, ceil(K / 32)], halves in float32, of x [N, K].
+
+    x is scale * code + offset in every 32 columns (the last group may have fewer). The range of a group, lowest to
+    highest, is cut into 15, 14, .., 8 steps and x rounded to them; of these eight ways stays the one with the least
+    squared error under its own scale and offset of least squares, the first of equals. Blocks of 32 with scale and
+    minimum are those of GGUF's Q4_1, whose numbers, and those of Q4_0 and Q4_K, are kept up to the rounding of
+    scales; fitting scales to codes by least squares is Lloyd's (1957) second step. Sums run from first to last.
+    """
+    parts = [_quantize_groups(x[:, : x.shape[1] // GROUP * GROUP].reshape(len(x), -1, GROUP).float())]
+    if x.shape[1] % GROUP:
+        parts.append(_quantize_groups(x[:, None, x.shape[1] // GROUP * GROUP :].float()))
+    codes = torch.cat([part[0].flatten(1) for part in parts], 1).to(torch.int8)
+    return codes, torch.cat([part[1] for part in parts], 1), torch.cat([part[2] for part in parts], 1)
+
+
+def _quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes [N, G, n] in float32, scales and offsets [N, G] of x [N, G, n]."""
+    low, steps = x.amin(-1, keepdim=True), torch.arange(15.0, 7.0, -1.0)
+    width = x.amax(-1, keepdim=True) - low
+    inverse = torch.where(width > 0, steps / width, 0.0)  # [N, G, 8]
+    codes = torch.round((x - low)[..., None] * inverse[:, :, None]) - 8  # [N, G, n, 8]
+    n = x.shape[2]
+    mean, code_mean = _sum(x) / n, _sum(codes) / n
+    from_mean = codes - code_mean[:, :, None]
+    square, product = _sum(from_mean * from_mean), _sum(from_mean * (x - mean[..., None])[..., None])
+    scale = torch.where(square > 0, product / square, 0.0)
+    offset = (mean[..., None] - scale * code_mean).half().float()
+    scale = scale.half().float()
+    left = (scale[:, :, None] * codes + offset[:, :, None]) - x[..., None]
+    best = _sum(left * left).argmin(-1, keepdim=True)
+    chosen = codes.gather(3, best[:, :, None].expand(-1, -1, n, 1)).squeeze(3)
+    return chosen, scale.gather(2, best).squeeze(2), offset.gather(2, best).squeeze(2)
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """Return x [N, G, n, ...] summed over n from the first to the last."""
+    total = torch.zeros_like(x[:, :, 0])
+    for i in range(x.shape[2]):
+        total = total + x[:, :, i]
+    return total
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [T, K] times weight [N, K] transposed, plus bias [N], in float32."""
     return F.linear(x.float(), weight.float(), bias)

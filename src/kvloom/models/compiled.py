@@ -59,7 +59,9 @@ class CompiledModel:
 
     `tensors` are the canonical weights in any order; each is packed and let go as soon as its layer is complete, so
     that loading needs one layer beside the packed model. `quantization` "int8" stores all weights in int8 with a scale
-    per row, "w8a8" also quantises activations and leaves embedding and output layer in `dtype`; None changes nothing.
+    per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs of a row, and embedding and
+    output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and output layer in `dtype`;
+    None changes nothing.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class CompiledModel:
         self.config = config
         self.device = torch.device("cpu")
         self._native = PRODUCT_OF[dtype]
-        self._product = {
-            None: self._native,
-            "int8": "int8" if dtype == torch.bfloat16 else "int8_fp32",
-            "w8a8": "w8a8",
+        wide = "" if dtype == torch.bfloat16 else "_fp32"
+        self._product, self._output_product = {
+            None: (self._native, self._native),
+            "int8": (f"int8{wide}", f"int8{wide}"),
+            "int4": (f"int4{wide}", f"int8{wide}"),
+            "w8a8": ("w8a8", self._native),
         }[quantization]
         self._packed: dict[str, PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
@@ -111,10 +115,9 @@ class CompiledModel:
         """Pack every weight; vectors of norms and sinks are kept as they are."""
         pending: dict[str, torch.Tensor] = {}
         before = ""
-        output_product = self._native if self._product == "w8a8" else self._product
         for name, tensor in tensors:
             if name in ("embed", "lm_head"):
-                self._packed[name] = PackedWeight(tensor.contiguous(), output_product)
+                self._packed[name] = PackedWeight(tensor.contiguous(), self._output_product)
                 continue
             if name.endswith(("norm", "sinks")):
                 self._vectors[name] = tensor

@@ -7,8 +7,8 @@ from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, pointer
 from kvloom.kernels.cpu.threads import follow_torch
 
-PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5}
-"""Numbers in which a layer multiplies: the weight's, and for int8 ("weight-only") bf16 or float32 activations.
+PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5, "int4": 6, "int4_fp32": 7}
+"""Numbers in which a layer multiplies: the weight's, and for int8 and int4 ("weight-only") bf16 or float32 activations.
 "w8a8" quantises each row of activations when it arrives. "fp16" has float32 activations. Sums are float32 (int32
 in w8a8)."""
 
@@ -17,7 +17,8 @@ class PackedWeight:
     """A weight [N, K] in panels of 32 outputs; immutable. `gated` packs [gate; up] rows side by side.
 
     `weight` is a contiguous float tensor [N, K], or int8 codes with `scale` [N] float32 (symmetric per row). Float
-    weights are rounded, or quantised per row to codes in [-127, 127], as `product` asks. `bias` [N] float32.
+    weights are rounded, or quantised as `product` asks: per row to codes in [-127, 127], or in groups of 32 inputs as
+    `reference_dense.quantize_groups` says. `bias` [N] float32.
     """
 
     def __init__(
