@@ -310,8 +310,10 @@ void decoder_step(const DecoderModel& model, const StepCall& call, StepMemory& m
   if (call.batch.num_tokens == 0) return;
   release_openmp_threads();
   std::optional<Step> step;
+  constexpr int kShortStep = 64;  // tokens: a step of milliseconds
   ThreadPool::instance().run([&](Team& team) { step->run(team); },
-                             [&](int num_threads) { step.emplace(model, call, memory, num_threads); });
+                             [&](int num_threads) { step.emplace(model, call, memory, num_threads); },
+                             call.batch.num_tokens <= kShortStep);
 }
 
 }  // namespace kvloom

@@ -171,14 +171,14 @@ void ThreadPool::work(int id, std::uint64_t seen) {
     }
     seen = round;
     if (quit_) return;
-    take_part(id, team_of(round));
+    take_part(id, team_of(round), short_call_);
     if (running_.fetch_sub(1) == 1) notify();
   }
 }
 
-void ThreadPool::take_part(int id, int size) {
+void ThreadPool::take_part(int id, int size, bool timed) {
   Team team(this, id, size);
-  if (size == 1) return (*function_)(team);
+  if (size == 1 || !timed) return (*function_)(team);
   double begin = now();
   if (begin - begin_ > kWaking) begin = begin_;
   const double ran = seconds(CLOCK_THREAD_CPUTIME_ID);
@@ -186,11 +186,13 @@ void ThreadPool::take_part(int id, int size) {
   off_[static_cast<std::size_t>(id)] = now() - begin - (seconds(CLOCK_THREAD_CPUTIME_ID) - ran);
 }
 
-void ThreadPool::run(const std::function<void(Team&)>& function, const std::function<void(int)>& before) {
+void ThreadPool::run(const std::function<void(Team&)>& function, const std::function<void(int)>& before,
+                     bool short_call) {
   if (inside) std::abort();  // a kernel must not start another parallel call: our own bug
   std::lock_guard<std::mutex> lock(call_);
   if (threads_.empty()) start();
-  const int team = team_size_.next(now());
+  const int team = short_call ? team_size_.next(now()) : size_;
+  short_call_ = short_call;
   if (before) before(team);
   function_ = &function;
   counter_ = 0;
@@ -198,11 +200,11 @@ void ThreadPool::run(const std::function<void(Team&)>& function, const std::func
   begin_ = now();
   begin(team);
   inside = true;
-  take_part(0, team);
+  take_part(0, team, short_call);
   inside = false;
   if (team == 1) return;
   wait([&] { return running_.load() == 0; });
-  team_size_.record(begin_, now(), std::accumulate(off_.begin(), off_.begin() + team, 0.0));
+  if (short_call) team_size_.record(begin_, now(), std::accumulate(off_.begin(), off_.begin() + team, 0.0));
 }
 
 void Team::barrier() {

@@ -42,8 +42,8 @@ class Team {
 };
 
 // Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool costs
-// nothing and a neighbour's threads get the cores. Beside a busy neighbour the team is smaller than the pool, and the
-// other workers sleep. Calls from several threads run one after another. A fork waits until the call in progress is
+// nothing and a neighbour's threads get the cores. Beside a busy neighbour the team of a short call is smaller than the
+// pool, and the other workers sleep. Calls from several threads run one after another. A fork waits until the call in progress is
 // done; the child starts its own workers on the first call.
 class ThreadPool {
  public:
@@ -51,7 +51,10 @@ class ThreadPool {
   int size() const { return size_; }
   void resize(int num_threads);  // takes effect at the next run; at least 1
   // `before` is given the number of threads that will run, and runs alone: what is as large as the team is made there.
-  void run(const std::function<void(Team&)>& function, const std::function<void(int)>& before = nullptr);
+  // A `short_call` may get a smaller team beside a busy neighbour. It should have many barriers and be over in
+  // milliseconds: in a long one the neighbour may be gone long before the end.
+  void run(const std::function<void(Team&)>& function, const std::function<void(int)>& before = nullptr,
+           bool short_call = false);
 
  private:
   friend class Team;
@@ -64,7 +67,7 @@ class ThreadPool {
   static int team_of(std::uint64_t round) { return static_cast<int>(round & 0xffff); }
   ThreadPool();
   void work(int id, std::uint64_t seen);
-  void take_part(int id, int team);
+  void take_part(int id, int team, bool timed);
   void start();
   void stop();
   void forget();  // in the child of a fork: the workers exist in the parent only
@@ -74,7 +77,7 @@ class ThreadPool {
   std::vector<std::thread> threads_;
   std::vector<Buffer> buffers_;
   const std::function<void(Team&)>* function_ = nullptr;
-  bool quit_ = false;
+  bool quit_ = false, short_call_ = false;
   TeamSize team_size_;
   double begin_ = 0;         // when the call began
   std::vector<double> off_;  // of each thread of the team: seconds of the call without running
