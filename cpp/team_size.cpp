@@ -8,7 +8,8 @@ namespace {
 
 // A whole thread's time would be the share to lose; threads that spin for a while before they sleep hide some of it.
 constexpr double kShare = 0.75;
-constexpr double kMostDebt = 0.005;  // about a time slice
+constexpr double kMostDebt = 0.05;       // hosts take cores away for some milliseconds now and then
+constexpr double kMostOnTrial = 0.005;   // about a time slice
 constexpr double kProof = 0.1;
 constexpr double kFirstPause = 0.1, kLongestPause = 2;
 
@@ -27,7 +28,7 @@ void TeamSize::record(double begin, double now, double off) {
   if (size_ == 1) return;
   const double took = now - begin;
   debt_ = std::max(0.0, debt_ + off - kShare * took);
-  if (debt_ > kMostDebt) {
+  if (debt_ > (proving_ > 0 ? kMostOnTrial : kMostDebt)) {
     pause_ = proving_ > 0 && pause_ > 0 ? std::min(2 * pause_, kLongestPause) : kFirstPause;
     --size_;
     debt_ = 0;

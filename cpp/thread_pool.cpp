@@ -191,7 +191,7 @@ void ThreadPool::run(const std::function<void(Team&)>& function, const std::func
   if (inside) std::abort();  // a kernel must not start another parallel call: our own bug
   std::lock_guard<std::mutex> lock(call_);
   if (threads_.empty()) start();
-  const int team = short_call ? team_size_.next(now()) : size_;
+  const int team = short_call ? team_size_.next(now()) : size_.load();
   short_call_ = short_call;
   if (before) before(team);
   function_ = &function;
