@@ -1,8 +1,6 @@
 """ArenaMemory: the bytes behind an arena, and moving blocks within them."""
 
 import mmap
-import sys
-from threading import Thread
 
 import numpy as np
 import torch
@@ -12,15 +10,11 @@ from kvloom.errors import DoesNotFitError
 from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
 from kvloom.units import format_bytes
 
-POPULATE_WRITE = 23
-"""Advice of Linux 5.14 and later: commit these pages as a write would, but change nothing in them."""
-
 
 class ArenaMemory:
     """`num_bytes` of zeroed memory, aligned to slabs, on huge pages where the system has them.
 
-    On the CPU pages are committed as they are first written, so an arena costs no more than its high-water mark;
-    `commit` makes the first ones ready before they are needed.
+    On the CPU pages are committed as they are first written, so an arena costs no more than its high-water mark.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -42,28 +36,6 @@ class ArenaMemory:
                 "Lower --kv-cache-memory-bytes"
             ) from error
         self._granules = self.bytes.view(-1, GRANULE_BYTES)
-
-    def commit(self, num_bytes: int) -> Thread | None:
-        """Have the system provide the first `num_bytes` (rounded up to slabs) now, beside whatever else is done.
-
-        Whoever first writes a page waits for it, some tenths of a second over a long prompt. Contents stay as they are.
-        Returns the thread at work; None where the system cannot be asked, and pages come as they are written.
-        """
-        if self.device.type != "cpu" or sys.platform != "linux":
-            return None
-        pages, offset = self._map, -torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() % SLAB_BYTES
-        end = min(num_bytes, len(self.bytes))
-
-        def populate() -> None:
-            for start in range(0, end, SLAB_BYTES):  # in short calls: others wait for the interpreter meanwhile
-                try:
-                    pages.madvise(POPULATE_WRITE, offset + start, SLAB_BYTES)
-                except OSError:
-                    return  # an older system, or no memory left: the first write will tell
-
-        thread = Thread(target=populate, name="kvloom-commit", daemon=True)
-        thread.start()
-        return thread
 
     def elements(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the whole memory as one flat tensor of `dtype`; writes go through."""

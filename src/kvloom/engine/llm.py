@@ -106,8 +106,6 @@ class LLM:
                 "another --dtype or --quantization"
             ) from error
         cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
-        if kv_cache_memory_bytes is not None:  # bytes set aside by name may be taken before they are needed
-            cache.memory.commit(spec.request_bytes(length, max_num_batched_tokens))
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
