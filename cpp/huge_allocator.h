@@ -21,7 +21,7 @@ template <class T> struct HugeAllocator {
   template <class U> HugeAllocator(const HugeAllocator<U>&) {}
 
   T* allocate(std::size_t n) {
-    const std::size_t bytes = n * sizeof(T), unit = bytes < kHugePage ? 64 : kHugePage;
+    const std::size_t bytes = n * sizeof(T), unit = bytes < kHugePage / 2 ? 64 : kHugePage;
     const std::size_t rounded = (bytes + unit - 1) / unit * unit;
     void* p = std::aligned_alloc(unit, rounded);
     if (!p) throw std::bad_alloc();

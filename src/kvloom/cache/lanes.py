@@ -204,11 +204,16 @@ class LaneTable:
             self.held[sequence, members] -= first - old
 
     def _widen(self, columns: int) -> None:
-        """Make the table at least `columns` wide; copies it, by doubling."""
+        """Make the table at least `columns` wide by doubling; rows without a sequence hold anything until `open`.
+
+        Their memory is not touched: most of a wide table is never used, and to write it would cost more than a step.
+        """
         have = self.table.shape[2]
         if columns > have:
-            wider = np.full((*self.table.shape[:2], max(columns, 2 * have)), -1, np.int32)
-            wider[:, :, :have] = self.table
+            wider = np.empty((*self.table.shape[:2], max(columns, 2 * have)), np.int32)
+            for sequence in self.open_sequences:
+                wider[sequence, :, :have] = self.table[sequence]
+                wider[sequence, :, have:] = -1
             self.table = wider
 
     # ---- prefixes -------------------------------------------------------------------------------------------------
