@@ -168,6 +168,15 @@ def commit() -> str:
         return "unknown"
 
 
+def json_line(benchmark: str, threads: int, results: list[dict[str, object]]) -> str:
+    """Return the last line of a benchmark of kernels: its results and what they were measured on."""
+    return json.dumps({
+        "schema_version": SCHEMA_VERSION, "benchmark": benchmark, "isa": cpu.isa(), "threads": threads,
+        "machine": platform.processor() or platform.machine(), "commit": commit(), "seed": 0,
+        "torch": torch.__version__, "results": results,
+    })  # fmt: skip
+
+
 def main() -> None:
     """Run all cases and print the table and the JSON line."""
     parser = argparse.ArgumentParser(description="CPU kernels against measured bandwidth and peak")
@@ -196,13 +205,7 @@ def main() -> None:
     for case in cases:
         results.append(case())
         print(row_of(results[-1]), flush=True)
-    print(
-        json.dumps({
-            "schema_version": SCHEMA_VERSION, "benchmark": "kernels", "isa": cpu.isa(), "threads": arguments.threads,
-            "machine": platform.processor() or platform.machine(), "commit": commit(), "seed": 0,
-            "torch": torch.__version__, "results": results,
-        })
-    )  # fmt: skip
+    print(json_line("kernels", arguments.threads, results))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ is none). Results are compared with float32 before. The last line is one JSON ob
 
 import argparse
 import ctypes
-import json
 import platform
 import statistics
 import time
@@ -22,10 +21,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kernels import commit, huge_pages, summary
+from kernels import huge_pages, json_line, summary
 from kvloom.kernels import cpu
 
-SCHEMA_VERSION = 1
 ROTATION_BYTES = 256 << 20
 SHAPES = {
     "small": {"qkv": (960, 576), "gate_up": (3072, 576), "down": (576, 1536), "lm_head": (49152, 576)},
@@ -208,13 +206,7 @@ def main() -> None:
                         continue  # a step asks for one row of logits a sequence
                     results.append(product_case(name, layer, n, k, rows, probe, options.repeats))
                     print(line_of(results[-1]), flush=True)
-    print(
-        json.dumps({
-            "schema_version": SCHEMA_VERSION, "benchmark": "products", "isa": cpu.isa(), "threads": options.threads,
-            "machine": platform.processor() or platform.machine(), "commit": commit(), "seed": 0,
-            "torch": torch.__version__, "results": results,
-        })
-    )  # fmt: skip
+    print(json_line("products", options.threads, results))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Team {
 
 // Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool costs
 // nothing and a neighbour's threads get the cores. Beside a busy neighbour the team of a short call is smaller than the
-// pool, and the other workers sleep. Calls from several threads run one after another. A fork waits until the call in progress is
-// done; the child starts its own workers on the first call.
+// pool, and the other workers sleep. Calls from several threads run one after another. A fork waits until the call in
+// progress is done; the child starts its own workers on the first call.
 class ThreadPool {
  public:
   static ThreadPool& instance();
