@@ -208,24 +208,17 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   }
   if (plan.partial_floats == 0) return;
   team.barrier();
-  float sum[1024];
+  alignas(64) float sum[1024];
   for (int i = team.id(); i < static_cast<int>(plan.splits.size()); i += team.size()) {
     const Split& split = plan.splits[static_cast<std::size_t>(i)];
     const int token0 = call.batch.cu_seqlens[split.seq];
-    const int rows = (call.batch.cu_seqlens[split.seq + 1] - token0) * heads;
+    const int rows = call.batch.count(split.seq) * heads;
     const std::ptrdiff_t stride = part_floats(rows, width);
     const float* base = workspace.partial.data() + split.partial;
     for (int r = 0; r < rows; ++r) {
-      float peak = -INFINITY, total = 0;
-      for (int p = 0; p < split.num_parts; ++p) peak = std::max(peak, base[p * stride + r]);
-      std::fill(sum, sum + width, 0.0f);
-      for (int p = 0; p < split.num_parts && peak > -INFINITY; ++p) {
-        const float* part = base + p * stride;
-        const float weight = std::exp2(part[r] - peak);
-        total += weight * part[rows + r];
-        const float* from = part + part_sums(rows) + static_cast<std::ptrdiff_t>(r) * width;
-        for (int d = 0; d < width; ++d) sum[d] += weight * from[d];
-      }
+      float peak, total;
+      kernel.join(base + r, base + rows + r, base + part_sums(rows) + static_cast<std::ptrdiff_t>(r) * width, stride,
+                  split.num_parts, width, &peak, &total, sum);
       finish_row(kernel, call, token0 + r / heads, split.kv_head * heads + r % heads, peak, total, sum);
     }
   }

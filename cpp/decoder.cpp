@@ -8,6 +8,7 @@
 #include "attention_plan.h"
 #include "isa.h"
 #include "step_stretches.h"
+#include "wanted_rows.h"
 
 namespace kvloom {
 
@@ -45,7 +46,7 @@ class Step {
  public:
   Step(const DecoderModel& model, const StepCall& call, StepMemory& memory, int num_threads)
       : model_(model), call_(call), memory_(memory), kernel_(kernels()), num_tokens_(call.batch.num_tokens),
-        stretches_(call.batch, query_block(model.layers.front().shape)) {
+        stretches_(call.batch, query_block(model.layers.front().shape)), wanted_(call, stretches_) {
     const int longest = stretches_.longest();
     const std::size_t hidden = static_cast<std::size_t>(model.hidden), rows = static_cast<std::size_t>(longest);
     std::size_t qkv = 0, wide = 0, rotary = 0;
@@ -90,7 +91,7 @@ class Step {
     clear_padding(wide_tiles_, begin, end);
     team.barrier();
     for (std::size_t l = 0; l < model_.layers.size(); ++l)
-      for (int s = 0; s < stretches_.size(); ++s) layer(team, l, stretches_[s]);
+      for (int s = 0; s < stretches_.size(); ++s) layer(team, l, s);
     output(team);
   }
 
@@ -186,9 +187,25 @@ class Step {
     team.barrier();
   }
 
+  // Move the rows of a stretch that somebody waits for to its front: the residual stream and, of `q`, the queries.
+  void keep_wanted(Team& team, int s, float* q, std::ptrdiff_t stride, int width) {
+    if (team.id() == 0) {
+      const std::vector<int>& sources = wanted_.sources(s);
+      const int first = wanted_[s].first;
+      for (std::size_t j = 0; j < sources.size(); ++j) {
+        const int t = static_cast<int>(j), from = sources[j];
+        if (t == from) continue;
+        std::memcpy(x(first + t), x(first + from), static_cast<std::size_t>(model_.hidden) * sizeof(float));
+        std::memcpy(q + t * stride, q + from * stride, static_cast<std::size_t>(width) * sizeof(float));
+      }
+    }
+    team.barrier();
+  }
+
   // One layer over one stretch, whose keys and values go to the lanes before it looks at them; earlier stretches of the
   // same layer are there already, and nobody looks at later ones.
-  void layer(Team& team, std::size_t index, const Stretch& stretch) {
+  void layer(Team& team, std::size_t index, int s) {
+    const Stretch& whole = stretches_[s];
     const DecoderLayer& layer = model_.layers[index];
     const LayerShape& shape = layer.shape;
     const std::ptrdiff_t stride = layer.qkv->n;
@@ -196,15 +213,14 @@ class Step {
     float* k = q + static_cast<std::ptrdiff_t>(shape.num_heads) * shape.k_width;
     float* v = k + static_cast<std::ptrdiff_t>(shape.num_kv_heads) * shape.k_width;
 
-    Tiles in = normed(team, layer.attention_norm, stretch);
-    const Tiles attended = of_stretch(attention_tiles_, stretch), wide = of_stretch(wide_tiles_, stretch);
+    Tiles in = normed(team, layer.attention_norm, whole);
     linear(team, {layer.qkv, &in, Finish::kStore, Element::kFloat, Activation::kSilu, q,
                   static_cast<std::size_t>(stride), nullptr});
     team.barrier();
 
     AppendCall store;
     store.lanes = call_.lanes;
-    store.batch = stretch.batch;
+    store.batch = whole.batch;
     store.shape = shape;
     store.q = q;
     store.k = k;
@@ -212,7 +228,7 @@ class Step {
     store.q_stride = store.k_stride = store.v_stride = stride;
     if (layer.rope >= 0) {
       store.rotary = 2 * static_cast<int>(model_.ropes[static_cast<std::size_t>(layer.rope)].inverse_frequency.size());
-      store.cos_sin = rotation(layer.rope) + static_cast<std::ptrdiff_t>(stretch.first) * store.rotary;
+      store.cos_sin = rotation(layer.rope) + static_cast<std::ptrdiff_t>(whole.first) * store.rotary;
     }
     store.q_norm = layer.q_norm;
     store.k_norm = layer.k_norm;
@@ -222,11 +238,17 @@ class Step {
     if (call_.queries && team.id() == 0) {
       const std::size_t width = static_cast<std::size_t>(shape.num_heads) * shape.k_width;
       for (int i = 0; i < call_.num_queries; ++i) {
-        const int t = call_.query_rows[i] - stretch.first;
-        if (t >= 0 && t < stretch.batch.num_tokens)
+        const int t = call_.query_rows[i] - whole.first;
+        if (t >= 0 && t < whole.batch.num_tokens)
           std::memcpy(call_.queries + (index * call_.num_queries + i) * width, q + t * stride, width * 4);
       }
     }
+
+    const bool fewer = index + 1 == model_.layers.size() && wanted_.fewer();
+    if (fewer) keep_wanted(team, s, q, stride, shape.num_heads * shape.k_width);
+    const Stretch& stretch = fewer ? wanted_[s] : whole;
+    if (stretch.batch.num_tokens == 0) return;
+    const Tiles attended = of_stretch(attention_tiles_, stretch), wide = of_stretch(wide_tiles_, stretch);
 
     AttentionCall read;
     read.lanes = call_.lanes;
@@ -279,7 +301,7 @@ class Step {
     if (!call_.num_logits) return;
     team.share(call_.num_logits, &begin, &end);
     for (int r = begin; r < end; ++r) {
-      kernel_.rms_norm(x(call_.logit_rows[r]), model_.final_norm, model_.hidden, model_.eps, row);
+      kernel_.rms_norm(x(wanted_.row_of(call_.logit_rows[r])), model_.final_norm, model_.hidden, model_.eps, row);
       kernel_.pack_row(output_tiles_, r, row);
     }
     team.barrier();
@@ -301,6 +323,7 @@ class Step {
   const Kernels& kernel_;
   const int num_tokens_;
   const Stretches stretches_;
+  const WantedRows wanted_;
   Tiles hidden_tiles_, attention_tiles_, wide_tiles_, output_tiles_;
 };
 

@@ -9,8 +9,8 @@ namespace KVLOOM_ISA {
 
 static void attend(const AttendArgs& args, char* scratch) {
   if (args.num_rows <= kMaxRows && args.lane.num_segments == 0 && args.slot_begin < args.slot_end) {
-#define KVLOOM_FEW(Kind) FewRows<Kind>(args, scratch).run()
-    KVLOOM_BY_STORE(args.lane.store, args.compute, KVLOOM_FEW)
+#define KVLOOM_ATTEND(Kind) attend_few<Kind>(args, scratch)
+    KVLOOM_BY_STORE(args.lane.store, args.compute, KVLOOM_ATTEND)
     return;
   }
   AttendArgs part = args;
@@ -23,6 +23,47 @@ static void attend(const AttendArgs& args, char* scratch) {
     part.total += args.part_stride;
     part.sum += args.part_stride;
   } while (part.slot_begin < args.slot_end);
+}
+
+static void join(const float* peaks, const float* totals, const float* sums, ptrdiff_t stride, int count, int width,
+                 float* peak, float* total, float* sum) {
+  constexpr int kAtOnce = 64;  // parts
+  *peak = kMinusInf;
+  for (int p = 0; p < count; ++p)
+    if (peaks[p * stride] > *peak) *peak = peaks[p * stride];
+  *total = 0;
+  for (int d = 0; d < width; ++d) sum[d] = 0;
+  if (*peak == kMinusInf) return;
+  for (int p0 = 0; p0 < count; p0 += kAtOnce) {
+    const int n = count - p0 < kAtOnce ? count - p0 : kAtOnce;
+    const float* part = sums + p0 * stride;
+    float weight[kAtOnce];
+    for (int p = 0; p < n; ++p) weight[p] = peaks[(p0 + p) * stride] - *peak;
+    for (int p = n; p % W; ++p) weight[p] = kMinusInf;
+    for (int p = 0; p < n; p += W) vstore(weight + p, vexp2(vload(weight + p)));
+    for (int p = 0; p < n; ++p) *total += weight[p] * totals[(p0 + p) * stride];
+    int d = 0;
+    for (; d + 4 * W <= width; d += 4 * W) {
+      vf a = vload(sum + d), b = vload(sum + d + W), c = vload(sum + d + 2 * W), e = vload(sum + d + 3 * W);
+      for (int p = 0; p < n; ++p) {
+        const vf by = vset(weight[p]);
+        const float* at = part + p * stride + d;
+        a = vfma(by, vload(at), a);
+        b = vfma(by, vload(at + W), b);
+        c = vfma(by, vload(at + 2 * W), c);
+        e = vfma(by, vload(at + 3 * W), e);
+      }
+      vstore(sum + d, a);
+      vstore(sum + d + W, b);
+      vstore(sum + d + 2 * W, c);
+      vstore(sum + d + 3 * W, e);
+    }
+    for (; d < width; d += W) {
+      vf a = vload(sum + d);
+      for (int p = 0; p < n; ++p) a = vfma(vset(weight[p]), vload(part + p * stride + d), a);
+      vstore(sum + d, a);
+    }
+  }
 }
 
 static void mass(const MassArgs& mass_args, char* scratch) {

@@ -1,187 +1,306 @@
-// Attention of 1 to 12 query rows, the whole of decode, over a run of parts of one lane with one store. Strips of up to
-// 128 slots go through two passes, a strip apart, so that the processor always has independent work at hand; nothing
-// stops where a part ends, only its result goes elsewhere:
+// Attention of 1 to 12 query rows, the whole of decode, over a run of parts of one lane with one store. A unit is 16
+// slots. Keys of a unit are followed by the values of the one before, so that the processor always has independent work
+// at hand, and memory is read nearly in the order in which a block lies; nothing stops where a part ends, only its
+// result goes elsewhere:
 //
 //   keys 0 | keys 1, values 0 | keys 2, values 1 | ... | values n-1 | keys 0 of the run that this thread reads next
 //
-// Every pass asks memory for the lines of the next, a line for each that it uses. Where blocks lie is worked out once a
-// strip, for branches and table reads between the passes cost more bandwidth than arithmetic does.
+// Every line that is used asks memory for the line of the next unit (values: of the next but one, which is the next to be
+// used). Longer strips with several groups side by side need fewer instructions and are slower out of memory: more
+// places at a time are read, each too briefly for the processor to see a line in it.
 #pragma once
 
 #include "strip.h"
 
 namespace KVLOOM_ISA {
 
-constexpr int kFewRows = 6;
-constexpr int kFewGroups = 8;  // most column groups of a strip
-constexpr int kFewStrip = kFewGroups * kGroup;
-// Most bytes of keys of a strip, so that they and the values of the strip before fit the first-level cache.
-constexpr int kFewBytes = 16 << 10;
+constexpr int kFewRows = 6;  // up to so many rows by four column groups fit the registers
 
-template <class Kind> struct FewRows {
-  static constexpr size_t kLine = (size_t)kGroup * Kind::kPer * Kind::kBBytes;
+// `Rows`: the number of query rows, so that all that is done for each row is laid out at once; 0: any.
+template <class Kind, int Rows> struct FewRows {
+  static constexpr size_t kUnit = Kind::kPer * Kind::kBBytes;  // bytes of a column in one row of B
+  static constexpr size_t kLine = kGroup * kUnit;
+  static constexpr int kStep = Kind::kPer * Kind::kABytes;     // bytes of a row of A that meet one row of B
   static constexpr int kValueRows = kGroup / Kind::kPer;
+  static constexpr bool kScaled = Kind::kBBytes == 1;
+  static_assert(Rows == 0 || W == kGroup, "a unit of a known number of rows is a vector wide");
+
+  struct Place {  // where a unit lies
+    const char *key, *value;
+    const float *key_scale, *value_scale;
+  };
+  struct Weights {  // what the softmax of a unit leaves for its values
+    float* sum;
+    bool add, shrinks;
+    float shrink[kMaxRows];  // what the sums of earlier units are to be multiplied by
+    char* probabilities;     // [rows][kRowBytes]
+  };
 
   AttendArgs args;  // peak and total: of the part that the softmax is in
   const Lane& lane;
   const size_t key_stride, value_stride;  // bytes between the rows of a key and of a value group
-  const int rows, most;  // most: column groups in registers at once
-  const int strip_slots, base, strips;  // base: where the first strip would begin if it were whole
-  float *const peak, *const total;  // of the first part
-  float* scores;              // [rows, kFewStrip]
-  char* probabilities[2];     // of an even and of an odd strip: [rows][kRowBytes]
-  char* written;              // copies of groups with unwritten slots
-  float shrink[2][kMaxRows];  // what the sums of earlier strips are to be multiplied by
-
-  struct Place {  // of a strip: its column groups
-    const char* key[kFewGroups];
-    const char* value[kFewGroups];
-  };
-  struct Lines {  // what one pass reads
-    const char* const* group;
-    size_t stride;
-  };
-  Place places[4];  // of the strips at hand, by strip % 4
+  const int num_rows, first, units;       // first: slot of unit 0
+  int part_end;                           // slot
+  int seen_begin, seen_end;  // slots that every row sees, and whose scores are complete as they come
+  float peak[kMaxRows];      // of the part
+  vf total[kMaxRows];        // of the part, by lane of a vector
+  float* scores;             // [rows, kGroup]
+  char* written;             // a copy of a value group with unwritten slots
+  Place places[4];           // of the units at hand, by unit % 4
+  Weights weights[2];        // of an even and of an odd unit
 
   FewRows(const AttendArgs& a, char* scratch)
-      : args(a), lane(a.lane), key_stride((size_t)lane.block_size * Kind::kPer * Kind::kBBytes),
-        value_stride((size_t)lane.v_width * Kind::kPer * Kind::kBBytes), rows(a.num_rows),
-        most(rows <= kFewRows ? 4 : 2), strip_slots(strip_length(lane.k_width)),
-        base(a.slot_begin / strip_slots * strip_slots), strips((a.slot_end - base + strip_slots - 1) / strip_slots),
-        peak(a.peak), total(a.total), scores((float*)scratch) {
-    scratch += kMaxRows * kFewStrip * 4;
-    probabilities[0] = scratch;
-    probabilities[1] = scratch + kMaxRows * kRowBytes;
-    written = scratch + 2 * kMaxRows * kRowBytes;
+      : args(a), lane(a.lane), key_stride((size_t)lane.block_size * kUnit), value_stride((size_t)lane.v_width * kUnit),
+        num_rows(a.num_rows), first(a.slot_begin / kGroup * kGroup), units((a.slot_end - first + kGroup - 1) / kGroup),
+        part_end(a.slot_begin), seen_begin(a.slot_begin), seen_end(a.slot_end), scores((float*)scratch) {
+    scratch += kMaxRows * kGroup * 4;
+    for (Weights& each : weights) {
+      each.probabilities = scratch;
+      scratch += kMaxRows * kRowBytes;
+    }
+    written = scratch;
+    for (int r = 0; r < num_rows; ++r) {
+      if (args.first[r] > seen_begin) seen_begin = args.first[r];
+      if (args.last[r] < seen_end) seen_end = args.last[r];
+    }
+    if (args.softcap > 0 || args.slope || args.bias) seen_end = seen_begin;
   }
 
-  static int strip_length(int width) {  // a power of two, so that strips divide parts
-    int groups = kFewGroups;
-    while (groups > 2 && groups * kGroup * width * Kind::kBBytes > kFewBytes) groups /= 2;
-    return kGroup * groups;
-  }
+  int rows() const { return Rows ? Rows : num_rows; }
 
-  int begin_of(int strip) const {
-    const int whole = base + strip * strip_slots;
-    return whole > args.slot_begin ? whole : args.slot_begin / kGroup * kGroup;
-  }
-  int groups_of(int strip) const {
-    const int whole_end = base + (strip + 1) * strip_slots;
-    return ((whole_end < args.slot_end ? whole_end : args.slot_end) - begin_of(strip) + kGroup - 1) / kGroup;
-  }
-  ptrdiff_t part_of(int strip) const {
-    return args.part_slots ? begin_of(strip) / args.part_slots - args.slot_begin / args.part_slots : 0;
-  }
-  bool opens_part(int strip) const { return strip == 0 || part_of(strip) != part_of(strip - 1); }
-
-  // Find a strip of this run, or of the run that follows as if its strips were this one's.
-  void find(int strip) {
-    const AttendArgs* part = &args;
-    int slot = base + strip * strip_slots;
-    Place& place = places[strip % 4];
-    if (strip < strips) {
-      slot = begin_of(strip);
-    } else {
-      part = args.upcoming;
-      if (part) slot = part->slot_begin / kGroup * kGroup + (strip - strips) * strip_slots;
-      if (!part || slot >= part->slot_end) {
-        place = places[(strip - 1) % 4];
+  // Find a unit of this run, or of the run that follows as if its units were this one's.
+  void find(int unit) {
+    const AttendArgs* run = &args;
+    int slot = first + unit * kGroup;
+    Place& place = places[unit & 3];
+    if (unit >= units) {
+      run = args.upcoming;
+      if (run) slot = run->slot_begin / kGroup * kGroup + (unit - units) * kGroup;
+      if (!run || slot >= run->slot_end) {
+        place = places[(unit + 3) & 3];
         return;
       }
     }
-    prefetch(part->lane.columns + column_of(part->lane, slot) + 32);  // the table itself falls out of the caches
-    const size_t values = (size_t)part->lane.block_size * part->lane.k_width;
-    for (int g = 0; g < strip_slots / kGroup; ++g, slot += kGroup) {
-      const int group = slot < part->slot_end ? slot : slot - g * kGroup;
-      const char* block = block_of(part->lane, group);
-      const int within = within_of(part->lane, group);
-      place.key[g] = block + (size_t)within * Kind::kPer * Kind::kBBytes;
-      place.value[g] = block + (values + (size_t)within * part->lane.v_width) * Kind::kBBytes;
+    const Lane& at = run->lane;
+    const int column = column_of(at, slot), within = slot - column * at.block_size;
+    prefetch(at.columns + column + 32);  // the table itself falls out of the caches
+    const char* block = at.arena + (size_t)(uint32_t)at.columns[column] * 128;
+    place.key = block + (size_t)within * kUnit;
+    place.value = block + ((size_t)at.block_size * at.k_width + (size_t)within * at.v_width) * Kind::kBBytes;
+    if (kScaled) {
+      place.key_scale = (const float*)(block + (size_t)at.block_size * (at.k_width + at.v_width)) + within;
+      place.value_scale = place.key_scale + at.block_size;
     }
   }
 
-  Lines keys_of(int strip) const { return {places[strip % 4].key, key_stride}; }
-  Lines values_of(int strip) const { return {places[strip % 4].value, kLine}; }
-
-  template <int NV> void keys(const Lines& own, const Lines& ahead, int g) {
-    Columns b = {own.group + g, ahead.group + g, 1, lane.k_width / Kind::kPer, key_stride, ahead.stride};
-    product<Kind, NV>(rows, args.queries, 0, b, scores + g * kGroup, kFewStrip, false);
+  // Scores of a unit. A row has two sums, of even and of odd rows of B: one alone would wait for itself.
+  void keys(int unit) {
+    const Columns b = {&places[unit & 3].key, &places[(unit + 1) & 3].key, 1, lane.k_width / Kind::kPer, key_stride,
+                       key_stride};
+    if constexpr (Rows == 0) {
+      product<Kind, 1>(num_rows, args.queries, 0, b, scores, kGroup, false);
+    } else {
+      vf even[Rows], odd[Rows];
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) even[r] = odd[r] = vzero();
+      const char *a = args.queries, *at = *b.column, *ahead = *b.ahead;
+      float* const at_scores = scores;
+#pragma GCC unroll 1
+      for (int i = 0; i < b.num_rows; i += 2) {
+        dot_rows(even, a, at, ahead);
+        dot_rows(odd, a + kStep, at + key_stride, ahead + key_stride);
+        a += 2 * kStep;
+        at += 2 * key_stride;
+        ahead += 2 * key_stride;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) vstore(at_scores + r * kGroup, vadd(even[r], odd[r]));
+    }
+  }
+  static inline void dot_rows(vf* sum, const char* a, const char* at, const char* ahead) {
+    const typename Dot<Kind>::B line = Dot<Kind>::b(at);
+    prefetch(ahead);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) sum[r] = Dot<Kind>::dot(sum[r], Dot<Kind>::a(a + r * kRowBytes), line);
   }
 
-  void keys(int strip, const Lines& ahead) {
-    const Lines own = keys_of(strip);
-    const int groups = groups_of(strip);
-    int g = 0;
-    for (; most == 4 && g + 4 <= groups; g += 4) keys<4>(own, ahead, g);
-    for (; g + 2 <= groups; g += 2) keys<2>(own, ahead, g);
-    if (g < groups) keys<1>(own, ahead, g);
+  void close_part() {
+    for (int r = 0; r < rows(); ++r) {
+      args.peak[r] = peak[r];
+      args.total[r] = vsum(total[r]);
+    }
+  }
+  void open_part(int slot) {
+    if (slot > args.slot_begin) {
+      close_part();
+      args.peak += args.part_stride;
+      args.total += args.part_stride;
+      args.sum += args.part_stride;
+    }
+    for (int r = 0; r < rows(); ++r) {
+      peak[r] = kMinusInf;
+      total[r] = vzero();
+    }
+    part_end = args.part_slots ? (slot / args.part_slots + 1) * args.part_slots : args.slot_end;
   }
 
-  void softmax(int strip) {
-    const int slot = begin_of(strip);
-    const Strip span = {slot, slot + groups_of(strip) * kGroup, lane.store};
-    if (opens_part(strip)) {
-      args.peak = peak + part_of(strip) * args.part_stride;
-      args.total = total + part_of(strip) * args.part_stride;
-      for (int r = 0; r < rows; ++r) {
-        args.peak[r] = kMinusInf;
-        args.total[r] = 0;
+  // One step of the online softmax of a row. Returns what the sums of earlier units are now to be multiplied by.
+  // `Plain`: the row sees all slots, and their scores need nothing but scales.
+  template <bool Plain> float softmax_row(int slot, int r, const Place& place, char* probabilities) {
+    float* s = scores + r * kGroup;
+    if (!Plain) {
+      finish_scores(args, {slot, slot + kGroup, lane.store}, r, s);
+    } else if (kScaled) {
+      for (int j = 0; j < kGroup; j += W) vstore(s + j, vmul(vload(s + j), vload(place.key_scale + j)));
+    }
+    vf top = vload(s);
+    for (int j = W; j < kGroup; j += W) top = vmax(top, vload(s + j));
+    float shrink = 1.0f;
+    if (vabove(top, vset(peak[r]))) {
+      const float old = peak[r];
+      peak[r] = vpeak(top);
+      if (old != kMinusInf) {
+        vf factor = vexp2(vset(old - peak[r]));
+        total[r] = vmul(total[r], factor);
+        shrink = vfirst(factor);
       }
     }
-    for (int r = 0; r < rows; ++r)
-      shrink[strip % 2][r] =
-          softmax_row(args, span, r, scores + r * kFewStrip, probabilities[strip % 2] + r * kRowBytes);
+    const bool nothing = !Plain && peak[r] == kMinusInf;
+    const vf shift = vset(peak[r]);
+    for (int j = 0; j < kGroup; j += W) {
+      vf p = nothing ? vzero() : vexp2(vsub(vload(s + j), shift));
+      total[r] = vadd(total[r], p);
+      if (kScaled) {
+        p = vmul(p, vload(place.value_scale + j));
+        if (!Plain && slot + j + W > args.lane_end) {  // scales of unwritten slots
+          float lanes[W];
+          vstore(lanes, p);
+          for (int i = 0; i < W; ++i)
+            if (slot + j + i >= args.lane_end) lanes[i] = 0;
+          p = vload(lanes);
+        }
+      }
+      if (Kind::kABytes == 2)
+        vstore_bf16((uint16_t*)probabilities + j, p);
+      else
+        vstore((float*)probabilities + j, p);
+    }
+    return shrink;
   }
 
-  template <int NV>
-  void values(const Lines& own, const Lines& ahead, int groups, const char* p, int d, float* sum, bool add) {
-    const char* column[NV * kFewGroups];
-    const char* next[NV * kFewGroups];
-    for (int g = 0; g < groups; ++g)
+  void softmax(int unit) {
+    const int slot = first + unit * kGroup;
+    const bool opens = slot >= part_end || unit == 0;
+    if (opens) open_part(unit == 0 ? args.slot_begin : slot);
+    Weights& left = weights[unit & 1];
+    const Place& place = places[unit & 3];
+    left.sum = args.sum;
+    left.add = !opens;
+    left.shrinks = false;
+    if (slot >= seen_begin && slot + kGroup <= seen_end) {
+      for (int r = 0; r < rows(); ++r)
+        left.shrink[r] = softmax_row<true>(slot, r, place, left.probabilities + r * kRowBytes);
+    } else {
+      for (int r = 0; r < rows(); ++r)
+        left.shrink[r] = softmax_row<false>(slot, r, place, left.probabilities + r * kRowBytes);
+    }
+    for (int r = 0; r < rows(); ++r) left.shrinks |= left.shrink[r] != 1.0f;
+  }
+
+  // Add values of a unit times their weights to NV column groups of the sums, from `d` on.
+  template <int NV> void values(const Weights& from, const char* value, const char* ahead, int d) {
+    value += (size_t)d * kUnit;
+    ahead += (size_t)d / kGroup * kValueRows * kLine;
+    float* const sum = from.sum + d;
+    if constexpr (Rows == 0) {
+      const char *column[NV], *next[NV];
       for (int v = 0; v < NV; ++v) {
-        column[g * NV + v] = own.group[g] + (size_t)(d + kGroup * v) * Kind::kPer * Kind::kBBytes;
-        next[g * NV + v] = ahead.group[g] + ((size_t)d / kGroup * kValueRows + v) * ahead.stride;
+        column[v] = value + v * kLine;
+        next[v] = ahead + v * kLine;
       }
-    Columns b = {column, next, groups, kValueRows, value_stride, NV * ahead.stride};
-    product<Kind, NV>(rows, p, kGroup * Kind::kABytes, b, sum + d, lane.v_width, add);
+      const Columns b = {column, next, 1, kValueRows, value_stride, NV * kLine};
+      product<Kind, NV>(num_rows, from.probabilities, 0, b, sum, lane.v_width, from.add);
+    } else {
+      const size_t row_bytes = value_stride, width = lane.v_width;
+      const char* a = from.probabilities;
+      vf acc[Rows][NV];
+      if (from.add) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[r][v] = vload(sum + r * width + v * W);
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[r][v] = vzero();
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < kValueRows; ++i) {
+        typename Dot<Kind>::B line[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          line[v] = Dot<Kind>::b(value + v * kLine);
+          prefetch(ahead + v * kLine);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+          const typename Dot<Kind>::A weight = Dot<Kind>::a(a + r * kRowBytes);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[r][v] = Dot<Kind>::dot(acc[r][v], weight, line[v]);
+        }
+        a += kStep;
+        value += row_bytes;
+        ahead += NV * kLine;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) vstore(sum + r * width + v * W, acc[r][v]);
+    }
   }
 
-  void values(int strip, const Lines& ahead) {
-    const Lines own = values_of(strip);
-    const int groups = groups_of(strip);
-    float* sum = args.sum + part_of(strip) * args.part_stride;
-    const bool add = !opens_part(strip);
-    for (int r = 0; add && r < rows; ++r) {
-      const float by = shrink[strip % 2][r];
-      if (by != 1.0f) scale_row(sum + (size_t)r * lane.v_width, lane.v_width, by);
-    }
-    for (int g = groups - 1; g >= 0; --g) {
-      const int slot = begin_of(strip) + g * kGroup;
-      if (slot + kGroup <= args.lane_end) break;
-      char* copy = written + g * (size_t)kValueRows * value_stride;
-      places[strip % 4].value[g] = without_unwritten<Kind>(args, own.group[g], slot, copy);
-    }
-    const char* p = probabilities[strip % 2];
+  void values(int unit) {
+    const Weights& from = weights[unit & 1];
+    const int slot = first + unit * kGroup;
+    const char* value = places[unit & 3].value;
+    const char* ahead = places[(unit + 2) & 3].value;
+    if (slot + kGroup > args.lane_end) value = without_unwritten<Kind>(args, value, slot, written);
+    for (int r = 0; from.add && from.shrinks && r < rows(); ++r)
+      if (from.shrink[r] != 1.0f) scale_row(from.sum + (size_t)r * lane.v_width, lane.v_width, from.shrink[r]);
     int d = 0;
-    for (; most == 4 && d + 4 * kGroup <= lane.v_width; d += 4 * kGroup) values<4>(own, ahead, groups, p, d, sum, add);
-    for (; d + 2 * kGroup <= lane.v_width; d += 2 * kGroup) values<2>(own, ahead, groups, p, d, sum, add);
-    if (d < lane.v_width) values<1>(own, ahead, groups, p, d, sum, add);
+    if constexpr (Rows <= kFewRows)
+      for (; rows() <= kFewRows && d + 4 * kGroup <= lane.v_width; d += 4 * kGroup) values<4>(from, value, ahead, d);
+    for (; d + 2 * kGroup <= lane.v_width; d += 2 * kGroup) values<2>(from, value, ahead, d);
+    if (d < lane.v_width) values<1>(from, value, ahead, d);
   }
 
   void run() {
     find(0);
     find(1);
-    keys(0, values_of(0));
-    softmax(0);
-    for (int strip = 1; strip < strips; ++strip) {
-      find(strip + 1);
-      keys(strip, values_of(strip - 1));
-      softmax(strip);
-      values(strip - 1, keys_of(strip + 1));
+    for (int unit = 0; unit < units; ++unit) {
+      find(unit + 2);
+      keys(unit);
+      softmax(unit);
+      if (unit) values(unit - 1);
     }
-    find(strips + 1);
-    values(strips - 1, keys_of(strips + 1));
+    values(units - 1);
+    close_part();
   }
 };
+
+template <class Kind> static void attend_few(const AttendArgs& args, char* scratch) {
+#if defined(KVLOOM_AVX512)
+  switch (args.num_rows) {
+#define KVLOOM_FEW(n) \
+  case n: return FewRows<Kind, n>(args, scratch).run();
+    KVLOOM_FEW(1) KVLOOM_FEW(2) KVLOOM_FEW(3) KVLOOM_FEW(4) KVLOOM_FEW(5) KVLOOM_FEW(6)
+    KVLOOM_FEW(7) KVLOOM_FEW(8) KVLOOM_FEW(9) KVLOOM_FEW(10) KVLOOM_FEW(11) KVLOOM_FEW(12)
+#undef KVLOOM_FEW
+  }
+#else
+  FewRows<Kind, 0>(args, scratch).run();
+#endif
+}
 
 }  // namespace KVLOOM_ISA

@@ -175,6 +175,9 @@ struct Kernels {
   void (*rope)(float* head, int width, const float* cos_sin, int rotary);
   void (*write_slot)(const Lane&, int slot, const float* k, const float* v);
   void (*attend)(const AttendArgs&, char* scratch);
+  // Join the results of `count` parts for one row, `stride` floats apart: *peak, *total and sum [width] as if of one.
+  void (*join)(const float* peaks, const float* totals, const float* sums, ptrdiff_t stride, int count, int width,
+               float* peak, float* total, float* sum);
   void (*mass)(const MassArgs&, char* scratch);
   int (*argmax)(const float* x, int n);
   double (*read_probe)(const char* p, size_t bytes);

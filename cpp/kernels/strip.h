@@ -1,4 +1,4 @@
-// A strip of slots of one lane: where its bytes lie, and a step of the online softmax over its scores.
+// A strip of slots of one lane: where its bytes lie, and what is done to its scores before the softmax.
 //
 //   slots   | freed |begin ...            context              ... lane_end| unwritten
 //   strips          [   64   ][   64   ][   64   ][   64   ][  rest ]
@@ -111,45 +111,6 @@ static inline void write_probability(Element compute, char* row, int j, vf p) {
 static inline void scale_row(float* x, int n, float by) {
   vf factor = vset(by);
   for (int d = 0; d < n; d += W) vstore(x + d, vmul(vload(x + d), factor));
-}
-
-// One step of the online softmax of a row. Returns what the sums of earlier strips are now to be multiplied by.
-static inline float softmax_row(const AttendArgs& args, const Strip& strip, int row, float* s, char* probabilities) {
-  const int n = strip.end - strip.begin;
-  finish_scores(args, strip, row, s);
-  vf top = vload(s);
-  for (int j = W; j < n; j += W) top = vmax(top, vload(s + j));
-  float peak = vpeak(top), old = args.peak[row], shrink = 1.0f;
-  if (peak > old) {
-    if (old != kMinusInf) {
-      float factor[W];
-      vstore(factor, vexp2(vset(old - peak)));
-      shrink = factor[0];
-      args.total[row] *= shrink;
-    }
-    args.peak[row] = old = peak;
-  }
-  if (old == kMinusInf) {
-    for (int j = 0; j < n; j += W) write_probability(args.compute, probabilities, j, vzero());
-    return 1.0f;
-  }
-  vf shift = vset(old), total = vzero();
-  for (int j = 0; j < n; j += W) {
-    vf p = vexp2(vsub(vload(s + j), shift));
-    total = vadd(total, p);
-    if (strip.store == Element::kInt8)
-      p = vmul(p, vload(scale_group(args.lane, true, strip.begin + j / kGroup * kGroup) + j % kGroup));
-    if (strip.store == Element::kInt8 && strip.begin + j + W > args.lane_end) {  // scales of unwritten slots
-      float lanes[W];
-      vstore(lanes, p);
-      for (int i = 0; i < W; ++i)
-        if (strip.begin + j + i >= args.lane_end) lanes[i] = 0;
-      p = vload(lanes);
-    }
-    write_probability(args.compute, probabilities, j, p);
-  }
-  args.total[row] += vsum(total);
-  return shrink;
 }
 
 #define KVLOOM_BY_STORE(store, compute, call)                                   \

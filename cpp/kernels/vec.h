@@ -72,6 +72,8 @@ static inline vf vround(vf a) { return _mm512_roundscale_ps(a, 0); }
 static inline vf vscale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 static inline float vsum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float vpeak(vf a) { return _mm512_reduce_max_ps(a); }
+static inline float vfirst(vf a) { return _mm512_cvtss_f32(a); }
+static inline bool vabove(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }  // in any lane
 static inline vf vabs(vf a) { return _mm512_abs_ps(a); }
 static inline vf vlow(vi a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
 static inline vf vhigh(vi a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
@@ -135,6 +137,8 @@ static inline float vpeak(vf a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+static inline float vfirst(vf a) { return _mm256_cvtss_f32(a); }
+static inline bool vabove(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 static inline vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline vf vlow(vi a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
 static inline vf vhigh(vi a) { return _mm256_castsi256_ps(_mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000u))); }
@@ -197,6 +201,11 @@ static inline float vsum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 static inline float vpeak(vf a) {
   float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
   return x > y ? x : y;
+}
+static inline float vfirst(vf a) { return a[0]; }
+static inline bool vabove(vf a, vf b) {
+  vi above = a > b;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
 }
 static inline vf vabs(vf a) { return vmax(a, -a); }
 static inline vf vlow(vi a) { return (vf)((vi)((__attribute__((vector_size(16))) uint32_t)a << 16)); }

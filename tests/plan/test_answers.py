@@ -128,6 +128,14 @@ def test_times_are_bytes_over_bandwidth_and_operations_over_peak():
     assert roof.ttft().value == pytest.approx(roof.prefill_flops(3584) / 989.4e12)
 
 
+def test_of_the_last_layer_a_prompt_needs_its_last_token_alone():
+    model = catalogue_spec("llama-3-8b")
+    layer = (model.layer_matrix_params) // 32
+    heads = 2 * 32 * 256  # operations a query and key
+    expected = 2 * (layer * (31 * 1000 + 1) + model.head_params) + heads * (31 * 1000 * 1001 // 2 + 1000)
+    assert Roofline(ask(prompt=1000)).prefill_flops(1000) == expected
+
+
 def test_decode_turns_from_weights_to_kv_where_both_reads_are_equal():
     asked = ask(users=32)
     roof, context = Roofline(asked), Roofline(asked).kv_bound_context

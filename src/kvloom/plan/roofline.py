@@ -132,18 +132,23 @@ class Roofline:
         return 2.0 * (model.layer_matrix_params + model.head_params) + attention
 
     def prefill_flops(self, prompt: int) -> float:
-        """Return the operations of one prompt, logits of its last token only, all devices together."""
+        """Return the operations of one prompt, logits of its last token only, all devices together.
+
+        Of the last layer the last token alone is counted: of all others it owes only keys and values, next to nothing.
+        """
         model = self.question.model
         attention = 0.0
-        for layer in model.layers:
-            pairs = causal_pairs(prompt, layer.window)
+        for index, layer in enumerate(model.layers):
+            last = index + 1 == len(model.layers)
+            pairs = min(prompt, layer.window or prompt) if last else causal_pairs(prompt, layer.window)
             if isinstance(layer.mixer, Latent):
                 attention += layer.mixer.expanded_flops(1) * pairs
             elif isinstance(layer.mixer, Attention):
                 attention += layer.mixer.attention_flops(1) * pairs
             elif isinstance(layer.mixer, Recurrent):
-                attention += layer.mixer.attention_flops(1) * prompt
-        return 2.0 * (model.layer_matrix_params * prompt + model.head_params) + attention
+                attention += layer.mixer.attention_flops(1) * (1 if last else prompt)
+        whole = model.layer_matrix_params - model.layers[-1].active_matrix_params(model.hidden_size)
+        return 2.0 * (whole * prompt + (model.layer_matrix_params - whole) + model.head_params) + attention
 
     @property
     def speed_label(self) -> Label:
