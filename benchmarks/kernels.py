@@ -3,8 +3,10 @@
 Regime: decode attention and products of few rows are bound by memory bandwidth; products of many rows and prefill
 attention by arithmetic. Metrics: GB/s = bytes of K and V (or weights) that must be read, over seconds; GFLOP/s = useful
 operations over seconds. Ceilings: a plain read of the same arena by the same threads, before and after every case; the
-rate of register-tile products out of the first cache. Decode rotates over at least 512 MiB of scattered blocks, so
-nothing is found in a cache. Medians of interleaved repetitions with the spread; the last line is one JSON object.
+rate of register-tile products out of the first cache. Decode rotates over at least 512 MiB, so nothing is found in a
+cache: "served" is what the lane table made of requests that came, grew by a token a step, ended and made room until
+the arena had been filled three times over; "scattered" is the worst case, every block somewhere else. Medians of
+interleaved repetitions with the spread; the last line is one JSON object.
 
     python benchmarks/kernels.py [--threads 2] [--repeats 7] [--only decode|linear|prefill]
 """
@@ -13,6 +15,7 @@ import argparse
 import json
 import mmap
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -21,11 +24,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import cpu
+from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES, STORES
 
 SCHEMA_VERSION = 1
 ROTATION_BYTES = 512 << 20
+LAYERS = 30  # of lanes as a server has them
 
 
 def huge_pages(num_bytes: int) -> torch.Tensor:
@@ -52,6 +58,39 @@ def scattered(store: str, groups: int, width: int, length: int, block_size: int 
     return cpu.Lanes(arena, table, begin, np.full_like(begin, length), block_size, store), sequences
 
 
+def served(store: str, groups: int, width: int) -> tuple[cpu.Lanes, np.ndarray, int]:
+    """Return lanes as a server has them after a while, the rows that are in use, and the tokens in them.
+
+    Prompts of 32 to 1,024 tokens come whole, outputs of 16 to 256 a token a step; who finds no room ends at once.
+    """
+    spec = KVSpec((LayerKV(groups, width, width),) * LAYERS, 16, store)
+    capacity = ROTATION_BYTES + (64 << 20)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[store]
+    cache = KVCache(spec, capacity, 512, dtype, layout="cpu")
+    cache.memory.bytes.fill_(0x3C)
+    lanes, numbers = cache.lanes, random.Random(0)
+    left: dict[int, int] = {}  # tokens that a request will still make
+    admitted, full = 0, False
+    token_bytes = sum(spec.lane_token_bytes)
+    while admitted * token_bytes < 3 * capacity or not full:
+        sequence, prompt = lanes.open(), numbers.randint(32, 1024)
+        full = not lanes.extend(sequence, prompt)
+        if not full:
+            admitted += prompt
+            left[sequence] = numbers.randint(16, 256)
+            continue
+        lanes.close(sequence)
+        for running in list(left):
+            left[running] -= 1
+            admitted += 1
+            if left[running] == 0 or not lanes.extend(running, 1):
+                lanes.close(running)
+                del left[running]
+    rows = np.array(sorted(left), np.int32)
+    end = np.ascontiguousarray(lanes.begin + lanes.held, dtype=np.int32)
+    return cpu.Lanes(cache.memory.bytes, lanes.table, lanes.begin, end, 16, store), rows, int(lanes.seen[rows].sum())
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Return the wall time of one call."""
     start = time.perf_counter()
@@ -64,13 +103,18 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def decode_case(store: str, heads: int, groups: int, width: int, length: int, repeats: int) -> dict[str, object]:
+def decode_case(allocation: str, store: str, heads: int, groups: int, width: int, repeats: int) -> dict[str, object]:
     """Decode attention of one token per sequence over all sequences; bytes read per second beside the read probe."""
-    lanes, sequences = scattered(store, groups, width, length)
-    shape = cpu.LayerShape(heads, groups, width, width, 0)
-    rows, cu = np.arange(sequences, dtype=np.int32), np.arange(sequences + 1, dtype=np.int32)
-    q = torch.randn(sequences, heads, width, dtype=torch.float32 if store == "fp32" else torch.bfloat16)
-    num_bytes = sequences * groups * STORES.get(store).payload_bytes(length, width, width)
+    layers = LAYERS if allocation == "served" else 1  # attended in one call, as if they were one: as many lanes in all
+    if allocation == "served":
+        lanes, rows, tokens = served(store, groups, width)
+    else:
+        lanes, sequences = scattered(store, groups, width, 2000)
+        rows, tokens = np.arange(sequences, dtype=np.int32), 2000 * sequences
+    shape = cpu.LayerShape(heads * layers, groups * layers, width, width, 0)
+    cu = np.arange(len(rows) + 1, dtype=np.int32)
+    q = torch.randn(len(rows), heads * layers, width, dtype=torch.float32 if store == "fp32" else torch.bfloat16)
+    num_bytes = groups * layers * STORES.get(store).payload_bytes(tokens, width, width)
     rates, reads, ratios = [], [], []
     for _ in range(repeats + 1):
         before = cpu.read_bandwidth(lanes.arena)
@@ -80,9 +124,9 @@ def decode_case(store: str, heads: int, groups: int, width: int, length: int, re
         reads.append(read / 1e9)
         ratios.append(rate / read)
     return {
-        "kind": "decode", "store": store, "heads": heads, "kv_heads": groups, "width": width, "length": length,
-        "sequences": sequences, "gb_per_s": summary(rates[1:]), "read_gb_per_s": summary(reads[1:]),
-        "of_bandwidth": summary(ratios[1:]),
+        "kind": "decode", "allocation": allocation, "store": store, "heads": heads, "kv_heads": groups, "width": width,
+        "tokens": tokens, "sequences": len(rows), "bytes": num_bytes, "gb_per_s": summary(rates[1:]),
+        "read_gb_per_s": summary(reads[1:]), "of_bandwidth": summary(ratios[1:]),
     }  # fmt: skip
 
 
@@ -144,7 +188,7 @@ def row_of(case: dict[str, object]) -> str:
         return float(entry["median"])
 
     if case["kind"] == "decode":
-        name = f"decode {case['store']} D {case['width']} H/G {case['heads']}/{case['kv_heads']} S {case['length']}"
+        name = f"decode {case['allocation']} {case['store']} D {case['width']} H/G {case['heads']}/{case['kv_heads']}"
         return (
             f"{name:44} {middle('gb_per_s'):7.1f} GB/s of {middle('read_gb_per_s'):5.1f} = "
             f"{middle('of_bandwidth'):4.0%}"
@@ -189,9 +233,13 @@ def main() -> None:
     cases: list[Callable[[], dict[str, object]]] = []
     repeats = arguments.repeats
     if arguments.only in (None, "decode"):
+        shapes = ((4, 4), (9, 3), (8, 2), (8, 1))
+        for width in (64, 128):
+            for heads, groups in shapes:
+                cases.append(lambda a=("served", "bf16", heads, groups, width): decode_case(*a, repeats))
         for store, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("int8", 64), ("int8", 128), ("fp32", 64)):
-            for heads, groups in ((4, 4), (9, 3), (8, 2), (8, 1)):
-                cases.append(lambda a=(store, heads, groups, width): decode_case(*a, 2000, repeats))
+            for heads, groups in shapes:
+                cases.append(lambda a=("scattered", store, heads, groups, width): decode_case(*a, repeats))
     if arguments.only in (None, "linear"):
         for product in ("bf16", "int8", "int4", "w8a8", "fp32"):
             for rows in (1, 8, 32, 64, 512, 2048):

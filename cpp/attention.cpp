@@ -124,6 +124,19 @@ void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int
         total > 0 ? (peak + std::log2(total)) / kLog2E : -INFINITY;
 }
 
+// Join the parts whose results begin at `partial`, for all rows of tokens [token0, ...) of one KV head, and finish them.
+void join_parts(const Kernels& kernel, const AttentionCall& call, const float* partial, int num_parts, int num_rows,
+                int token0, int kv_head) {
+  const int heads = call.shape.num_heads / call.shape.num_kv_heads, width = call.shape.v_width;
+  alignas(64) float sum[1024];
+  for (int r = 0; r < num_rows; ++r) {
+    float peak, total;
+    kernel.join(partial + r, partial + num_rows + r, partial + part_sums(num_rows) + static_cast<std::ptrdiff_t>(r) * width,
+                part_floats(num_rows, width), num_parts, width, &peak, &total, sum);
+    finish_row(kernel, call, token0 + r / heads, kv_head * heads + r % heads, peak, total, sum);
+  }
+}
+
 }  // namespace
 
 Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int kv_head) {
@@ -171,9 +184,12 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
       team.barrier();
     }
   }
-  char* memory = team.scratch(Rows::bytes(std::max(kBlockRows, std::max(heads, kSplitRows)), width));
+  const std::size_t row_bytes = Rows::bytes(std::max(kBlockRows, std::max(heads, kSplitRows)), width);
+  char* memory = team.scratch(row_bytes + static_cast<std::size_t>(plan.own_floats) * 4 + 64);
+  float* own = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory) + row_bytes + 63) & ~std::uintptr_t{63});
   // Whole contexts take up to a millisecond each: the last ones must not be one thread's. Runs of parts are short.
-  const int chunk = plan.splits.empty() ? 1 : std::max(1, count / (team.size() * 16));
+  const bool short_tasks = plan.own_floats || !plan.splits.empty();
+  const int chunk = short_tasks ? std::max(1, count / (team.size() * 16)) : 1;
   int claimed = team.next() * chunk, index = claimed;
   while (index < count) {
     int following = index + 1;
@@ -189,38 +205,29 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
       upcoming.slot_end = next.end;
       args.upcoming = &upcoming;
     }
-    if (task.partial >= 0) {
-      float* at = workspace.partial.data() + task.partial;
-      args.peak = at;
-      args.total = at + rows.num_rows;
-      args.sum = at + part_sums(rows.num_rows);
+    float* const partial = task.num_parts ? own : task.partial >= 0 ? workspace.partial.data() + task.partial : nullptr;
+    if (partial) {
+      args.peak = partial;
+      args.total = partial + rows.num_rows;
+      args.sum = partial + part_sums(rows.num_rows);
       args.part_slots = kContextPart;
       args.part_stride = part_floats(rows.num_rows, width);
     }
     kernel.attend(args, rows.kernel_scratch);
-    if (task.partial < 0) {
-      const int token0 = call.batch.cu_seqlens[task.seq] + task.q0;
-      for (int r = 0; r < rows.num_rows; ++r)
-        finish_row(kernel, call, token0 + r / heads, task.kv_head * heads + r % heads, rows.peak[r], rows.total[r],
-                   rows.sum + static_cast<std::size_t>(r) * width);
-    }
+    const int token0 = call.batch.cu_seqlens[task.seq] + task.q0;
+    if (task.num_parts)
+      join_parts(kernel, call, own, task.num_parts, rows.num_rows, token0, task.kv_head);
+    for (int r = 0; !partial && r < rows.num_rows; ++r)
+      finish_row(kernel, call, token0 + r / heads, task.kv_head * heads + r % heads, rows.peak[r], rows.total[r],
+                 rows.sum + static_cast<std::size_t>(r) * width);
     index = following;
   }
   if (plan.partial_floats == 0) return;
   team.barrier();
-  alignas(64) float sum[1024];
   for (int i = team.id(); i < static_cast<int>(plan.splits.size()); i += team.size()) {
     const Split& split = plan.splits[static_cast<std::size_t>(i)];
-    const int token0 = call.batch.cu_seqlens[split.seq];
-    const int rows = call.batch.count(split.seq) * heads;
-    const std::ptrdiff_t stride = part_floats(rows, width);
-    const float* base = workspace.partial.data() + split.partial;
-    for (int r = 0; r < rows; ++r) {
-      float peak, total;
-      kernel.join(base + r, base + rows + r, base + part_sums(rows) + static_cast<std::ptrdiff_t>(r) * width, stride,
-                  split.num_parts, width, &peak, &total, sum);
-      finish_row(kernel, call, token0 + r / heads, split.kv_head * heads + r % heads, peak, total, sum);
-    }
+    join_parts(kernel, call, workspace.partial.data() + split.partial, split.num_parts,
+               call.batch.count(split.seq) * heads, call.batch.cu_seqlens[split.seq], split.kv_head);
   }
 }
 
@@ -232,11 +239,10 @@ void key_mass(Team& team, const AttentionCall& call, const float* lse, float* ma
   for (int b = 0; b < call.batch.num_seqs; ++b)
     for (int g = 0; g < shape.num_kv_heads; ++g) {
       const int row = call.batch.seq_rows[b], lane = shape.lane_offset + g;
-      const int n = call.batch.cu_seqlens[b + 1] - call.batch.cu_seqlens[b];
-      const int end = lane_end(call.lanes, call.batch, b, lane);
+      const int n = call.batch.count(b), end = lane_end(call.lanes, call.batch, b, lane);
       for (int s = lane_begin(call.lanes, row, lane); s < end;) {
         const int stop = std::min(end, (s / kContextPart + 1) * kContextPart);
-        tasks.push_back({b, g, 0, n, s, stop, -1});
+        tasks.push_back({b, g, 0, n, s, stop, 0, -1});
         s = stop;
       }
     }

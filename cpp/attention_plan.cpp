@@ -41,7 +41,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
           int begin = first, end = last - n + q1;
           if (shape.window) begin = std::max(begin, last - n + q0 + 1 - shape.window);
           if (!split) {
-            plan.tasks.push_back({b, g, q0, q1, begin, end, -1});
+            plan.tasks.push_back({b, g, q0, q1, begin, end, 0, -1});
             continue;
           }
           // A part lies within 256 slots and within one store; a run of parts within one store.
@@ -53,7 +53,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             const int store_end = stores.run_end(s);
             const int stop = std::min({end, (s / kContextPart + 1) * kContextPart, store_end});
             if (in_run == 0) {
-              plan.tasks.push_back({b, g, q0, q1, s, stop, plan.partial_floats});
+              plan.tasks.push_back({b, g, q0, q1, s, stop, 0, plan.partial_floats});
             } else {
               plan.tasks.back().end = stop;
             }
@@ -61,12 +61,17 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             in_run = in_run + 1 == longest || stop == store_end ? 0 : in_run + 1;
             s = stop;
           }
-          if (whole.num_parts > 1) {
+          if (plan.tasks.size() - first_task > 1) {
             plan.splits.push_back(whole);
-          } else {
-            plan.partial_floats = whole.partial;
-            plan.tasks[first_task].partial = -1;
+            continue;
           }
+          Task& only = plan.tasks.back();
+          only.partial = -1;
+          if (whole.num_parts > 1) {
+            only.num_parts = whole.num_parts;
+            plan.own_floats = std::max(plan.own_floats, plan.partial_floats - whole.partial);
+          }
+          plan.partial_floats = whole.partial;
         }
         q1 = q0;
       }

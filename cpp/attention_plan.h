@@ -23,10 +23,11 @@ constexpr int kBlockRows = 96;     // rows of one prefill task
 // of consecutive parts of a split one.
 struct Task {
   int seq, kv_head, q0, q1, begin, end;
-  std::ptrdiff_t partial;  // where the result of its first part lies, in floats; -1: finished at once
+  int num_parts;           // that it joins itself, 0: it has no parts, or others have some of the same context
+  std::ptrdiff_t partial;  // of a part that others join: where the result of its first one lies, in floats; else -1
 };
 
-// Rows whose context is split, and their parts' results.
+// Rows whose context is split among several tasks, and their parts' results.
 struct Split {
   int seq, kv_head, num_parts;
   std::ptrdiff_t partial;
@@ -36,6 +37,7 @@ struct AttentionPlan {
   std::vector<Task> tasks;
   std::vector<Split> splits;
   std::ptrdiff_t partial_floats = 0;
+  std::ptrdiff_t own_floats = 0;  // most results of parts that a task joins itself
 };
 
 // How the results of a part lie: [rows] peaks, [rows] totals, then [rows, width] sums on a cache line of their own, so

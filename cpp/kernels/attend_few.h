@@ -6,8 +6,9 @@
 //   keys 0 | keys 1, values 0 | keys 2, values 1 | ... | values n-1 | keys 0 of the run that this thread reads next
 //
 // Every line that is used asks memory for the line of the next unit (values: of the next but one, which is the next to be
-// used). Longer strips with several groups side by side need fewer instructions and are slower out of memory: more
-// places at a time are read, each too briefly for the processor to see a line in it.
+// used). Where the next unit is the next block in memory, the keys of this one ask for all of it, in order: the processor
+// then sees a line and reads ahead. Longer strips with several groups side by side need fewer instructions and are slower
+// out of memory: more places at a time are read, each too briefly for that.
 #pragma once
 
 #include "strip.h"
@@ -28,6 +29,7 @@ template <class Kind, int Rows> struct FewRows {
   struct Place {  // where a unit lies
     const char *key, *value;
     const float *key_scale, *value_scale;
+    bool follows;  // a block of its own, behind that of the unit before
   };
   struct Weights {  // what the softmax of a unit leaves for its values
     float* sum;
@@ -39,6 +41,7 @@ template <class Kind, int Rows> struct FewRows {
   AttendArgs args;  // peak and total: of the part that the softmax is in
   const Lane& lane;
   const size_t key_stride, value_stride;  // bytes between the rows of a key and of a value group
+  const size_t block_bytes;               // of a block that is a unit with keys as wide as values, else 0
   const int num_rows, first, units;       // first: slot of unit 0
   int part_end;                           // slot
   int seen_begin, seen_end;  // slots that every row sees, and whose scores are complete as they come
@@ -46,11 +49,14 @@ template <class Kind, int Rows> struct FewRows {
   vf total[kMaxRows];        // of the part, by lane of a vector
   float* scores;             // [rows, kGroup]
   char* written;             // a copy of a value group with unwritten slots
-  Place places[4];           // of the units at hand, by unit % 4
+  Place places[4] = {};      // of the units at hand, by unit % 4
   Weights weights[2];        // of an even and of an odd unit
 
   FewRows(const AttendArgs& a, char* scratch)
       : args(a), lane(a.lane), key_stride((size_t)lane.block_size * kUnit), value_stride((size_t)lane.v_width * kUnit),
+        block_bytes(lane.block_size == kGroup && lane.k_width == lane.v_width
+                        ? kGroup * (2 * lane.k_width * Kind::kBBytes + (kScaled ? 8 : 0))
+                        : 0),
         num_rows(a.num_rows), first(a.slot_begin / kGroup * kGroup), units((a.slot_end - first + kGroup - 1) / kGroup),
         part_end(a.slot_begin), seen_begin(a.slot_begin), seen_end(a.slot_end), scores((float*)scratch) {
     scratch += kMaxRows * kGroup * 4;
@@ -78,6 +84,7 @@ template <class Kind, int Rows> struct FewRows {
       if (run) slot = run->slot_begin / kGroup * kGroup + (unit - units) * kGroup;
       if (!run || slot >= run->slot_end) {
         place = places[(unit + 3) & 3];
+        place.follows = false;
         return;
       }
     }
@@ -85,43 +92,56 @@ template <class Kind, int Rows> struct FewRows {
     const int column = column_of(at, slot), within = slot - column * at.block_size;
     prefetch(at.columns + column + 32);  // the table itself falls out of the caches
     const char* block = at.arena + (size_t)(uint32_t)at.columns[column] * 128;
+    place.follows = block_bytes && block == places[(unit + 3) & 3].key + block_bytes;
     place.key = block + (size_t)within * kUnit;
     place.value = block + ((size_t)at.block_size * at.k_width + (size_t)within * at.v_width) * Kind::kBBytes;
     if (kScaled) {
       place.key_scale = (const float*)(block + (size_t)at.block_size * (at.k_width + at.v_width)) + within;
       place.value_scale = place.key_scale + at.block_size;
+      prefetch(place.key_scale);
+      prefetch(place.value_scale);
     }
   }
 
   // Scores of a unit. A row has two sums, of even and of odd rows of B: one alone would wait for itself.
-  void keys(int unit) {
-    const Columns b = {&places[unit & 3].key, &places[(unit + 1) & 3].key, 1, lane.k_width / Kind::kPer, key_stride,
-                       key_stride};
-    if constexpr (Rows == 0) {
-      product<Kind, 1>(num_rows, args.queries, 0, b, scores, kGroup, false);
-    } else {
-      vf even[Rows], odd[Rows];
+  template <bool Whole> void keys(const char* at, const char* ahead) {
+    vf even[Rows], odd[Rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) even[r] = odd[r] = vzero();
-      const char *a = args.queries, *at = *b.column, *ahead = *b.ahead;
-      float* const at_scores = scores;
+    for (int r = 0; r < Rows; ++r) even[r] = odd[r] = vzero();
+    const char* a = args.queries;
+    float* const out = scores;
+    const size_t stride = key_stride, step = Whole ? 2 * kLine : stride;
 #pragma GCC unroll 1
-      for (int i = 0; i < b.num_rows; i += 2) {
-        dot_rows(even, a, at, ahead);
-        dot_rows(odd, a + kStep, at + key_stride, ahead + key_stride);
-        a += 2 * kStep;
-        at += 2 * key_stride;
-        ahead += 2 * key_stride;
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) vstore(at_scores + r * kGroup, vadd(even[r], odd[r]));
+    for (int i = lane.k_width / Kind::kPer; i > 0; i -= 2) {
+      dot_rows(even, a, at);
+      prefetch(ahead);
+      if (Whole) prefetch(ahead + kLine);
+      dot_rows(odd, a + kStep, at + stride);
+      prefetch(ahead + step);
+      if (Whole) prefetch(ahead + step + kLine);
+      a += 2 * kStep;
+      at += 2 * stride;
+      ahead += 2 * step;
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) vstore(out + r * kGroup, vadd(even[r], odd[r]));
   }
-  static inline void dot_rows(vf* sum, const char* a, const char* at, const char* ahead) {
+  static inline void dot_rows(vf* sum, const char* a, const char* at) {
     const typename Dot<Kind>::B line = Dot<Kind>::b(at);
-    prefetch(ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) sum[r] = Dot<Kind>::dot(sum[r], Dot<Kind>::a(a + r * kRowBytes), line);
+  }
+
+  void keys(int unit) {
+    const Place &place = places[unit & 3], &next = places[(unit + 1) & 3];
+    if constexpr (Rows == 0) {
+      const Columns b = {&place.key, &next.key, 1, lane.k_width / Kind::kPer, key_stride, key_stride};
+      product<Kind, 1>(num_rows, args.queries, 0, b, scores, kGroup, false);
+    } else if (next.follows) {
+      keys<true>(place.key, next.key);
+    } else {
+      keys<false>(place.key, next.key);
+    }
   }
 
   void close_part() {

@@ -4,8 +4,9 @@
     block     one lane's `block_size` tokens, named by its address (offset in granules of 128 bytes)
 
 An empty slab takes any block size; a slab is given back when its last block is free. Blocks carry reference counts.
-Allocation fills the fullest slab first; `evacuation` empties nearly empty slabs, so that what is stranded stays below
-one slab for each block size (and the tails of full slabs that a block size does not divide).
+Allocation fills the fullest slab first, each in ascending order, so that a lane lies in long runs, which memory reads
+faster; `evacuation` empties nearly empty slabs, so that what is stranded stays below one slab for each block size (and
+the tails of full slabs that a block size does not divide).
 """
 
 from collections.abc import Iterable, Mapping
@@ -56,11 +57,9 @@ class Arena:
             raise InvalidInputError(f"the KV cache has {format_bytes(num_bytes)}; addresses reach 256 GiB")
         # Blocks start at least `_cell` granules apart, so address // _cell is a different cell for each live block.
         self._cell = self.block_sizes[0] // GRANULE_BYTES
-        most = SLAB_GRANULES // self._cell
         self.refs: NDArray[np.int32] = np.zeros(self.num_slabs * SLAB_GRANULES // self._cell + 1, np.int32)
         self._size: NDArray[np.int32] = np.zeros(self.num_slabs, np.int32)  # granules a block; 0: empty slab
         self._free: NDArray[np.int32] = np.zeros(self.num_slabs, np.int32)  # free blocks of a slab in use
-        self._stack: NDArray[np.int32] = np.zeros((self.num_slabs, most), np.int32)  # their addresses, top last
         self._empty = list(range(self.num_slabs - 1, -1, -1))
         self._free_blocks = dict.fromkeys(self.block_sizes, 0)
         self._used_blocks = dict.fromkeys(self.block_sizes, 0)
@@ -117,7 +116,6 @@ class Arena:
             number = self.blocks_per_slab(block_bytes)
             self._size[slab] = granules
             self._free[slab] = number
-            self._stack[slab, :number] = slab * SLAB_GRANULES + np.arange(number - 1, -1, -1, dtype=np.int32) * granules
             self._free_blocks[block_bytes] += number
             done = self._take(slab, out, done)
         self.refs[out // self._cell] = 1
@@ -127,12 +125,18 @@ class Arena:
         return out
 
     def _take(self, slab: int, out: Addresses, done: int) -> int:
-        """Move free blocks of `slab` to `out[done:]`; returns the new `done`."""
-        free = int(self._free[slab])
-        number = min(free, len(out) - done)
-        out[done : done + number] = self._stack[slab, free - number : free][::-1]
-        self._free[slab] = free - number
+        """Put the first free blocks of `slab` into `out[done:]`; returns the new `done`. The caller references them."""
+        number = min(int(self._free[slab]), len(out) - done)
+        every, live = self._blocks(slab)
+        out[done : done + number] = every[~live][:number]
+        self._free[slab] -= number
         return done + number
+
+    def _blocks(self, slab: int) -> tuple[Addresses, NDArray[np.bool_]]:
+        """Return the addresses of the blocks of a slab in use, ascending, and which of them are live."""
+        granules = int(self._size[slab])
+        every = slab * SLAB_GRANULES + np.arange(SLAB_GRANULES // granules, dtype=np.int32) * granules
+        return every, self.refs[every // self._cell] > 0
 
     def share(self, addresses: Addresses) -> None:
         """Add one reference to each block of `addresses` (each block once)."""
@@ -154,22 +158,16 @@ class Arena:
         return self._give_back(gone) if len(gone) else 0
 
     def _give_back(self, gone: Addresses) -> int:
-        """Put unreferenced blocks on the stacks of their slabs; returns their bytes."""
-        gone = np.sort(gone)
-        slabs = gone // SLAB_GRANULES
-        starts = np.flatnonzero(np.r_[True, slabs[1:] != slabs[:-1]])
-        ends = np.r_[starts[1:], len(gone)]
+        """Count unreferenced blocks as free; returns their bytes."""
+        slabs, numbers = np.unique(gone // SLAB_GRANULES, return_counts=True)
         freed = 0
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            slab, number = int(slabs[start]), end - start
+        for slab, number in zip(slabs.tolist(), numbers.tolist(), strict=True):
             size = int(self._size[slab]) * GRANULE_BYTES
-            free = int(self._free[slab])
-            self._stack[slab, free : free + number] = gone[start:end]
-            self._free[slab] = free + number
+            self._free[slab] += number
             self._free_blocks[size] += number
             self._used_blocks[size] -= number
             freed += number * size
-            if free + number == self.blocks_per_slab(size):
+            if self._free[slab] == self.blocks_per_slab(size):
                 self._retire(slab, size)
         return freed
 
@@ -196,7 +194,7 @@ class Arena:
             victims = members[keep:]
             if not len(victims):
                 continue
-            source = np.concatenate([self._live(int(slab), granules) for slab in victims])
+            source = np.concatenate([self._live(int(slab)) for slab in victims])
             target = np.empty(len(source), np.int32)
             done = 0
             for slab in members[:keep]:
@@ -211,12 +209,11 @@ class Arena:
             moves.append(Move(size, source, target))
         return moves
 
-    def _live(self, slab: int, granules: int) -> Addresses:
+    def _live(self, slab: int) -> Addresses:
         """Return the addresses of the live blocks of one slab, ascending."""
-        number = SLAB_GRANULES // granules
-        every = slab * SLAB_GRANULES + np.arange(number, dtype=np.int32) * granules
-        live: Addresses = every[self.refs[every // self._cell] > 0]
-        return live
+        every, live = self._blocks(slab)
+        found: Addresses = every[live]
+        return found
 
     def block_bytes_at(self, addresses: Addresses) -> NDArray[np.int64]:
         """Return the bytes of the block at each address."""
@@ -241,14 +238,11 @@ class Arena:
         for slab in np.flatnonzero(self._size):
             granules = int(self._size[slab])
             size = granules * GRANULE_BYTES
-            alive = self._live(int(slab), granules)
-            free = self._stack[slab, : self._free[slab]]
-            assert len(alive) > 0, "an empty slab was not given back"
-            assert len(np.unique(free)) == len(free)
-            assert not np.isin(free, alive).any(), "a live block is on a free stack"
-            assert len(alive) + len(free) == self.blocks_per_slab(size)
-            live[size] += len(alive)
-            spare[size] += len(free)
+            alive = len(self._live(int(slab)))
+            assert alive > 0, "an empty slab was not given back"
+            assert alive + self._free[slab] == self.blocks_per_slab(size)
+            live[size] += alive
+            spare[size] += int(self._free[slab])
         assert live == self._used_blocks and spare == self._free_blocks
         assert int((self.refs > 0).sum()) == sum(live.values())
         assert (self.refs >= 0).all()
