@@ -1,6 +1,8 @@
 """ArenaMemory: the bytes behind an arena, and moving blocks within them."""
 
+import ctypes
 import mmap
+import threading
 
 import numpy as np
 import torch
@@ -10,11 +12,15 @@ from kvloom.errors import DoesNotFitError
 from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
 from kvloom.units import format_bytes
 
+MADV_POPULATE_WRITE = 23
+"""Linux 5.14: make pages as a first write would, and change nothing in them."""
+
 
 class ArenaMemory:
     """`num_bytes` of zeroed memory, aligned to slabs, on huge pages where the system has them.
 
-    On the CPU pages are committed as they are first written, so an arena costs no more than its high-water mark.
+    On the CPU pages are committed as they are first written or by `populate`, so an arena costs no more than its
+    high-water mark and those.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -36,6 +42,20 @@ class ArenaMemory:
                 "Lower --kv-cache-memory-bytes"
             ) from error
         self._granules = self.bytes.view(-1, GRANULE_BYTES)
+
+    def populate(self, num_bytes: int) -> threading.Thread | None:
+        """Have the system make the first `num_bytes` of pages in the background; returns the thread that waits for it.
+
+        The first prompt then need not: a huge page takes up to 4 ms where a virtual machine must first be given it.
+        Contents stay. None where the system cannot do it; pages are then made as they are written.
+        """
+        if self.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return None
+        start, length = ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(min(num_bytes, self.bytes.numel()))
+        advise = ctypes.CDLL(None).madvise  # mmap's own would keep all other Python waiting
+        thread = threading.Thread(target=advise, args=(start, length, MADV_POPULATE_WRITE), daemon=True)
+        thread.start()
+        return thread
 
     def elements(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the whole memory as one flat tensor of `dtype`; writes go through."""

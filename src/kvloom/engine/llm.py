@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvloom.cache.kvcache import KVCache
+from kvloom.cache.memory import ArenaMemory
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.engine import Engine
@@ -22,7 +23,7 @@ from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.policies.policy import Policy
-from kvloom.spec.store import NATIVE_STORE
+from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
 
 Prompt = str | Mapping[str, Any] | Seq[int]
 """Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional keys.
@@ -31,6 +32,9 @@ The keys are "cache_salt", "priority" (lower is earlier), "kv_policy" and "force
 
 Messages = Seq[Mapping[str, Any]]
 """A conversation: {"role": ..., "content": ...} in order."""
+
+POPULATED_BYTES = 64 << 20
+"""First bytes of the arena whose pages are made as the engine starts: what a first prompt of some length writes."""
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids", "kv_policy"}
 
@@ -94,6 +98,8 @@ class LLM:
         length = config.resolve_max_model_len(spec, checkpoint.config.max_position, kv_bytes)
         self.tokenizer = checkpoint.tokenizer() if tokenizer is None else open_checkpoint(tokenizer).tokenizer()
         checkpoint.check(self.tokenizer)
+        memory = ArenaMemory(kv_bytes // SLAB_BYTES * SLAB_BYTES, torch.device("cpu"))
+        memory.populate(POPULATED_BYTES)  # while the weights are read
         try:
             runnable = load_model(
                 checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization
@@ -105,7 +111,7 @@ class LLM:
                 f"the weights of {self.model} in {self.dtype} cannot be had: no memory is left. Use a smaller model, "
                 "another --dtype or --quantization"
             ) from error
-        cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
+        cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout, memory=memory)
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
