@@ -55,15 +55,13 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
   const int visible = lane_begin(call.lanes, table_row, lane), end = lane_end(call.lanes, call.batch, task.seq, lane);
   const float scale = call.scale * (call.softcap > 0 ? 1.0f : kLog2E);
   const std::size_t size = call.q_element == Element::kFloat ? 4 : 2;
-  float head[1024];
   int r = 0;
   for (int i = task.q0; i < task.q1; ++i)
     for (int h = 0; h < heads; ++h, ++r) {
       const std::size_t at = static_cast<std::size_t>(token0 + i) * call.q_stride +
                              static_cast<std::size_t>(task.kv_head * heads + h) * shape.k_width;
-      kernel.to_float(call.q_element, static_cast<const char*>(call.q) + at * size, head, shape.k_width);
-      for (int d = 0; d < shape.k_width; ++d) head[d] *= scale;
-      kernel.from_float(call.compute, head, rows.queries + static_cast<std::size_t>(r) * kTileRowBytes, shape.k_width);
+      kernel.scaled(call.q_element, static_cast<const char*>(call.q) + at * size, scale, call.compute,
+                    rows.queries + static_cast<std::size_t>(r) * kTileRowBytes, shape.k_width);
       const int last = end - n + i + 1;
       rows.last[r] = last;
       rows.first[r] = shape.window ? std::max(visible, last - shape.window) : visible;
@@ -111,7 +109,7 @@ void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int
     }
   }
   const float inverse = total > 0 ? 1.0f / total : 0.0f;
-  for (int d = 0; d < width; ++d) sum[d] *= inverse;
+  kernel.scaled(Element::kFloat, sum, inverse, Element::kFloat, sum, width);
   if (call.out_tiles) {
     write_tiles(kernel, *call.out_tiles, token, head * width, sum, width);
   } else {

@@ -26,6 +26,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
   AttentionPlan plan;
   const LayerShape& shape = call.shape;
   const int heads = shape.num_heads / shape.num_kv_heads, longest = run_length(call, num_threads);
+  plan.tasks.reserve(static_cast<std::size_t>(call.batch.num_seqs) * static_cast<std::size_t>(shape.num_kv_heads));
   for (int pass = 0; pass < 2; ++pass) {  // whole-context tasks first: they are the long ones
     for (int b = 0; b < call.batch.num_seqs; ++b) {
       const int n = call.batch.count(b);

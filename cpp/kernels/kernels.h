@@ -168,6 +168,7 @@ struct Kernels {
   void (*pack_row)(const Tiles&, int row, const float* x);
   void (*to_float)(Element, const void* x, float* y, size_t n);
   void (*from_float)(Element, const float* x, void* y, size_t n);
+  void (*scaled)(Element from, const void* x, float by, Element to, void* y, size_t n);  // y = x * by; y may be x
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   void (*add)(float* x, const float* y, int n);

@@ -50,6 +50,30 @@ static void convert_from_float(Element e, const float* x, void* y, size_t n) {
   }
 }
 
+// y = x times `by`, from one element to another.
+static void convert_scaled(Element from, const void* x, float by, Element to, void* y, size_t n) {
+  const vf factor = vset(by);
+  size_t i = 0;
+  for (; i + W <= n; i += W) {
+    vf value = from == Element::kFloat  ? vload((const float*)x + i)
+               : from == Element::kBf16 ? vload_bf16((const uint16_t*)x + i)
+                                        : vload_half((const uint16_t*)x + i);
+    value = vmul(value, factor);
+    if (to == Element::kFloat)
+      vstore((float*)y + i, value);
+    else if (to == Element::kBf16)
+      vstore_bf16((uint16_t*)y + i, value);
+    else
+      vstore_half((uint16_t*)y + i, value);
+  }
+  if (i == n) return;
+  float rest[W];
+  const size_t in = from == Element::kFloat ? 4 : 2, out = to == Element::kFloat ? 4 : 2;
+  convert_to_float(from, (const char*)x + i * in, rest, n - i);
+  for (size_t j = 0; j < n - i; ++j) rest[j] *= by;
+  convert_from_float(to, rest, (char*)y + i * out, n - i);
+}
+
 static float row_peak(const float* x, int n) {
   vf peak = vzero();
   int i = 0;
