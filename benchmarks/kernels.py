@@ -4,9 +4,9 @@ Regime: decode attention and products of few rows are bound by memory bandwidth;
 attention by arithmetic. Metrics: GB/s = bytes of K and V (or weights) that must be read, over seconds; GFLOP/s = useful
 operations over seconds. Ceilings: a plain read of the same arena by the same threads, before and after every case; the
 rate of register-tile products out of the first cache. Decode rotates over at least 512 MiB, so nothing is found in a
-cache: "served" is what the lane table made of requests that came, grew by a token a step, ended and made room until
-the arena had been filled three times over; "scattered" is the worst case, every block somewhere else. Medians of
-interleaved repetitions with the spread; the last line is one JSON object.
+cache: "served" is what the lane table made of requests that came, grew by a token a step, ended and made room until the
+arena had been filled three times over ("served-long": with prompts of up to 4,096 tokens); "scattered" is the worst
+case, every block somewhere else. Medians of interleaved repetitions with the spread; the last line is one JSON object.
 
     python benchmarks/kernels.py [--threads 2] [--repeats 7] [--only decode|linear|prefill]
 """
@@ -32,6 +32,7 @@ from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES, STORES
 SCHEMA_VERSION = 1
 ROTATION_BYTES = 512 << 20
 LAYERS = 30  # of lanes as a server has them
+SERVED = {"served": 1024, "served-long": 4096}  # longest prompts
 
 
 def huge_pages(num_bytes: int) -> torch.Tensor:
@@ -58,10 +59,10 @@ def scattered(store: str, groups: int, width: int, length: int, block_size: int 
     return cpu.Lanes(arena, table, begin, np.full_like(begin, length), block_size, store), sequences
 
 
-def served(store: str, groups: int, width: int) -> tuple[cpu.Lanes, np.ndarray, int]:
+def served(store: str, groups: int, width: int, longest: int) -> tuple[cpu.Lanes, np.ndarray, int]:
     """Return lanes as a server has them after a while, the rows that are in use, and the tokens in them.
 
-    Prompts of 32 to 1,024 tokens come whole, outputs of 16 to 256 a token a step; who finds no room ends at once.
+    Prompts of 32 to `longest` tokens come whole, outputs of 16 to 256 a token a step; who finds no room ends at once.
     """
     spec = KVSpec((LayerKV(groups, width, width),) * LAYERS, 16, store)
     capacity = ROTATION_BYTES + (64 << 20)
@@ -73,7 +74,7 @@ def served(store: str, groups: int, width: int) -> tuple[cpu.Lanes, np.ndarray, 
     admitted, full = 0, False
     token_bytes = sum(spec.lane_token_bytes)
     while admitted * token_bytes < 3 * capacity or not full:
-        sequence, prompt = lanes.open(), numbers.randint(32, 1024)
+        sequence, prompt = lanes.open(), numbers.randint(32, longest)
         full = not lanes.extend(sequence, prompt)
         if not full:
             admitted += prompt
@@ -105,9 +106,9 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def decode_case(allocation: str, store: str, heads: int, groups: int, width: int, repeats: int) -> dict[str, object]:
     """Decode attention of one token per sequence over all sequences; bytes read per second beside the read probe."""
-    layers = LAYERS if allocation == "served" else 1  # attended in one call, as if they were one: as many lanes in all
-    if allocation == "served":
-        lanes, rows, tokens = served(store, groups, width)
+    layers = LAYERS if allocation in SERVED else 1  # attended in one call, as if they were one: as many lanes in all
+    if allocation in SERVED:
+        lanes, rows, tokens = served(store, groups, width, SERVED[allocation])
     else:
         lanes, sequences = scattered(store, groups, width, 2000)
         rows, tokens = np.arange(sequences, dtype=np.int32), 2000 * sequences
@@ -234,9 +235,10 @@ def main() -> None:
     repeats = arguments.repeats
     if arguments.only in (None, "decode"):
         shapes = ((4, 4), (9, 3), (8, 2), (8, 1))
-        for width in (64, 128):
-            for heads, groups in shapes:
-                cases.append(lambda a=("served", "bf16", heads, groups, width): decode_case(*a, repeats))
+        for allocation in SERVED:
+            for width in (64, 128):
+                for heads, groups in shapes:
+                    cases.append(lambda a=(allocation, "bf16", heads, groups, width): decode_case(*a, repeats))
         for store, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("int8", 64), ("int8", 128), ("fp32", 64)):
             for heads, groups in shapes:
                 cases.append(lambda a=("scattered", store, heads, groups, width): decode_case(*a, repeats))

@@ -296,6 +296,7 @@ template <class Kind, int Rows> struct FewRows {
   }
 
   void run() {
+    if (args.upcoming) prefetch(args.upcoming->lane.columns + column_of(args.upcoming->lane, args.upcoming->slot_begin));
     find(0);
     find(1);
     for (int unit = 0; unit < units; ++unit) {

@@ -52,17 +52,13 @@ class KVCache:
         device: torch.device | str = "cpu",
         extra_stores: Sequence[str] = ("int8",),
         layout: Layout = "rows",
-        memory: ArenaMemory | None = None,
     ) -> None:
-        """Set up an empty cache; `layout` is how tokens lie inside a block, which backend and stores must agree on.
-
-        `memory` of at least `num_bytes`, where there is some already.
-        """
+        """Set up an empty cache; `layout` is how tokens lie inside a block, which backend and stores must agree on."""
         self.spec = spec
         sizes = {spec.layer_block_bytes(layer) for layer in range(len(spec.layers))}
         sizes |= {spec.layer_block_bytes(layer, name) for layer in range(len(spec.layers)) for name in extra_stores}
         self.arena = Arena(num_bytes, sizes)
-        self.memory = memory or ArenaMemory(self.arena.num_bytes, torch.device(device))
+        self.memory = ArenaMemory(self.arena.num_bytes, torch.device(device))
         self.index = PrefixIndex(spec, self.arena)
         self.pool = BlockPool(self.arena, self.index, self.memory.copy)
         self.lanes = LaneTable(spec, self.pool, max_sequences)

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvloom.cache.kvcache import KVCache
-from kvloom.cache.memory import ArenaMemory
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.engine import Engine
@@ -23,7 +22,7 @@ from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.policies.policy import Policy
-from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
+from kvloom.spec.store import NATIVE_STORE
 
 Prompt = str | Mapping[str, Any] | Seq[int]
 """Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional keys.
@@ -98,8 +97,6 @@ class LLM:
         length = config.resolve_max_model_len(spec, checkpoint.config.max_position, kv_bytes)
         self.tokenizer = checkpoint.tokenizer() if tokenizer is None else open_checkpoint(tokenizer).tokenizer()
         checkpoint.check(self.tokenizer)
-        memory = ArenaMemory(kv_bytes // SLAB_BYTES * SLAB_BYTES, torch.device("cpu"))
-        memory.populate(POPULATED_BYTES)  # while the weights are read
         try:
             runnable = load_model(
                 checkpoint, torch_dtype, block_size=block_size, backend=config.backend, quantization=config.quantization
@@ -111,7 +108,8 @@ class LLM:
                 f"the weights of {self.model} in {self.dtype} cannot be had: no memory is left. Use a smaller model, "
                 "another --dtype or --quantization"
             ) from error
-        cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout, memory=memory)
+        cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
+        cache.memory.populate(POPULATED_BYTES)  # not before: reading the weights takes memory for a while
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
