@@ -2,7 +2,6 @@
 
 import ctypes
 import mmap
-import threading
 
 import numpy as np
 import torch
@@ -43,19 +42,15 @@ class ArenaMemory:
             ) from error
         self._granules = self.bytes.view(-1, GRANULE_BYTES)
 
-    def populate(self, num_bytes: int) -> threading.Thread | None:
-        """Have the system make the first `num_bytes` of pages in the background; returns the thread that waits for it.
+    def populate(self, num_bytes: int) -> None:
+        """Have the system make the first `num_bytes` of pages now; contents stay.
 
-        The first prompt then need not: a huge page takes up to 4 ms where a virtual machine must first be given it.
-        Contents stay. None where the system cannot do it; pages are then made as they are written.
+        The first prompt then need not wait: a huge page takes up to 4 ms where a virtual machine has to be given it.
+        Where the system cannot do it, pages are made as they are written.
         """
-        if self.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return None
-        start, length = ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(min(num_bytes, self.bytes.numel()))
-        advise = ctypes.CDLL(None).madvise  # mmap's own would keep all other Python waiting
-        thread = threading.Thread(target=advise, args=(start, length, MADV_POPULATE_WRITE), daemon=True)
-        thread.start()
-        return thread
+        if self.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+            start, length = ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(min(num_bytes, self.bytes.numel()))
+            ctypes.CDLL(None).madvise(start, length, MADV_POPULATE_WRITE)  # mmap's own would keep other threads waiting
 
     def elements(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the whole memory as one flat tensor of `dtype`; writes go through."""

@@ -109,7 +109,7 @@ class LLM:
                 "another --dtype or --quantization"
             ) from error
         cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
-        cache.memory.populate(POPULATED_BYTES)  # not before: reading the weights takes memory for a while
+        cache.memory.populate(POPULATED_BYTES)  # not while the weights are read, for that takes memory of its own
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
