@@ -90,7 +90,7 @@ def run(
     from kvloom.models.chat_template import read_template
 
     template = None if chat_template is None else read_template(chat_template)
-    llm = LLM(name, **engine_arguments(values))
+    llm = LLM(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
     if template is not None:
         llm.tokenizer.chat_template = template
     if not llm.tokenizer.has_chat_template:

@@ -26,7 +26,7 @@ def run(
 
     from kvloom.engine.llm import LLM
 
-    llm = LLM(name, **engine_arguments(values))
+    llm = LLM(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
     answer = Answer()
     outputs = answer.follow(llm.stream(_request(llm, prompt, raw, system), sampling))
     if as_json or sampling.n > 1:

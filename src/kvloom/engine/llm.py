@@ -44,8 +44,9 @@ class LLM:
     `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. `kv_policy` is the
     policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`; `allow_kv_policies` lists which others
     requests may name (selectors or whole policies), None for any. `hf_overrides` are entries that replace those of the
-    model's config.json, such as `{"rope_scaling": {...}}`. Raises `KvloomError`s:
-    model not found, checkpoint damaged, unsupported, does not fit.
+    model's config.json, such as `{"rope_scaling": {...}}`. `populate` makes the first pages of the cache
+    at once: the start takes up to half a second longer, and a first long prompt need not wait for them. Raises
+    `KvloomError`s: model not found, checkpoint damaged, unsupported, does not fit.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class LLM:
         kv_policy: str | None = None,
         allow_kv_policies: Seq[str] | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
+        populate: bool = True,
     ) -> None:
         config = EngineConfig(
             dtype=dtype,
@@ -109,7 +111,8 @@ class LLM:
                 "another --dtype or --quantization"
             ) from error
         cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
-        cache.memory.populate(POPULATED_BYTES)  # not while the weights are read, for that takes memory of its own
+        if populate:
+            cache.memory.populate(POPULATED_BYTES)  # not while the weights are read, for that takes memory of its own
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,
