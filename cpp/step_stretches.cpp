@@ -4,6 +4,24 @@
 
 namespace kvloom {
 
+void BatchPart::add(const Batch& whole, int b, int begin, int end) {
+  cu_seqlens.push_back(cu_seqlens.back() + end - begin);
+  seq_rows.push_back(whole.seq_rows[b]);
+  later.push_back((whole.later ? whole.later[b] : 0) + whole.cu_seqlens[b + 1] - end);
+  in_step.push_back(whole.step_count(b));
+}
+
+Batch BatchPart::batch() const {
+  Batch batch;
+  batch.num_tokens = cu_seqlens.back();
+  batch.num_seqs = static_cast<int>(seq_rows.size());
+  batch.cu_seqlens = cu_seqlens.data();
+  batch.seq_rows = seq_rows.data();
+  batch.later = later.data();
+  batch.in_step = in_step.data();
+  return batch;
+}
+
 Stretches::Stretches(const Batch& batch, int block) {
   const int total = batch.num_tokens;
   if (total <= kTokens + kTokens / 2) {
@@ -19,27 +37,14 @@ Stretches::Stretches(const Batch& batch, int block) {
     if (cut < total) cut = batch.cu_seqlens[seq] + (cut - batch.cu_seqlens[seq]) / block * block;
     cuts.push_back(cut);
   }
-  pieces_.resize(cuts.size() - 1);
+  parts_.resize(cuts.size() - 1);
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-    Piece& piece = pieces_[i];
-    piece.cu_seqlens.push_back(0);
     for (int b = 0; b < batch.num_seqs; ++b) {
       const int begin = std::max(cuts[i], batch.cu_seqlens[b]), end = std::min(cuts[i + 1], batch.cu_seqlens[b + 1]);
-      if (begin >= end) continue;
-      piece.cu_seqlens.push_back(end - cuts[i]);
-      piece.seq_rows.push_back(batch.seq_rows[b]);
-      piece.later.push_back(batch.cu_seqlens[b + 1] - end);
-      piece.in_step.push_back(batch.count(b));
+      if (begin < end) parts_[i].add(batch, b, begin, end);
     }
-    Batch own;
-    own.num_tokens = cuts[i + 1] - cuts[i];
-    own.num_seqs = static_cast<int>(piece.seq_rows.size());
-    own.cu_seqlens = piece.cu_seqlens.data();
-    own.seq_rows = piece.seq_rows.data();
-    own.later = piece.later.data();
-    own.in_step = piece.in_step.data();
-    stretches_.push_back({cuts[i], own});
-    longest_ = std::max(longest_, own.num_tokens);
+    stretches_.push_back({cuts[i], parts_[i].batch()});
+    longest_ = std::max(longest_, stretches_.back().batch.num_tokens);
   }
 }
 

@@ -15,6 +15,15 @@
 
 namespace kvloom {
 
+// What a batch of part of a step points to.
+struct BatchPart {
+  std::vector<int32_t> cu_seqlens = {0}, seq_rows, later, in_step;
+
+  // Sequence `b` of `whole` with its tokens [begin, end) only, counted as those of `whole` are.
+  void add(const Batch& whole, int b, int begin, int end);
+  Batch batch() const;  // good until the next `add`
+};
+
 struct Stretch {
   int first;  // token of the step
   Batch batch;
@@ -31,10 +40,7 @@ class Stretches {
   const Stretch& operator[](int i) const { return stretches_[static_cast<std::size_t>(i)]; }
 
  private:
-  struct Piece {  // what the batch of one stretch points to
-    std::vector<int32_t> cu_seqlens, seq_rows, later, in_step;
-  };
-  std::vector<Piece> pieces_;
+  std::vector<BatchPart> parts_;
   std::vector<Stretch> stretches_;
   int longest_ = 0;
 };

@@ -22,16 +22,13 @@ class WantedRows {
   // What is left of stretch `i`: its rows, moved to the front of the stretch.
   const Stretch& operator[](int i) const { return kept_[static_cast<std::size_t>(i)]; }
   // Where its rows were, counted from the first of the stretch; ascending.
-  const std::vector<int>& sources(int i) const { return pieces_[static_cast<std::size_t>(i)].source; }
+  const std::vector<int>& sources(int i) const { return sources_[static_cast<std::size_t>(i)]; }
   // Where token `t` of the step lies once all stretches are through.
   int row_of(int t) const { return fewer() ? moved_[static_cast<std::size_t>(t)] : t; }
 
  private:
-  struct Piece {
-    std::vector<int> source;
-    std::vector<int32_t> cu_seqlens, seq_rows, later, in_step;
-  };
-  std::vector<Piece> pieces_;
+  std::vector<BatchPart> parts_;
+  std::vector<std::vector<int>> sources_;
   std::vector<Stretch> kept_;
   std::vector<int> moved_;
 };
