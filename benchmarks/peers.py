@@ -11,11 +11,13 @@ Two threads, greedy, prefix caching off, end of sequence ignored; peak_mib is th
 """
 
 import json
+import logging
 import os
 import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 THREADS = 2
@@ -66,6 +68,8 @@ def transformers_engine(checkpoint: str) -> Stamps:
 
     @torch.inference_mode()
     def run(prompts: list[Ids], new: list[int]) -> list[float]:
+        if len({len(ids) for ids in prompts}) > 1 or len(set(new)) > 1:
+            raise ValueError("transformers runs requests of one length only: expected single:N or uniform")
         ids, cache, stamps = torch.tensor(prompts), DynamicCache(), []
         for _ in range(new[0]):
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -76,19 +80,72 @@ def transformers_engine(checkpoint: str) -> Stamps:
     return run
 
 
-def llama_engine(checkpoint: str) -> Stamps:
-    """Return llama.cpp through llama-cpp-python, single requests only."""
-    from llama_cpp import Llama
+@dataclass
+class Sequence:
+    """A request as llama_engine runs it: ids to compute, how many are stored, tokens made and how many to make."""
 
-    llm = Llama(
-        checkpoint, n_ctx=8192, n_threads=THREADS, n_threads_batch=THREADS, n_ubatch=512, flash_attn=True, verbose=False
-    )
+    todo: Ids
+    count: int
+    made: Ids = field(default_factory=list)
+    stored: int = 0
+
+
+def llama_engine(checkpoint: str, sequences: int, room: int) -> Stamps:
+    """Return llama.cpp by its batch interface with a KV stream of `room` tokens for each of so many sequences.
+
+    A step takes one token of every sequence that decodes and fills up with parts of the next prompts. llama.cpp
+    computes only neighbouring streams together, so the last sequence moves to the place of one that ends.
+    """
+    import llama_cpp as api
+    import numpy as np
+
+    logging.getLogger("llama-cpp-python").setLevel("ERROR")
+    budget = 2048
+    model = api.llama_model_load_from_file(checkpoint.encode(), api.llama_model_default_params())
+    options = api.llama_context_default_params()
+    options.n_ctx, options.n_seq_max, options.kv_unified = sequences * -(-room // 256) * 256, sequences, False
+    options.n_batch, options.n_ubatch, options.n_threads, options.n_threads_batch = budget, 512, THREADS, THREADS
+    options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    context = api.llama_init_from_model(model, options)
+    if not context:
+        raise ValueError(f"llama.cpp cannot run {checkpoint}: expected a .gguf file")
+    memory = api.llama_get_memory(context)
+    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    batch = api.llama_batch_init(budget, 0, 1)
 
     def run(prompts: list[Ids], new: list[int]) -> list[float]:
-        stamps = []
-        for _, token in zip(range(new[0]), llm.generate(prompts[0], temp=0, reset=True), strict=False):
-            stamps.append(time.perf_counter())
-            assert token >= 0
+        requests = [Sequence(ids, count) for ids, count in zip(prompts, new, strict=True)]
+        running, stamps = list(requests), []  # the place of a sequence in `running` is its stream
+        while running:
+            free, rows, batch.n_tokens = budget - sum(len(one.todo) == 1 for one in running), [], 0
+            for stream, one in enumerate(running):
+                prompt_left = len(one.todo) > 1
+                part = one.todo[: free if prompt_left else 1]
+                free -= len(part) if prompt_left else 0
+                one.todo = one.todo[len(part) :]
+                for row, token in enumerate(part, batch.n_tokens):
+                    batch.token[row], batch.pos[row], batch.logits[row] = token, one.stored, False
+                    batch.n_seq_id[row], batch.seq_id[row][0] = 1, stream
+                    one.stored += 1
+                batch.n_tokens += len(part)
+                if not one.todo:
+                    batch.logits[batch.n_tokens - 1] = True
+                    rows.append((stream, batch.n_tokens - 1))
+            if status := api.llama_decode(context, batch):
+                raise RuntimeError(f"llama_decode returned {status} for {batch.n_tokens} tokens")
+            for stream, row in reversed(rows):
+                one, logits = running[stream], api.llama_get_logits_ith(context, row)
+                one.todo = [int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())]
+                one.made += one.todo
+                if len(one.made) == one.count:
+                    running[stream], last = running[-1], len(running) - 1
+                    running.pop()
+                    if stream != last:
+                        api.llama_memory_seq_cp(memory, last, stream, -1, -1)
+                    api.llama_memory_seq_rm(memory, last, -1, -1)
+            if rows:
+                stamps.append(time.perf_counter())
+        assert [len(one.made) for one in requests] == new
         return stamps
 
     return run
@@ -172,33 +229,45 @@ def peak_mib() -> float:
     return float("nan")
 
 
-def measure(run: Stamps, case: str) -> dict[str, float]:
+def load(case: str) -> tuple[list[Ids], list[int]]:
+    """Return the prompts of a case and how many tokens each is to get."""
+    kind, _, length = case.partition(":")
+    if kind == "single":
+        return [prompt(int(length), 2)], [65]
+    if kind == "uniform":
+        return [prompt(256, 100 + i) for i in range(32)], [128] * 32
+    if kind == "mixed":
+        return mixed()
+    raise ValueError(f"unknown case {case!r}: expected single:N, uniform or mixed")
+
+
+def measure(run: Stamps, prompts: list[Ids], new: list[int]) -> dict[str, float]:
     """Return tokens per second of one case."""
     run([prompt(64, 1)], [8])
-    kind, _, length = case.partition(":")
     started = time.perf_counter()
-    if kind == "single":
-        stamps = run([prompt(int(length), 2)], [65])
-        return {"prefill": int(length) / (stamps[0] - started), "decode": 64 / (stamps[-1] - stamps[0])}
-    prompts, new = mixed() if kind == "mixed" else ([prompt(256, 100 + i) for i in range(32)], [128] * 32)
     stamps = run(prompts, new)
+    if len(prompts) == 1:
+        decode = (new[0] - 1) / (stamps[-1] - stamps[0])
+        return {"prefill": len(prompts[0]) / (stamps[0] - started), "decode": decode}
     return {"output": sum(new) / (stamps[-1] - started)}
 
 
 def main() -> None:
     """Run the case that the arguments name."""
     engine, checkpoint, case = sys.argv[1:]
+    prompts, new = load(case)
+    room = 8192 if len(prompts) == 1 else max(len(ids) + count for ids, count in zip(prompts, new, strict=True))
     makers: dict[str, Callable[[], Stamps]] = {
         "kvloom": lambda: kvloom_engine(checkpoint, None),
         "kvloom-int8": lambda: kvloom_engine(checkpoint, "int8"),
         "kvloom-int4": lambda: kvloom_engine(checkpoint, "int4"),
         "kvloom-w8a8": lambda: kvloom_engine(checkpoint, "w8a8"),
         "transformers": lambda: transformers_engine(checkpoint),
-        "llama.cpp": lambda: llama_engine(checkpoint),
+        "llama.cpp": lambda: llama_engine(checkpoint, len(prompts), room),
         "vllm": lambda: vllm_engine(checkpoint),
         "openvino": lambda: openvino_engine(checkpoint),
     }
-    figures = measure(makers[engine.partition("@")[0]](), case)
+    figures = measure(makers[engine.partition("@")[0]](), prompts, new)
     print(json.dumps({"engine": engine, "case": case, **figures, "peak_mib": peak_mib()}))
 
 
