@@ -8,6 +8,7 @@ bit for the rows of that kind. CASE is single:N (a 64-token warm-up, then N prom
 over the time to the first token, decode 64 over the time from it to the last), uniform (32 requests of 256 + 128 at
 once) or mixed (32 at once, prompts of 32 to 1,024 and outputs of 16 to 256 tokens, seed 0: 17,727 and 5,001 in all).
 Two threads, greedy, prefix caching off, end of sequence ignored; peak_mib is the peak resident memory of the process.
+The time of an engine's start (about a minute with vLLM) is in no figure. transformers cannot run mixed and says so.
 """
 
 import json
