@@ -1,5 +1,6 @@
-"""Help starts at once: nothing heavy is loaded to parse arguments."""
+"""Help starts at once, and an engine without what only others need; nothing heavy is loaded to parse arguments."""
 
+import gc
 import subprocess
 import sys
 
@@ -18,3 +19,22 @@ def test_help_and_usage_errors_load_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_an_engine_starts_without_what_reads_gguf_files_and_draws_bars():
+    program = (
+        "import sys, kvloom.engine.llm, kvloom.models.tokenizer, kvloom.models.compiled;"
+        "print([name for name in ('gguf', 'yaml', 'rich', 'jinja2', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_what_is_imported_is_taken_out_of_collections_which_go_on(llm, kvloom):
+    gc.unfreeze()
+    try:
+        assert kvloom("generate", "Hello")[0] == 0
+        assert gc.get_freeze_count() > 0
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
