@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from kvloom.errors import InvalidInputError
+
 HEAVY = ("torch", "transformers", "tokenizers", "numpy", "rich", "yaml", "jinja2", "huggingface_hub")
 
 
@@ -30,11 +32,13 @@ def test_an_engine_starts_without_what_reads_gguf_files_and_draws_bars():
     assert done.stdout == "[]\n"
 
 
-def test_what_is_imported_is_taken_out_of_collections_which_go_on(llm, kvloom):
-    gc.unfreeze()
-    try:
-        assert kvloom("generate", "Hello")[0] == 0
-        assert gc.get_freeze_count() > 0
-        assert gc.isenabled()
-    finally:
-        gc.unfreeze()
+def test_collections_rest_while_an_engine_is_loaded_and_go_on_afterwards(llm, kvloom, monkeypatch):
+    seen = []
+    monkeypatch.setattr(llm, "__init__", lambda self, model, **engine: seen.append(gc.isenabled()) or fail())
+    frozen = gc.get_freeze_count()
+
+    def fail():
+        raise InvalidInputError("no")
+
+    assert kvloom("generate", "Hello")[0] == InvalidInputError.exit_code
+    assert (seen, gc.isenabled(), gc.get_freeze_count()) == ([False], True, frozen)

@@ -8,19 +8,19 @@ if TYPE_CHECKING:
 
 
 def load_llm(model: str, **arguments: Any) -> "LLM":
-    """Return `LLM(model, **arguments)`; what is imported for it is taken out of garbage collections. `KvloomError`.
+    """Return `LLM(model, **arguments)`, imported and loaded without garbage collections; raises `KvloomError`.
 
-    Importing makes a quarter of a million objects, nearly all torch's, which live as long as the process. They are
-    looked at once, when all are there, instead of again and again in between, later, and when the process ends. That
-    one look is needed: what is garbage in cycles may hold the frames of callers, and through them the model for good.
+    A quarter of a million objects are made, nearly all torch's, and live as long as the process. They come out as old
+    ones, so that the collections of young objects, which are the frequent ones, do not look at each of them first.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         from kvloom.engine.llm import LLM
+
+        return LLM(model, **arguments)
     finally:
+        gc.freeze()
+        gc.unfreeze()  # what was frozen is put into the oldest generation
         if enabled:
             gc.enable()
-    gc.collect()
-    gc.freeze()  # before the kernels and the model, which are freed in order at the end
-    return LLM(model, **arguments)
