@@ -94,6 +94,16 @@ def test_changing_a_tensor_does_not_change_the_file(llama):
     assert weights(checkpoint)["embed"].abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_borrowed_tensors_have_the_same_values_and_names(llama, dtype):
+    checkpoint = open_checkpoint(str(llama))
+    borrowed = dict(checkpoint.tensors(dtype, borrowed=True))
+    fresh = dict(checkpoint.tensors(dtype))
+    assert borrowed.keys() == fresh.keys()
+    assert all(borrowed[name].dtype == fresh[name].dtype for name in fresh)
+    assert all(torch.equal(borrowed[name], fresh[name]) for name in fresh)
+
+
 def test_all_missing_unexpected_and_misshapen_tensors_are_named_before_anything_loads(llama):
     def damage(tensors):
         del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]

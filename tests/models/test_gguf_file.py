@@ -99,6 +99,14 @@ def test_a_file_that_ends_too_early_is_a_checkpoint_error_wherever_it_ends(small
     GGUFFile(part)
 
 
+def test_a_file_that_is_cut_off_after_it_was_opened_is_a_checkpoint_error(small):
+    file = GGUFFile(small)
+    with small.open("r+b") as cut:
+        cut.truncate(file._tensors["b.weight"].offset + 5)
+    with pytest.raises(CheckpointError, match="cut off"):
+        file.read("b.weight", torch.float32)
+
+
 @given(place=st.integers(0, 420), value=st.integers(0, 255))
 def test_a_damaged_byte_gives_an_error_of_ours_or_a_file_within_its_bounds(tmp_path_factory, place, value):
     folder = tmp_path_factory.getbasetemp()

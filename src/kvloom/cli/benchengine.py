@@ -12,6 +12,7 @@ import kvloom
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
+from kvloom.cli.loading import load_llm
 from kvloom.cli.prompt import choose_model
 from kvloom.cli.values import TokenCount
 from kvloom.errors import InvalidInputError
@@ -76,13 +77,11 @@ def _model(argument: str | None, flag: str) -> str:
 
 def _engine(name: str, values: dict[str, Any]) -> "LLM":
     """Return the model; the prefix cache is off unless asked for, or each iteration after the first would find it."""
-    from kvloom.engine.llm import LLM
-
     asked = click.get_current_context().get_parameter_source("enable_prefix_caching")
     arguments = engine_arguments(values)
     if asked is click.core.ParameterSource.DEFAULT:
         arguments["enable_prefix_caching"] = False
-    return LLM(name, **arguments)
+    return load_llm(name, **arguments)
 
 
 def _prompts(llm: "LLM", count: int, values: dict[str, Any]) -> "list[LoadPrompt]":

@@ -11,6 +11,7 @@ from kvloom.cli.answer import Answer, write, write_figures, write_growing
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.interrupt import StopOnInterrupt
+from kvloom.cli.loading import load_llm
 from kvloom.cli.prompt import choose_model, templated
 from kvloom.cli.samplingflags import SAMPLING_FLAGS, sampling_params
 from kvloom.cli.values import Text, valid_text
@@ -86,11 +87,10 @@ def run(
     sampling = sampling_params(values)
     interactive = sys.stdin.isatty()
 
-    from kvloom.engine.llm import LLM
     from kvloom.models.chat_template import read_template
 
     template = None if chat_template is None else read_template(chat_template)
-    llm = LLM(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
+    llm = load_llm(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
     if template is not None:
         llm.tokenizer.chat_template = template
     if not llm.tokenizer.has_chat_template:

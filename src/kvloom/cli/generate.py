@@ -7,6 +7,7 @@ import click
 from kvloom.cli.answer import Answer, write_completions, write_figures, write_growing, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
+from kvloom.cli.loading import load_llm
 from kvloom.cli.prompt import choose_model, split_arguments, templated
 from kvloom.cli.samplingflags import COMPLETION_FLAGS, SAMPLING_FLAGS, sampling_params
 from kvloom.cli.values import Text
@@ -24,9 +25,7 @@ def run(
     if raw and system is not None:
         raise click.UsageError("--system is a message of the chat template, which --raw skips")
 
-    from kvloom.engine.llm import LLM
-
-    llm = LLM(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
+    llm = load_llm(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
     answer = Answer()
     outputs = answer.follow(llm.stream(_request(llm, prompt, raw, system), sampling))
     if as_json or sampling.n > 1:

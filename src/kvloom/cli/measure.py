@@ -14,6 +14,7 @@ from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.interrupt import StopOnInterrupt
+from kvloom.cli.loading import load_llm
 from kvloom.cli.prompt import choose_model
 from kvloom.cli.values import Text, TokenCount
 from kvloom.errors import InvalidInputError, KvloomError
@@ -54,12 +55,11 @@ def run(
     _check_numbers(keep, output, windows, cost_runs)
     named = _canonical(kv_policies)
 
-    from kvloom.engine.llm import LLM
     from kvloom.measure.results import FULL, Results
     from kvloom.measure.session import Session, check_policy
 
     file = None if as_json in (None, STDOUT) else as_json
-    llm = LLM(name, enable_prefix_caching=False, **engine_arguments(values))
+    llm = load_llm(name, enable_prefix_caching=False, **engine_arguments(values))
     size = context or min(1024, llm.max_model_len)
     if size <= output:
         raise InvalidInputError(f"--context {size} leaves no prompt beside --output {output}; raise --context")

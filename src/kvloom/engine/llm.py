@@ -3,11 +3,10 @@
 import os
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.beam import BeamSearchParams
@@ -23,6 +22,9 @@ from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.policies.policy import Policy
 from kvloom.spec.store import NATIVE_STORE
+
+if TYPE_CHECKING:
+    from kvloom.engine.progressbar import ProgressBar
 
 Prompt = str | Mapping[str, Any] | Seq[int]
 """Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional keys.
@@ -272,23 +274,20 @@ class LLM:
 
     def _run(self, requests: list[Request], show: bool) -> None:
         """Step until all of `requests` have ended."""
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
-            task = progress.add_task("requests", total=len(requests), speed="")
+        with _progress_bar(len(requests)) if show else nullcontext() as bar:
             pending = requests
             while pending:
                 self.engine.step()
                 pending = [request for request in pending if not request.finished]
-                seconds = self.engine.step_seconds
-                speed = f"{self.engine.num_generated_tokens / seconds:.1f} tok/s" if seconds else ""
-                progress.update(task, completed=len(requests) - len(pending), speed=speed)
+                if bar is not None:
+                    bar.show(len(requests) - len(pending), self.engine.num_generated_tokens, self.engine.step_seconds)
+
+
+def _progress_bar(total: int) -> "ProgressBar":
+    """Return a bar for `total` requests; what draws it is loaded only where one is shown, for a start takes long."""
+    from kvloom.engine.progressbar import ProgressBar
+
+    return ProgressBar(total)
 
 
 def _several(prompts: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,29 +41,33 @@ class Checkpoint:
     _file: TensorFile = field(repr=False)
     _stored_names: dict[str, str] = field(repr=False)
 
-    @property
+    @cached_property
     def is_gguf(self) -> bool:
         """True when the model is one GGUF file."""
         return self.path.is_file()
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return an iterator over (canonical name, tensor), one fresh CPU tensor at a time.
+    def tensors(self, dtype: torch.dtype, *, borrowed: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return an iterator over (canonical name, tensor), one CPU tensor at a time, fresh or `borrowed`.
+
+        Borrowed ones may lie in the mapped files: they are to be read soon and neither kept nor changed.
 
         Matrices are [out, in] in `dtype`; weights of norms hold what the norm multiplies with, in float32. The names
         are those of `family.expected(config)`. Before the first tensor is read, every missing, unexpected, misshapen
         or unreadable one is named in one `CheckpointError`.
         """
         self.check()
-        return self._stream(dtype)
+        return self._stream(dtype, borrowed)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer and chat template of the model; raises `CheckpointError`, `UnsupportedError`."""
-        from kvloom.models.gguf_file import GGUFFile
         from kvloom.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 
-        if isinstance(self._file, GGUFFile):
-            return tokenizer_from_gguf(self._file, self.config.eos_token_ids)
-        return tokenizer_from_folder(self.path, self.config.eos_token_ids)
+        if not self.is_gguf:
+            return tokenizer_from_folder(self.path, self.config.eos_token_ids)
+        from kvloom.models.gguf_file import GGUFFile
+
+        assert isinstance(self._file, GGUFFile)
+        return tokenizer_from_gguf(self._file, self.config.eos_token_ids)
 
     def check(self, tokenizer: Tokenizer | None = None) -> None:
         """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type.
@@ -72,13 +77,15 @@ class Checkpoint:
         """
         faults = self._strange_tokens(tokenizer)
         wanted: set[str] = set()
+        shapes, unreadable = self._file.shapes, self._file.unreadable
         for _, layer, weight in self.family.expected(self.config):
             shape = weight.stored_shape(self.config, self.is_gguf)
             for source in weight.sources(self.config, layer, self.is_gguf):
                 if source in wanted:
                     continue  # several weights may be parts of one stored tensor
                 wanted.add(source)
-                self._check_stored(source, shape, faults)
+                fault = self._fault_of(source, shape, shapes, unreadable)
+                faults += [] if fault is None else [fault]
         faults += [f"{name} is unexpected" for name in self._stored_names if name not in wanted]
         if faults:
             what = "weights, config and tokenizer do not fit together"
@@ -95,25 +102,27 @@ class Checkpoint:
             faults.append(f"the tokenizer has {len(beyond)} tokens beyond the model's {size}: {some}")
         return faults
 
-    def _check_stored(self, source: str, shape: tuple[int, ...], faults: list[str]) -> None:
-        """Add to `faults` what is wrong with the stored tensor `source`."""
-        shapes, unreadable = self._file.shapes, self._file.unreadable
+    def _fault_of(
+        self, source: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], unreadable: Mapping[str, str]
+    ) -> str | None:
+        """Return what is wrong with the stored tensor `source`, which should have `shape`; None for nothing."""
         stored = self._stored_names.get(source)
         if stored is None:
-            faults.append(f"{source} is missing")
-        elif shapes[stored] != shape:
-            faults.append(f"{stored} has shape {list(shapes[stored])}, expected {list(shape)}")
-        elif stored in unreadable:
+            return f"{source} is missing"
+        if shapes[stored] != shape:
+            return f"{stored} has shape {list(shapes[stored])}, expected {list(shape)}"
+        if stored in unreadable:
             known = "F32, F16, BF16, Q8_0, Q4_0/1, Q5_0/1, Q4/5/6_K, MXFP4" if self.is_gguf else "F64/32/16, BF16"
-            faults.append(f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})")
+            return f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})"
+        return None
 
-    def _stream(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def _stream(self, dtype: torch.dtype, borrowed: bool) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
         for name, layer, weight in self.family.expected(self.config):
             kind = torch.float32 if weight.is_norm else dtype
             names = weight.sources(self.config, layer, self.is_gguf)
-            parts = [self._file.read(self._stored_names[source], kind) for source in names]
+            parts = [self._file.read(self._stored_names[source], kind, borrowed=borrowed) for source in names]
             tensor = torch.stack(parts) if "{e}" in (weight.gguf if self.is_gguf else weight.hf) else parts[0]
             yield name, _owned(weight.transform(self.is_gguf)(tensor, self.config).contiguous())
 

@@ -57,11 +57,11 @@ def _mathematics(config: DecoderConfig) -> list[tuple[bool, str]]:
 class CompiledModel:
     """A decoder whose weights exist once, packed, and whose steps are single calls (see `Model`).
 
-    `tensors` are the canonical weights in any order; each is packed and let go as soon as its layer is complete, so
-    that loading needs one layer beside the packed model. `quantization` "int8" stores all weights in int8 with a scale
-    per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs of a row, and embedding and
-    output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and output layer in `dtype`;
-    None changes nothing.
+    `tensors` are the canonical weights in any order, not kept: each is packed and let go as soon as its layer is
+    complete, so that loading needs one layer beside the packed model. `quantization` "int8" stores all weights in int8
+    with a scale per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs of a row, and
+    embedding and output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and output layer
+    in `dtype`; None changes nothing.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CompiledModel:
                 self._packed[name] = PackedWeight(tensor.contiguous(), self._output_product)
                 continue
             if name.endswith(("norm", "sinks")):
-                self._vectors[name] = tensor
+                self._vectors[name] = tensor.clone()
                 continue
             layer = name.rpartition(".")[0] + "."
             if layer != before:
@@ -146,7 +146,8 @@ class CompiledModel:
         if any(at + name not in pending for name in needed):
             return
         for product, names in parts.items():
-            weight = torch.cat([pending.pop(at + n) for n in names])
+            matrices = [pending.pop(at + n) for n in names]
+            weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0].contiguous()
             bias = torch.cat([pending.pop(f"{at}{n}_bias").float() for n in names]) if biases.get(product) else None
             self._packed[at + product] = PackedWeight(weight, self._product, gated=product == "gate_up", bias=bias)
 

@@ -1,12 +1,15 @@
-"""GGUFFile: metadata and tensors of a GGUF file, mapped into memory and checked before anything is believed."""
+"""GGUFFile: metadata and tensors of a GGUF file, checked before anything is believed."""
 
 from __future__ import annotations
 
 import math
 import mmap
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +36,8 @@ _MAX_ARRAY_DEPTH = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8",
             12: "<f8"}  # fmt: skip
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 18
+"""Elements that are read and decoded at once: few enough for what is in between to stay in the processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,14 @@ class GGUFFile:
     """A GGUF file, version 2 or 3, little endian. `metadata` maps keys to numbers, strings, lists or arrays.
 
     Raises `CheckpointError` when the file is not GGUF, is truncated or contradicts itself, and `UnsupportedError`
-    for one part of a split file. Bytes of tensors are mapped, not read.
+    for one part of a split file. The header is mapped; bytes of tensors are read when they are asked for, piece by
+    piece, which leaves nothing of the file in memory beside the weights. Only one thread at a time may read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = self._map(path)
+        self._file, self._data = self._open(path)
+        weakref.finalize(self, self._file.close)
         cursor = _Cursor(self._data, path)
         version = self._version(cursor)
         num_tensors, num_entries = cursor.integer("<Q"), cursor.integer("<Q")
@@ -112,10 +118,14 @@ class GGUFFile:
         self._tensors = self._read_tensors(cursor, num_tensors)
 
     @staticmethod
-    def _map(path: Path) -> mmap.mmap:
+    def _open(path: Path) -> tuple[FileIO, mmap.mmap]:
+        """Return the file without a buffer, for its tensors, and as a map, for its header."""
         try:
-            with path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with ExitStack() as opened:
+                file = opened.enter_context(path.open("rb", buffering=0))
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                opened.pop_all()
+                return file, data
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}") from error
 
@@ -185,45 +195,41 @@ class GGUFFile:
     def read_array(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return the decoded values as a fresh float32 array of the tensor's shape."""
         tensor = self._tensors[name]
-        parts = [part for _, part in self._decoded(tensor)]
-        return np.concatenate(parts).reshape(tensor.shape)
+        out = np.empty(math.prod(tensor.shape), np.float32)
+        for start, values in self._decoded(tensor):
+            out[start : start + values.size] = values
+        return out.reshape(tensor.shape)
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return the decoded values as a fresh tensor of `dtype`; at most 16 MiB more than it are in use meanwhile."""
+    def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
+        """Return the decoded values as a fresh tensor of `dtype`; a few MiB more than it are in use meanwhile."""
         import torch
 
         tensor = self._tensors[name]
         out = torch.empty(math.prod(tensor.shape), dtype=dtype)
         for start, values in self._decoded(tensor):
             out[start : start + values.size] = torch.from_numpy(values)
-        self._let_go(tensor)
         return out.view(tensor.shape)
 
-    def _let_go(self, tensor: GGUFTensor) -> None:
-        """Unmap the pages of a tensor that was read, so that the file does not lie in memory beside the weights."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._data.madvise(mmap.MADV_DONTNEED, first, tensor.offset + tensor.num_bytes - first)
-
     def _decoded(self, tensor: GGUFTensor) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float32]]]]:
-        """Yield (first element, float32 values) in pieces. Blocks are independent, so rows may be regrouped."""
+        """Yield (first element, float32 values) in pieces, each good until the next. Blocks are independent of rows."""
         quant_type = GGMLQuantizationType[tensor.type_name]
         block, block_bytes = GGML_QUANT_SIZES[quant_type]
         num_blocks = tensor.num_bytes // block_bytes
         step = max(1, _CHUNK_ELEMENTS // block)
+        raw = np.empty(min(step, num_blocks) * block_bytes, np.uint8)
+        self._file.seek(tensor.offset)
         for first in range(0, num_blocks, step):
-            count = min(step, num_blocks - first)
-            raw = np.frombuffer(self._data, np.uint8, count * block_bytes, tensor.offset + first * block_bytes).reshape(
-                _groups(count), -1
-            )
+            piece = raw[: min(step, num_blocks - first) * block_bytes]
+            self._fill(piece)
             with np.errstate(all="ignore"):
-                values = dequantize(raw, quant_type)
-            yield first * block, np.array(values, np.float32).reshape(-1)
+                values = dequantize(piece.reshape(1, -1), quant_type)
+            yield first * block, np.asarray(values, np.float32).reshape(-1)
 
-
-def _groups(count: int) -> int:
-    """Return in how many equal rows `count` blocks are decoded: many enough to stay in the processor's caches."""
-    for groups in (256, 64, 16, 4):
-        if count % groups == 0:
-            return groups
-    return 1
+    def _fill(self, piece: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Read the file's next bytes into `piece`; raises `CheckpointError` where it has become shorter."""
+        rest = piece.data
+        while rest:
+            count = self._file.readinto(rest)
+            if not count:
+                raise CheckpointError(f"{self.path} was cut off while it was read; fetch it again")
+            rest = rest[count:]

@@ -34,7 +34,8 @@ def load_model(
         from kvloom.models.compiled import CompiledModel
 
         release_free_heap()  # what reading the vocabulary left
-        model: Model = CompiledModel(checkpoint.config, checkpoint.tensors(dtype), dtype, quantization)
+        weights = checkpoint.tensors(dtype, borrowed=True)  # each is packed at once
+        model: Model = CompiledModel(checkpoint.config, weights, dtype, quantization)
     else:
         release_free_heap()
         model = EagerModel(Decoder(checkpoint.config, dict(checkpoint.tensors(dtype))), ReferenceBackend())

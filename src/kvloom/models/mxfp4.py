@@ -58,14 +58,17 @@ class Mxfp4Tensors:
         """Tensors of other types that are not supported."""
         return {name: kind for name, kind in self._file.unreadable.items() if name in self._shapes}
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a fresh tensor of `dtype`; while it is decoded, the codes and one expert in float32 lie beside it."""
+    def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
+        """Return a tensor of `dtype`, fresh if it was in MXFP4 (see `TensorFile`).
+
+        While it is decoded, the codes and one expert in float32 lie beside it.
+        """
         if name not in self._packed:
-            return self._file.read(name, dtype)
+            return self._file.read(name, dtype, borrowed=borrowed)
         import torch
 
-        blocks = self._file.read(name + BLOCKS, torch.uint8)
-        scales = self._file.read(name + SCALES, torch.uint8)
+        blocks = self._file.read(name + BLOCKS, torch.uint8, borrowed=True)
+        scales = self._file.read(name + SCALES, torch.uint8, borrowed=True)
         values = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)])
         experts, rows, groups, _ = blocks.shape
         out = torch.empty(experts, rows, groups * _VALUES, dtype=dtype)

@@ -96,10 +96,10 @@ class SafetensorsFolder:
         """Tensors that are not floating-point numbers of 16, 32 or 64 bits, with the name of their type."""
         return {name: kind for name, kind in self._types.items() if kind not in _READABLE}
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a fresh tensor of `dtype`."""
+    def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
+        """Return a tensor of `dtype`, fresh or `borrowed` (see `TensorFile`): what is in `dtype` is not copied."""
         shard = self._shard_of[name]
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt", device="cpu")
         tensor: torch.Tensor = self._open[shard].get_tensor(name)
-        return tensor.to(dtype, copy=True)
+        return tensor.to(dtype, copy=not borrowed)

@@ -20,5 +20,9 @@ class TensorFile(Protocol):
     def unreadable(self) -> Mapping[str, str]:
         """Tensors whose storage type is not supported, with the name of the type."""
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a fresh tensor of `dtype` on the CPU; it shares no memory with the file."""
+    def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
+        """Return a tensor of `dtype` on the CPU.
+
+        It is fresh, and shares no memory with the file, unless it may be `borrowed`: then it may lie in the file
+        itself, mapped into memory, to be read at once and neither kept nor changed.
+        """

@@ -4,16 +4,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import AddedToken
 
 from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError
 from kvloom.models.chat_template import ChatTemplate
-from kvloom.models.gguf_file import GGUFFile
-from kvloom.models.gguf_tokenizer import tokenizer_of_gguf
 from kvloom.models.spelling import Spelling
+
+if TYPE_CHECKING:
+    from kvloom.models.gguf_file import GGUFFile
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Tokens that a checkpoint gives a role, under the names that chat templates use."""
@@ -126,8 +127,10 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
 
-def tokenizer_from_gguf(file: GGUFFile, eos_token_ids: Iterable[int] = ()) -> Tokenizer:
+def tokenizer_from_gguf(file: "GGUFFile", eos_token_ids: Iterable[int] = ()) -> Tokenizer:
     """Return the tokenizer of a GGUF file; errors as in `tokenizer_of_gguf`."""
+    from kvloom.models.gguf_tokenizer import tokenizer_of_gguf  # with it comes all that reads GGUF files
+
     backend = tokenizer_of_gguf(file)
     special = {}
     for name, key in zip(SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True):

@@ -10,10 +10,6 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
-
 from kvloom.errors import DownloadError
 
 Progress = Callable[[int, int], None]
@@ -107,6 +103,10 @@ def _reason(said: list[str]) -> str:
 @contextmanager
 def terminal_progress(name: str) -> Iterator[Progress]:
     """Yield a `Progress` that draws a bar on standard error while the context lasts; one line if it is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
     console = Console(stderr=True)
     if not console.is_terminal:
         console.print(f"fetching {name} ...", highlight=False)
