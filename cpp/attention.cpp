@@ -93,6 +93,21 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
   return args;
 }
 
+// Tasks that a thread takes at a time: many, for neighbours often lie side by side in memory, and few towards the end,
+// so that all threads end together.
+struct Claims {
+  int count, many, few, num_many;
+
+  Claims(int count, int num_threads)
+      : count(count), many(std::max(1, count / (num_threads * 16))), few(std::max(1, many / 8)),
+        num_many(count / 4 * 3 / many) {}
+
+  // The first task of a claim; `count` where none is left.
+  int begin(int claim) const {
+    return claim < num_many ? claim * many : std::min(count, num_many * many + (claim - num_many) * few);
+  }
+};
+
 // Normalise one row and hand it to whoever wants it.
 void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int head, float peak, float total,
                 float* sum) {
@@ -109,13 +124,12 @@ void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int
     }
   }
   const float inverse = total > 0 ? 1.0f / total : 0.0f;
-  kernel.scaled(Element::kFloat, sum, inverse, Element::kFloat, sum, width);
   if (call.out_tiles) {
-    write_tiles(kernel, *call.out_tiles, token, head * width, sum, width);
+    write_tiles(kernel, *call.out_tiles, token, head * width, sum, inverse, width);
   } else {
     const std::size_t size = call.out_element == Element::kFloat ? 4 : 2;
     const std::size_t at = static_cast<std::size_t>(token) * call.out_stride + static_cast<std::size_t>(head) * width;
-    kernel.from_float(call.out_element, sum, static_cast<char*>(call.out) + at * size, width);
+    kernel.scaled(Element::kFloat, sum, inverse, call.out_element, static_cast<char*>(call.out) + at * size, width);
   }
   if (call.lse)
     call.lse[static_cast<std::size_t>(token) * call.shape.num_heads + head] =
@@ -156,12 +170,13 @@ Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int k
   return lane;
 }
 
-void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, const float* x, int n) {
+void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, const float* x, float by, int n) {
   const int bytes = activation_bytes(tiles.product);
   while (n > 0) {
     const int slice = offset / tiles.slice_elements, within = offset % tiles.slice_elements;
     const int count = std::min(n, tiles.slice_elements - within);
-    kernel.from_float(bytes == 4 ? Element::kFloat : Element::kBf16, x, tiles.row(t, slice) + within * bytes, count);
+    kernel.scaled(Element::kFloat, x, by, bytes == 4 ? Element::kFloat : Element::kBf16,
+                  tiles.row(t, slice) + within * bytes, static_cast<std::size_t>(count));
     x += count;
     offset += count;
     n -= count;
@@ -187,11 +202,11 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   float* own = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory) + row_bytes + 63) & ~std::uintptr_t{63});
   // Whole contexts take up to a millisecond each: the last ones must not be one thread's. Runs of parts are short.
   const bool short_tasks = plan.own_floats || !plan.splits.empty();
-  const int chunk = short_tasks ? std::max(1, count / (team.size() * 16)) : 1;
-  int claimed = team.next() * chunk, index = claimed;
+  const Claims claims(count, short_tasks ? team.size() : count);
+  int claim = team.next(), index = claims.begin(claim);
   while (index < count) {
     int following = index + 1;
-    if (following == std::min(count, claimed + chunk)) following = claimed = team.next() * chunk;
+    if (following == claims.begin(claim + 1)) following = claims.begin(claim = team.next());
     const Task& task = plan.tasks[static_cast<std::size_t>(index)];
     Rows rows(memory, (task.q1 - task.q0) * heads, width);
     AttendArgs args = prepare(kernel, call, task, rows);

@@ -105,7 +105,7 @@ void append(Team& team, const AppendCall& call);
 
 Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int kv_head);
 
-// Copy `n` floats into columns `offset` ... of row `t` of tiles of a float or bf16 product.
-void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, const float* x, int n);
+// Copy `n` floats times `by` into columns `offset` ... of row `t` of tiles of a float or bf16 product.
+void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, const float* x, float by, int n);
 
 }  // namespace kvloom

@@ -38,9 +38,8 @@ static void join(const float* peaks, const float* totals, const float* sums, ptr
     const int n = count - p0 < kAtOnce ? count - p0 : kAtOnce;
     const float* part = sums + p0 * stride;
     float weight[kAtOnce];
-    for (int p = 0; p < n; ++p) weight[p] = peaks[(p0 + p) * stride] - *peak;
-    for (int p = n; p % W; ++p) weight[p] = kMinusInf;
-    for (int p = 0; p < n; p += W) vstore(weight + p, vexp2(vload(weight + p)));
+    // One by one: a vector load would wait for the scalars in it to reach the cache.
+    for (int p = 0; p < n; ++p) weight[p] = vfirst(vexp2(vset(peaks[(p0 + p) * stride] - *peak)));
     for (int p = 0; p < n; ++p) *total += weight[p] * totals[(p0 + p) * stride];
     int d = 0;
     for (; d + 4 * W <= width; d += 4 * W) {

@@ -5,10 +5,10 @@
 //
 //   keys 0 | keys 1, values 0 | keys 2, values 1 | ... | values n-1 | keys 0 of the run that this thread reads next
 //
-// Every line that is used asks memory for the line of the next unit (values: of the next but one, which is the next to be
-// used). Where the next unit is the next block in memory, the keys of this one ask for all of it, in order: the processor
-// then sees a line and reads ahead. Longer strips with several groups side by side need fewer instructions and are slower
-// out of memory: more places at a time are read, each too briefly for that.
+// Every line that is used asks memory for one that is used `ahead` units later, some 8 KiB: less is late, more finds no
+// room. Where that unit is the block in memory behind the one before it, the keys ask for all of it, in order: the
+// processor then sees a line and reads ahead. Longer strips with several groups side by side need fewer instructions and
+// are slower out of memory: more places at a time are read, each too briefly for that.
 #pragma once
 
 #include "strip.h"
@@ -16,6 +16,8 @@
 namespace KVLOOM_ISA {
 
 constexpr int kFewRows = 6;  // up to so many rows by four column groups fit the registers
+constexpr int kAheadBytes = 8192, kMostAhead = 4;
+constexpr int kPlaces = 8;  // a power of two above 2 + kMostAhead
 
 // `Rows`: the number of query rows, so that all that is done for each row is laid out at once; 0: any.
 template <class Kind, int Rows> struct FewRows {
@@ -43,13 +45,14 @@ template <class Kind, int Rows> struct FewRows {
   const size_t key_stride, value_stride;  // bytes between the rows of a key and of a value group
   const size_t block_bytes;               // of a block that is a unit with keys as wide as values, else 0
   const int num_rows, first, units;       // first: slot of unit 0
+  const int ahead;                        // in units
   int part_end;                           // slot
   int seen_begin, seen_end;  // slots that every row sees, and whose scores are complete as they come
   float peak[kMaxRows];      // of the part
   vf total[kMaxRows];        // of the part, by lane of a vector
   float* scores;             // [rows, kGroup]
   char* written;             // a copy of a value group with unwritten slots
-  Place places[4] = {};      // of the units at hand, by unit % 4
+  Place places[kPlaces] = {};  // of the units at hand, by unit % kPlaces
   Weights weights[2];        // of an even and of an odd unit
 
   FewRows(const AttendArgs& a, char* scratch)
@@ -58,7 +61,8 @@ template <class Kind, int Rows> struct FewRows {
                         ? kGroup * (2 * lane.k_width * Kind::kBBytes + (kScaled ? 8 : 0))
                         : 0),
         num_rows(a.num_rows), first(a.slot_begin / kGroup * kGroup), units((a.slot_end - first + kGroup - 1) / kGroup),
-        part_end(a.slot_begin), seen_begin(a.slot_begin), seen_end(a.slot_end), scores((float*)scratch) {
+        ahead(units_ahead(kGroup * (lane.k_width + lane.v_width) * Kind::kBBytes)), part_end(a.slot_begin),
+        seen_begin(a.slot_begin), seen_end(a.slot_end), scores((float*)scratch) {
     scratch += kMaxRows * kGroup * 4;
     for (Weights& each : weights) {
       each.probabilities = scratch;
@@ -72,18 +76,23 @@ template <class Kind, int Rows> struct FewRows {
     if (args.softcap > 0 || args.slope || args.bias) seen_end = seen_begin;
   }
 
+  static int units_ahead(int unit_bytes) {
+    const int units = (kAheadBytes + unit_bytes / 2) / unit_bytes;
+    return units < 1 ? 1 : units > kMostAhead ? kMostAhead : units;
+  }
   int rows() const { return Rows ? Rows : num_rows; }
+  Place& place_of(int unit) { return places[(unsigned)unit % kPlaces]; }
 
   // Find a unit of this run, or of the run that follows as if its units were this one's.
   void find(int unit) {
     const AttendArgs* run = &args;
     int slot = first + unit * kGroup;
-    Place& place = places[unit & 3];
+    Place &place = place_of(unit), &before = place_of(unit - 1);
     if (unit >= units) {
       run = args.upcoming;
       if (run) slot = run->slot_begin / kGroup * kGroup + (unit - units) * kGroup;
       if (!run || slot >= run->slot_end) {
-        place = places[(unit + 3) & 3];
+        place = before;
         place.follows = false;
         return;
       }
@@ -92,7 +101,7 @@ template <class Kind, int Rows> struct FewRows {
     const int column = column_of(at, slot), within = slot - column * at.block_size;
     prefetch(at.columns + column + 32);  // the table itself falls out of the caches
     const char* block = at.arena + (size_t)(uint32_t)at.columns[column] * 128;
-    place.follows = block_bytes && block == places[(unit + 3) & 3].key + block_bytes;
+    place.follows = block_bytes && block == before.key + block_bytes;
     place.key = block + (size_t)within * kUnit;
     place.value = block + ((size_t)at.block_size * at.k_width + (size_t)within * at.v_width) * Kind::kBBytes;
     if (kScaled) {
@@ -104,7 +113,7 @@ template <class Kind, int Rows> struct FewRows {
   }
 
   // Scores of a unit. A row has two sums, of even and of odd rows of B: one alone would wait for itself.
-  template <bool Whole> void keys(const char* at, const char* ahead) {
+  template <bool Whole> void keys(const char* at, const char* next) {
     vf even[Rows], odd[Rows];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) even[r] = odd[r] = vzero();
@@ -114,14 +123,14 @@ template <class Kind, int Rows> struct FewRows {
 #pragma GCC unroll 1
     for (int i = lane.k_width / Kind::kPer; i > 0; i -= 2) {
       dot_rows(even, a, at);
-      prefetch(ahead);
-      if (Whole) prefetch(ahead + kLine);
+      prefetch(next);
+      if (Whole) prefetch(next + kLine);
       dot_rows(odd, a + kStep, at + stride);
-      prefetch(ahead + step);
-      if (Whole) prefetch(ahead + step + kLine);
+      prefetch(next + step);
+      if (Whole) prefetch(next + step + kLine);
       a += 2 * kStep;
       at += 2 * stride;
-      ahead += 2 * step;
+      next += 2 * step;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) vstore(out + r * kGroup, vadd(even[r], odd[r]));
@@ -133,7 +142,7 @@ template <class Kind, int Rows> struct FewRows {
   }
 
   void keys(int unit) {
-    const Place &place = places[unit & 3], &next = places[(unit + 1) & 3];
+    const Place &place = place_of(unit), &next = place_of(unit + ahead);
     if constexpr (Rows == 0) {
       const Columns b = {&place.key, &next.key, 1, lane.k_width / Kind::kPer, key_stride, key_stride};
       product<Kind, 1>(num_rows, args.queries, 0, b, scores, kGroup, false);
@@ -213,7 +222,7 @@ template <class Kind, int Rows> struct FewRows {
     const bool opens = slot >= part_end || unit == 0;
     if (opens) open_part(unit == 0 ? args.slot_begin : slot);
     Weights& left = weights[unit & 1];
-    const Place& place = places[unit & 3];
+    const Place& place = place_of(unit);
     left.sum = args.sum;
     left.add = !opens;
     left.shrinks = false;
@@ -228,17 +237,17 @@ template <class Kind, int Rows> struct FewRows {
   }
 
   // Add values of a unit times their weights to NV column groups of the sums, from `d` on.
-  template <int NV> void values(const Weights& from, const char* value, const char* ahead, int d) {
+  template <int NV> void values(const Weights& from, const char* value, const char* next, int d) {
     value += (size_t)d * kUnit;
-    ahead += (size_t)d / kGroup * kValueRows * kLine;
+    next += (size_t)d / kGroup * kValueRows * kLine;
     float* const sum = from.sum + d;
     if constexpr (Rows == 0) {
-      const char *column[NV], *next[NV];
+      const char *column[NV], *asked[NV];
       for (int v = 0; v < NV; ++v) {
         column[v] = value + v * kLine;
-        next[v] = ahead + v * kLine;
+        asked[v] = next + v * kLine;
       }
-      const Columns b = {column, next, 1, kValueRows, value_stride, NV * kLine};
+      const Columns b = {column, asked, 1, kValueRows, value_stride, NV * kLine};
       product<Kind, NV>(num_rows, from.probabilities, 0, b, sum, lane.v_width, from.add);
     } else {
       const size_t row_bytes = value_stride, width = lane.v_width;
@@ -261,7 +270,7 @@ template <class Kind, int Rows> struct FewRows {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           line[v] = Dot<Kind>::b(value + v * kLine);
-          prefetch(ahead + v * kLine);
+          prefetch(next + v * kLine);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
@@ -271,7 +280,7 @@ template <class Kind, int Rows> struct FewRows {
         }
         a += kStep;
         value += row_bytes;
-        ahead += NV * kLine;
+        next += NV * kLine;
       }
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
@@ -283,24 +292,23 @@ template <class Kind, int Rows> struct FewRows {
   void values(int unit) {
     const Weights& from = weights[unit & 1];
     const int slot = first + unit * kGroup;
-    const char* value = places[unit & 3].value;
-    const char* ahead = places[(unit + 2) & 3].value;
+    const char* value = place_of(unit).value;
+    const char* next = place_of(unit + 1 + ahead).value;
     if (slot + kGroup > args.lane_end) value = without_unwritten<Kind>(args, value, slot, written);
     for (int r = 0; from.add && from.shrinks && r < rows(); ++r)
       if (from.shrink[r] != 1.0f) scale_row(from.sum + (size_t)r * lane.v_width, lane.v_width, from.shrink[r]);
     int d = 0;
     if constexpr (Rows <= kFewRows)
-      for (; rows() <= kFewRows && d + 4 * kGroup <= lane.v_width; d += 4 * kGroup) values<4>(from, value, ahead, d);
-    for (; d + 2 * kGroup <= lane.v_width; d += 2 * kGroup) values<2>(from, value, ahead, d);
-    if (d < lane.v_width) values<1>(from, value, ahead, d);
+      for (; rows() <= kFewRows && d + 4 * kGroup <= lane.v_width; d += 4 * kGroup) values<4>(from, value, next, d);
+    for (; d + 2 * kGroup <= lane.v_width; d += 2 * kGroup) values<2>(from, value, next, d);
+    if (d < lane.v_width) values<1>(from, value, next, d);
   }
 
   void run() {
     if (args.upcoming) prefetch(args.upcoming->lane.columns + column_of(args.upcoming->lane, args.upcoming->slot_begin));
-    find(0);
-    find(1);
+    for (int unit = 0; unit <= ahead; ++unit) find(unit);
     for (int unit = 0; unit < units; ++unit) {
-      find(unit + 2);
+      find(unit + ahead + 1);
       keys(unit);
       softmax(unit);
       if (unit) values(unit - 1);

@@ -65,12 +65,21 @@ static inline Strip next_strip(const AttendArgs& args, int begin, int most) {
 // included, and 0 x NaN is not 0.
 template <class Kind>
 static inline const char* without_unwritten(const AttendArgs& args, const char* group, int slot, char* copy) {
-  const size_t unit = Kind::kPer * Kind::kBBytes, row_bytes = (size_t)args.lane.v_width * unit;
-  const int written = args.lane_end - slot;
-  memcpy(copy, group, kGroup / Kind::kPer * row_bytes);
-  for (int j = written > 0 ? written : 0; j < kGroup; ++j)
-    for (int d = 0; d < args.lane.v_width; ++d)
-      memset(copy + j / Kind::kPer * row_bytes + d * unit + j % Kind::kPer * Kind::kBBytes, 0, Kind::kBBytes);
+  constexpr int unit = Kind::kPer * Kind::kBBytes, rows = kGroup / Kind::kPer;
+  const int width = args.lane.v_width, written = args.lane_end > slot ? args.lane_end - slot : 0;
+  const int whole = written / Kind::kPer, rest = written % Kind::kPer;
+  memcpy(copy, group, (size_t)whole * width * unit);
+  memset(copy + (size_t)whole * width * unit, 0, (size_t)(rows - whole) * width * unit);
+  if (rest) {
+    const uint32_t keep = (1u << rest * Kind::kBBytes * 8) - 1;
+    for (int d = 0; d < width; ++d) {
+      uint32_t value = 0;
+      const size_t at = ((size_t)whole * width + d) * unit;
+      memcpy(&value, group + at, unit);
+      value &= keep;
+      memcpy(copy + at, &value, unit);
+    }
+  }
   return copy;
 }
 
