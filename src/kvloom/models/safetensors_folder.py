@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _READABLE = frozenset({"F64", "F32", "F16", "BF16"})
+_MAPPED_BYTES = 32 << 20
+"""Bytes to be read of a map before the file is mapped anew: what was read counts as memory in use until it is let go."""
 
 
 class SafetensorsFolder:
@@ -32,6 +34,7 @@ class SafetensorsFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._types: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
+        self._read_bytes = 0  # from the maps in `_open`
         index = path / _INDEX
         for shard in self._shards_of_index(index) if index.is_file() else [self._single_file()]:
             self._read_header(shard)
@@ -99,7 +102,11 @@ class SafetensorsFolder:
     def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
         """Return a tensor of `dtype`, fresh or `borrowed` (see `TensorFile`): what is in `dtype` is not copied."""
         shard = self._shard_of[name]
+        if self._read_bytes > _MAPPED_BYTES:
+            self._open.clear()
+            self._read_bytes = 0
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt", device="cpu")
         tensor: torch.Tensor = self._open[shard].get_tensor(name)
+        self._read_bytes += tensor.nbytes
         return tensor.to(dtype, copy=not borrowed)
