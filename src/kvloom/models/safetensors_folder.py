@@ -18,7 +18,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _READABLE = frozenset({"F64", "F32", "F16", "BF16"})
 _MAPPED_BYTES = 32 << 20
-"""Bytes to be read of a map before the file is mapped anew: what was read counts as memory in use until it is let go."""
+"""Bytes to be read of a map before the file is mapped anew: what was read of one stays in memory as long as it does."""
 
 
 class SafetensorsFolder:
