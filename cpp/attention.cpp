@@ -287,7 +287,8 @@ void append(Team& team, const AppendCall& call) {
   int begin, end;
   team.share(call.batch.num_tokens * per_token, &begin, &end);
   int seq = 0;
-  float head[1024], values[1024];
+  float own_head[1024], own_values[1024];
+  const bool wide = call.element == Element::kFloat;  // worked on where it lies
   for (int item = begin; item < end; ++item) {
     const int t = item / per_token, j = item % per_token;
     while (call.batch.cu_seqlens[seq + 1] <= t) ++seq;
@@ -297,18 +298,21 @@ void append(Team& team, const AppendCall& call) {
                (static_cast<std::size_t>(t) * (query ? call.q_stride : call.k_stride) +
                 static_cast<std::size_t>(h) * shape.k_width) * size;
     const float* norm = query ? call.q_norm : call.k_norm;
-    kernel.to_float(call.element, at, head, shape.k_width);
+    float* const head = wide ? reinterpret_cast<float*>(at) : own_head;
+    if (!wide) kernel.to_float(call.element, at, head, shape.k_width);
     if (norm) kernel.rms_norm(head, norm, shape.k_width, call.eps, head);
     if (call.cos_sin && call.rotary)
       kernel.rope(head, shape.k_width, call.cos_sin + static_cast<std::size_t>(t) * call.rotary, call.rotary);
-    if (norm || (call.cos_sin && call.rotary)) kernel.from_float(call.element, head, at, shape.k_width);
+    if (!wide && (norm || (call.cos_sin && call.rotary)))
+      kernel.from_float(call.element, head, at, shape.k_width);
     if (query) continue;
     const int row = call.batch.seq_rows[seq];
     const int slot = lane_end(call.lanes, call.batch, seq, shape.lane_offset + h) - call.batch.cu_seqlens[seq + 1] + t;
     const char* v = static_cast<const char*>(call.v) +
                     (static_cast<std::size_t>(t) * call.v_stride + static_cast<std::size_t>(h) * shape.v_width) * size;
-    kernel.to_float(call.element, v, values, shape.v_width);
-    kernel.write_slot(lane_of(call.lanes, shape, row, h), slot, head, values);
+    const float* const value = wide ? reinterpret_cast<const float*>(v) : own_values;
+    if (!wide) kernel.to_float(call.element, v, own_values, shape.v_width);
+    kernel.write_slot(lane_of(call.lanes, shape, row, h), slot, head, value);
   }
 }
 

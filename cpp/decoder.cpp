@@ -96,6 +96,7 @@ class Step {
   }
 
  private:
+  static_assert(Stretches::kTokens + kBlockRows <= Stretches::kUncut);  // which so is the longest stretch
   // Rows of one prefill task, and so of any piece of a sequence but its last.
   static int query_block(const LayerShape& shape) {
     return std::max(1, kBlockRows * shape.num_kv_heads / std::max(1, shape.num_heads));
@@ -328,6 +329,22 @@ class Step {
 };
 
 }  // namespace
+
+void prepare_steps(const DecoderModel& model, int num_tokens, StepMemory& memory) {
+  for (const int tokens : {num_tokens, std::min(num_tokens, Stretches::kUncut)}) {
+    const int32_t cu_seqlens[] = {0, tokens}, seq_row = 0, last = tokens - 1;
+    StepCall call;
+    call.batch.num_tokens = tokens;
+    call.batch.num_seqs = 1;
+    call.batch.cu_seqlens = cu_seqlens;
+    call.batch.seq_rows = &seq_row;
+    call.logit_rows = &last;
+    call.num_logits = 1;
+    const Step sized(model, call, memory, ThreadPool::instance().size());
+  }
+  for (auto* buffer : {&memory.x, &memory.qkv, &memory.branch, &memory.wide, &memory.cos_sin}) make_pages(*buffer);
+  for (auto* buffer : {&memory.hidden_tiles, &memory.attention_tiles, &memory.wide_tiles}) make_pages(*buffer);
+}
 
 void decoder_step(const DecoderModel& model, const StepCall& call, StepMemory& memory) {
   if (call.batch.num_tokens == 0) return;

@@ -78,6 +78,9 @@ struct StepMemory {
   Workspace workspace;
 };
 
+// Make the buffers of a step over `num_tokens` tokens of one sequence, and their pages, ahead of the first one.
+void prepare_steps(const DecoderModel& model, int num_tokens, StepMemory& memory);
+
 void decoder_step(const DecoderModel& model, const StepCall& call, StepMemory& memory);
 
 }  // namespace kvloom

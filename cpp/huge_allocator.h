@@ -38,4 +38,18 @@ template <class T> struct HugeAllocator {
   friend bool operator!=(const HugeAllocator&, const HugeAllocator&) { return false; }
 };
 
+// Have the system make the pages of `buffer` now, as a first write would; what is in them stays. Where it cannot, they
+// are made as they are written.
+template <class Buffer> void make_pages(Buffer& buffer) {
+#if defined(__linux__)
+  constexpr std::size_t kPage = 4096;
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14
+  const std::size_t begin = (reinterpret_cast<std::size_t>(buffer.data()) + kPage - 1) / kPage * kPage;
+  const std::size_t end = reinterpret_cast<std::size_t>(buffer.data() + buffer.size()) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, kPopulateWrite);
+#else
+  (void)buffer;
+#endif
+}
+
 }  // namespace kvloom

@@ -7,6 +7,7 @@
 
 #include "decoder.h"
 #include "module_arrays.h"
+#include "step_stretches.h"
 
 namespace nb = nanobind;
 
@@ -81,6 +82,12 @@ class DecoderObject {
     layer.softcap = softcap;
     layer.activation = static_cast<Activation>(activation);
     model_.layers.push_back(layer);
+  }
+
+  void prepare(int num_tokens) {
+    expect(!model_.layers.empty() && num_tokens > 0, "a step has layers and tokens");
+    nb::gil_scoped_release release;
+    prepare_steps(model_, num_tokens, memory_);
   }
 
   void step(const LanesObject& lanes, const IntVector& ids, const IntVector& positions, const IntVector& cu_seqlens,
@@ -176,6 +183,7 @@ class DecoderObject {
 
 void bind_decoder(nb::module_& m) {
   using nb::arg;
+  m.attr("LONGEST_STRETCH") = Stretches::kUncut;
   nb::class_<DecoderObject>(m, "Decoder")
       .def(nb::init<int, int, float, float, float, bool, nb::object, nb::object, const FloatVector&>())
       .def("add_rope", &DecoderObject::add_rope)
@@ -183,6 +191,7 @@ void bind_decoder(nb::module_& m) {
            arg("attention_norm"), arg("mlp_norm"), arg("post_attention_norm").none(), arg("post_mlp_norm").none(),
            arg("q_norm").none(), arg("k_norm").none(), arg("sinks").none(), arg("slopes").none(), arg("rope"), arg("scale"),
            arg("softcap"), arg("activation"))
+      .def("prepare", &DecoderObject::prepare, arg("num_tokens"))
       .def("step", &DecoderObject::step, arg("lanes"), arg("ids"), arg("positions"), arg("cu_seqlens"), arg("seq_rows"),
            arg("logit_rows"), arg("logits").none(), arg("greedy").none(), arg("hidden").none(), arg("query_rows").none(),
            arg("queries").none(), arg("lse").none(), arg("bias").none());

@@ -24,7 +24,7 @@ Batch BatchPart::batch() const {
 
 Stretches::Stretches(const Batch& batch, int block) {
   const int total = batch.num_tokens;
-  if (total <= kTokens + kTokens / 2) {
+  if (total <= kUncut) {
     stretches_.push_back({0, batch});
     longest_ = total;
     return;

@@ -31,7 +31,8 @@ struct Stretch {
 
 class Stretches {
  public:
-  static constexpr int kTokens = 1024;  // of a stretch, about
+  static constexpr int kTokens = 512;                    // of a stretch, about
+  static constexpr int kUncut = kTokens + kTokens / 2;  // tokens of the longest step that is one stretch
 
   // Sequences are cut at multiples of `block` tokens from their first in the step. `batch` must outlive this.
   Stretches(const Batch& batch, int block);

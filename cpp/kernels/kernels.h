@@ -105,7 +105,7 @@ struct LinearArgs {
   Activation activation;
   void* y;
   size_t y_stride;     // elements between rows
-  const Tiles* tiles;  // kGateTiles
+  const Tiles* tiles;  // kGateTiles; cut into tiles as `x` is
 };
 
 // A reader of one lane: `columns` are arena addresses in granules of 128 bytes; slot s lives in column s / P.

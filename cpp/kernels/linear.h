@@ -137,50 +137,68 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
         vstore(at, vadd(vload(at), vload(w.bias + base + v)));
       }
   if (args.finish == Finish::kStore || args.finish == Finish::kAdd) {
-    int columns = w.n - base < kPanelColumns ? w.n - base : kPanelColumns;
+    const int columns = w.n - base < kPanelColumns ? w.n - base : kPanelColumns;
     for (int m = 0; m < rows; ++m) {
-      size_t at = (size_t)(t0 + m) * args.y_stride + base;
+      const size_t at = (size_t)(t0 + m) * args.y_stride + base;
       const float* from = c + m * kPanelColumns;
+      float* y = (float*)args.y + at;
       if (args.finish == Finish::kAdd) {
-        float* y = (float*)args.y + at;
         if (columns == kPanelColumns)
           for (int v = 0; v < kPanelColumns; v += W) vstore(y + v, vadd(vload(y + v), vload(from + v)));
         else
           for (int j = 0; j < columns; ++j) y[j] += from[j];
-      } else if (args.element == Element::kFloat) {
-        memcpy((float*)args.y + at, from, columns * 4);
       } else {
-        convert_from_float(args.element, from, (uint16_t*)args.y + at, columns);
+        convert_from_float(args.element, from, args.element == Element::kFloat ? (void*)y : (uint16_t*)args.y + at, columns);
       }
     }
     return;
   }
-  int j0 = p * 16, half = w.n / 2;
-  int columns = half - j0 < 16 ? half - j0 : 16;
-  for (int m = 0; m < rows; ++m) {
-    float* from = c + m * kPanelColumns;
-    for (int v = 0; v < 16; v += W)
-      vstore(from + v, vmul(activate(args.activation, vload(from + v)), vload(from + 16 + v)));
-    if (args.finish == Finish::kGate) {
-      size_t at = (size_t)(t0 + m) * args.y_stride + j0;
-      if (args.element == Element::kFloat)
-        memcpy((float*)args.y + at, from, columns * 4);
-      else
-        convert_from_float(args.element, from, (uint16_t*)args.y + at, columns);
-    } else {
-      const Tiles& out = *args.tiles;
-      for (int j = 0; j < columns;) {  // a slice border may fall inside a panel
-        int s = (j0 + j) / out.slice_elements, in = (j0 + j) % out.slice_elements;
-        int n = out.slice_elements - in < columns - j ? out.slice_elements - in : columns - j;
-        char* row = out.row(t0 + m, s);
-        if (activation_bytes(out.product) == 4)
-          memcpy(row + in * 4, from + j, n * 4);
-        else
-          convert_from_float(Element::kBf16, from + j, row + in * 2, n);
-        j += n;
-      }
+  const int j0 = p * 16, half = w.n / 2;
+  const int columns = half - j0 < 16 ? half - j0 : 16;
+  for (int m = 0; m < rows; ++m)
+    for (int v = 0; v < 16; v += W) {
+      float* from = c + m * kPanelColumns + v;
+      vstore(from, vmul(activate(args.activation, vload(from)), vload(from + 16)));
     }
+  if (args.finish == Finish::kGate) {
+    const size_t bytes = args.element == Element::kFloat ? 4 : 2;
+    for (int m = 0; m < rows; ++m)
+      convert_from_float(args.element, c + m * kPanelColumns,
+                         (char*)args.y + ((size_t)(t0 + m) * args.y_stride + j0) * bytes, columns);
+    return;
   }
+  const Tiles& out = *args.tiles;
+  const int bytes = activation_bytes(out.product);
+  for (int j = 0, n; j < columns; j += n) {  // a slice border may fall inside a panel
+    const int s = (j0 + j) / out.slice_elements, in = (j0 + j) % out.slice_elements;
+    n = out.slice_elements - in < columns - j ? out.slice_elements - in : columns - j;
+    char* row = out.row(t0, s) + in * bytes;
+    for (int m = 0; m < rows; ++m, row += kTileRowBytes)
+      convert_from_float(bytes == 4 ? Element::kFloat : Element::kBf16, c + m * kPanelColumns + j, row, n);
+  }
+}
+
+// Ask for the lines that `finish_tile` writes next, and reads if it adds to them: rows lie too far apart for the
+// processor to see them coming.
+static inline void ask_for_results(const LinearArgs& args, int p, int t0, int rows) {
+  const bool gated = args.finish == Finish::kGate || args.finish == Finish::kGateTiles;
+  const int column = gated ? p * 16 : p * kPanelColumns;
+  char* at;
+  size_t stride;
+  int bytes;
+  if (args.finish == Finish::kGateTiles) {
+    bytes = activation_bytes(args.tiles->product);
+    const int elements = args.tiles->slice_elements;
+    at = args.tiles->row(t0, column / elements) + column % elements * bytes;
+    stride = kTileRowBytes;
+  } else {
+    bytes = args.element == Element::kFloat ? 4 : 2;
+    at = (char*)args.y + ((size_t)t0 * args.y_stride + column) * bytes;
+    stride = args.y_stride * bytes;
+  }
+  const int last = (gated ? 16 : kPanelColumns) * bytes - 1;
+  for (int m = 0; m < rows; ++m, at += stride)
+    for (int i = 0; i <= last; i += 64) prefetch_to_write(at + i);
 }
 
 constexpr int kMaxSlices = 64;
@@ -218,6 +236,7 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
         }
         if (b.ahead_bytes == 0) b.ahead = nullptr;
       }
+      if (tiles > 1) ask_for_results(args, p, t0, rows);
       product<Kind, 2>(rows, x.data + tile * x.tile_bytes(), x.slice_bytes(), b, c, kPanelColumns, false);
       finish_tile(args, p, t0, rows, c);
     }
@@ -248,6 +267,7 @@ static void linear_of_int4(const LinearArgs& args, int panel_begin, int panel_en
         size_t from = (size_t)(tile - tile_begin) * groups * b.ahead_bytes;
         if (from < panel_bytes) b.ahead = panel + panel_bytes + from;
       }
+      if (tiles > 1) ask_for_results(args, p, t0, rows);
       int4_product<Kind>(rows, x.data + tile * x.tile_bytes(), x.slice_bytes(), b, c);
       finish_tile(args, p, t0, rows, c);
     }

@@ -237,6 +237,7 @@ static inline void vstore_half(uint16_t* p, vf x) {
 #endif
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 // 2^x for x <= 127, relative error below 3e-7; zero far below -126 (at once below it, except by AVX-512).
 static inline vf vexp2(vf x) {

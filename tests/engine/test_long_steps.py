@@ -14,7 +14,7 @@ from tolerances import LOGITS_FLOAT32
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 
 SHAPES = {"llama": {"num_heads": 4, "head_dim": 64}, "gemma3": {"num_heads": 2, "head_dim": 256}}
-LENGTHS = (1, 1703, 2, 1201, 40)  # 2,947 tokens are three stretches, 1,703 alone are two, 1,201 are one
+LENGTHS = (1, 1003, 2, 701, 40)  # 1,747 tokens are four stretches, 1,003 alone are two, 701 are one
 PROMPTS = [random_tokens(n, seed=n) for n in LENGTHS]
 
 
@@ -56,6 +56,16 @@ def test_nothing_depends_on_where_a_batch_is_cut(model: CompiledModel) -> None:
 
 def test_a_long_step_has_the_hidden_states_of_short_ones(model: CompiledModel) -> None:
     tokens = PROMPTS[1]
-    whole, last = step(model, [tokens]), step(model, [tokens], chunk=600)
+    whole, last = step(model, [tokens]), step(model, [tokens], chunk=400)
     assert whole.hidden is not None and last.hidden is not None
     assert (whole.hidden[-len(last.hidden) :] - last.hidden).abs().max() < LOGITS_FLOAT32
+
+
+@pytest.mark.parametrize("prepared", [600, 1003, 4000])
+def test_buffers_made_ahead_change_nothing(model: CompiledModel, prepared: int) -> None:
+    tokens = PROMPTS[1]
+    config = model.config
+    other = CompiledModel(config, random_weights(config).items(), torch.float32)
+    other.prepare(prepared)
+    expected, found = step(model, [tokens]), step(other, [tokens])
+    assert expected.hidden is not None and found.hidden is not None and torch.equal(expected.hidden, found.hidden)

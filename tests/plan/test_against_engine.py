@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from kvloom.plan.memory import LONGEST_STRETCH
 from kvloom.plan.source import find_model
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.policy import PolicySpec
@@ -116,3 +117,8 @@ def test_the_highest_in_use_of_a_request_alone_is_the_planned_peak(engine, polic
     planned = solo_peak(engine.cache.spec, PolicySpec.parse(policy), prompt, output, CHUNK)
     assert planned is not None or policy != "full"
     assert planned in (None, engine.cache.arena.peak_bytes)
+
+
+def test_the_longest_stretch_is_that_of_the_kernels():
+    kernels = pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
+    assert kernels.LONGEST_STRETCH == LONGEST_STRETCH

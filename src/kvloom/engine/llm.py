@@ -37,6 +37,9 @@ Messages = Seq[Mapping[str, Any]]
 POPULATED_BYTES = 64 << 20
 """First bytes of the arena whose pages are made as the engine starts: what a first prompt of some length writes."""
 
+PREPARED_TOKENS = 2048
+"""Tokens of the longest step whose buffers are made as the engine starts."""
+
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids", "kv_policy"}
 
 
@@ -47,8 +50,8 @@ class LLM:
     policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`; `allow_kv_policies` lists which others
     requests may name (selectors or whole policies), None for any. `hf_overrides` are entries that replace those of the
     model's config.json, such as `{"rope_scaling": {...}}`. `populate` makes the first pages of the cache
-    at once: the start takes up to half a second longer, and a first long prompt need not wait for them. Raises
-    `KvloomError`s: model not found, checkpoint damaged, unsupported, does not fit.
+    and of a step's buffers at once: the start takes up to half a second longer, and a first long prompt need not wait
+    for them. Raises `KvloomError`s: model not found, checkpoint damaged, unsupported, does not fit.
     """
 
     def __init__(
@@ -114,7 +117,9 @@ class LLM:
             ) from error
         cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
         if populate:
-            cache.memory.populate(POPULATED_BYTES)  # not while the weights are read, for that takes memory of its own
+            # Not while the weights are read, for that takes memory of its own.
+            cache.memory.populate(POPULATED_BYTES)
+            runnable.prepare(min(max_num_batched_tokens, PREPARED_TOKENS))
         scheduler = Scheduler(
             cache.lanes,
             max_num_seqs=max_num_seqs,

@@ -190,6 +190,10 @@ class CompiledModel:
 
     # ---- running --------------------------------------------------------------------------------------------------
 
+    def prepare(self, num_tokens: int) -> None:
+        """Make the buffers of steps of up to `num_tokens` tokens now (see `Model`)."""
+        self._decoder.prepare(num_tokens)
+
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
         """Process the batch in one call of the kernels (see `Model`)."""
         config, count = self.config, len(wanted.logit_rows)

@@ -29,6 +29,9 @@ class EagerModel:
         """Bytes of all weights (see `Model`)."""
         return self.decoder.num_bytes
 
+    def prepare(self, num_tokens: int) -> None:
+        """Do nothing: every step has its memory from torch (see `Model`)."""
+
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
         """Process the batch (see `Model`)."""
         queries: list[torch.Tensor] = []

@@ -66,6 +66,9 @@ class Model(Protocol):
     def num_bytes(self) -> int:
         """Bytes of all weights, tied ones once."""
 
+    def prepare(self, num_tokens: int) -> None:
+        """Make what steps of up to `num_tokens` tokens are worked out in, so that the first need not wait for it."""
+
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
         """Process the batch, whose slots exist already; mutates its lanes in `cache`."""
 

@@ -26,9 +26,8 @@ RUNTIME_BYTES = {"cpu": 232 * MIB, "gpu": 800 * MIB}
 TOKENIZER_BYTES, TOKENIZER_BYTES_PER_TOKEN = 16 * MIB, 400
 """Assumed: what a tokenizer takes, and more for every token of its vocabulary."""
 
-STRETCH_TOKENS, QUERY_BLOCK = 1024, 96
-"""The CPU's kernels take steps of more than one and a half stretches through each layer a stretch at a time, and cut
-sequences between blocks of queries only: buffers grow with the step no further."""
+LONGEST_STRETCH = 768
+"""Tokens: the CPU's kernels take longer steps through each layer in shorter stretches, so buffers grow no further."""
 
 DECODING_BYTES = 32 * MIB
 """Assumed: pieces of a stored tensor while it is decoded."""
@@ -68,7 +67,7 @@ class Memory:
         size = max(2, DTYPE_BYTES[asked.dtype])
         if asked.device.kind == "cpu":
             # products are computed in float32 and packed in the dtype; the residual stream and a branch are float32
-            stretch = _stretch(rows)
+            stretch = min(rows, LONGEST_STRETCH)
             store = 2 if asked.dtype == "bfloat16" else 4
             width = max(4 * _projected(layer) + store * (_mixed(layer) + _inner(layer)) for layer in model.layers)
             amount = stretch * (width + (4 + store) * model.hidden_size) + rows * 4 * model.hidden_size
@@ -258,13 +257,6 @@ def device_params(model: ModelSpec, devices: int) -> float:
         if layer.mlp is not None:
             total += layer.mlp.matrix_params(hidden) / devices + layer.mlp.small_params(hidden)
     return total
-
-
-def _stretch(rows: int) -> int:
-    """Return the most tokens of a step of `rows` that a layer takes at a time on the CPU."""
-    if rows <= STRETCH_TOKENS * 3 // 2:
-        return rows
-    return -(-rows // -(-rows // STRETCH_TOKENS)) + QUERY_BLOCK
 
 
 def _projected(layer: LayerSpec) -> int:

@@ -42,6 +42,8 @@ class Lanes:
     ) -> None: ...
     def set_segments(self, start: Ints, stores: Ints, last_column: Ints, /) -> None: ...
 
+LONGEST_STRETCH: int
+
 class Decoder:
     def __init__(
         self, hidden: int, vocab: int, eps: float, embedding_scale: float, logit_softcap: float, bf16: bool,
@@ -54,6 +56,7 @@ class Decoder:
         q_norm: Floats | None, k_norm: Floats | None, sinks: Floats | None, slopes: Floats | None, rope: int,
         scale: float, softcap: float, activation: int,
     ) -> None: ...  # fmt: skip
+    def prepare(self, num_tokens: int) -> None: ...
     def step(
         self, lanes: Lanes, ids: Ints, positions: Ints, cu_seqlens: Ints, seq_rows: Ints, logit_rows: Ints,
         logits: Floats | None, greedy: Ints | None, hidden: Floats | None, query_rows: Ints | None,

@@ -93,6 +93,11 @@ class StepDecoder:
         except ValueError as error:
             raise InvalidInputError(str(error)) from error
 
+    def prepare(self, num_tokens: int) -> None:
+        """Make the buffers of steps of up to `num_tokens` tokens, and their pages, ahead of the first one."""
+        follow_torch()
+        self._decoder.prepare(num_tokens)
+
     def step(
         self,
         lanes: Lanes,
