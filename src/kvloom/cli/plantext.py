@@ -83,9 +83,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"{model.attention_kind}) "
         f"on {many}{device.name}"
     )
+    weights = "" if asked.quantization is None else f" with weights in {asked.quantization}"
     yield (
         f"{asked.users} users, {asked.context} tokens each ({asked.prompt} prompt + {asked.output} output), "
-        f"{asked.dtype}, policy {asked.policy}, blocks of {asked.block_size}"
+        f"{asked.dtype}{weights}, policy {asked.policy}, blocks of {asked.block_size}"
     )
     yield f"source of the model: {model.source or 'as given'}"
     speed = "measured" if device.measured else f"{device.source}, {device.as_of}"

@@ -104,7 +104,8 @@ class Plan:
         found = {
             "ttft_lower_bound": roof.ttft(),
             "tpot_lower_bound": tpot,
-            "decode_weight_bytes": Figure(roof.weight_bytes(asked.users), "bytes", "exact", "read per step and device"),
+            "decode_weight_bytes": Figure(roof.weight_bytes(asked.users), "bytes", roof.weights_label,
+                                          "read per step and device"),
             "decode_kv_bytes": Figure(asked.users * roof.kv_read_bytes(asked.prompt, max(0, asked.output - 1)), "bytes",
                                       "exact", "read per step and device at the full context"),
             "decode_flops": Figure(asked.users * roof.decode_flops(asked.prompt, max(0, asked.output - 1)), "FLOP",
@@ -168,12 +169,12 @@ class Plan:
             "question": {
                 "device": device.name, "devices": asked.devices, "prompt": asked.prompt, "output": asked.output,
                 "context": asked.context, "users": asked.users, "kv_policy": str(asked.policy), "dtype": asked.dtype,
-                "block_size": asked.block_size, "max_num_batched_tokens": asked.chunk,
-                "gpu_memory_utilization": asked.utilization,
+                "quantization": asked.quantization, "block_size": asked.block_size,
+                "max_num_batched_tokens": asked.chunk, "gpu_memory_utilization": asked.utilization,
             },
             "device": {
                 "name": device.name, "memory_bytes": device.memory_bytes, "bandwidth": device.bandwidth,
-                "peak": device.peak(asked.dtype), "source": device.source, "as_of": device.as_of,
+                "peak": self.roofline.peak, "source": device.source, "as_of": device.as_of,
                 "label": "measured" if device.measured else "assumed",
             },
             "fits": self.memory.fits,
