@@ -133,12 +133,16 @@ class Plan:
 
     @cached_property
     def targets(self) -> dict[str, bool | None]:
-        """Whether the asked latencies are possible at all: False means that no implementation can reach them here."""
+        """Whether the asked latencies are possible at all: False means that no implementation can reach them here.
+
+        None is not known: the device's speed, or its peak for what the model multiplies in.
+        """
         found: dict[str, bool | None] = {}
         for name, target in (("ttft", self.question.target_ttft), ("tpot", self.question.target_tpot)):
             if target is not None:
-                least = self.speeds[f"{name}_lower_bound"].value
-                found[name] = None if least is None else least <= target
+                least = self.speeds[f"{name}_lower_bound"]
+                unsure = least.value is None or (least.low is not None and least.low <= target < least.value)
+                found[name] = None if unsure else (least.value or 0) <= target
         return found
 
     @cached_property

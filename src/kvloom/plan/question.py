@@ -1,7 +1,7 @@
 """Question: what a plan is asked about, checked once and complete."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.registry import nearest
@@ -108,7 +108,7 @@ class Question:
         """The store that holds K and V as the model computes them; 8-bit weights compute in bfloat16."""
         return NATIVE_STORE.get(self.dtype, "bf16")
 
-    @property
+    @cached_property
     def packed(self) -> PackedModel:
         """The weights as the CPU's kernels hold them."""
         return packed_model(self.model, self.native_store, self.quantization)

@@ -211,10 +211,10 @@ class Roofline:
         memory, arithmetic = moved / device.bandwidth, work / peak
         if memory >= arithmetic:
             return Figure(memory, "s", "measured" if device.measured else "assumed", "lower bound, set by bandwidth")
-        note = "lower bound, set by arithmetic"
         if self._known_peak is None:
-            note = f"set by arithmetic at the peak of {self.question.dtype}; that of 8-bit activations is not known"
-        return Figure(arithmetic, "s", self.speed_label, note)
+            note = f"between bandwidth and the peak of {self.question.dtype}: that of 8-bit activations is not known"
+            return Figure(arithmetic, "s", "assumed", note, memory)
+        return Figure(arithmetic, "s", self.speed_label, "lower bound, set by arithmetic")
 
     @cached_property
     def kv_bound_context(self) -> int | None:
