@@ -100,7 +100,7 @@ BAD = [
     (["llama-3-8b", "--devices", "3"], "32 query heads are not divisible by 3"),
     (["llama-3-8b", "--kv-policy", "snpkv(budget=1)"], "'snapkv'"),
     (["llama-3-8b", "--kv-policy", "kivi2"], "--block-size 32"),
-    (["llama-3-8b", "--quantization", "int8", "--device", "h100"], "h100 is none"),
+    (["llama-3-8b", "--quantization", "int8", "--device", "h100"], "not on h100"),
     (["llama-3-8b", "--quantization", "int4", "--block-size", "24"], "multiple of 16 tokens"),
     (["llama-3-8b", "--max-loss", "200%"], "--max-loss"),
     (["llama-3-8b", "--target-tpot", "soon"], "--target-tpot"),

@@ -6,19 +6,23 @@ from itertools import pairwise
 import pytest
 
 from families import VARIANTS, oracle_of
+from kvloom.cli.plantext import show
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.plan.advice import advise
 from kvloom.plan.answer import Plan
 from kvloom.plan.compare import compare
+from kvloom.plan.explain import explain
 from kvloom.plan.memory import Memory
-from kvloom.plan.question import Question
+from kvloom.plan.question import KERNEL_BLOCK, Question
 from kvloom.plan.recommend import recommend
 from kvloom.plan.roofline import Roofline
 from kvloom.plan.serving import serve_refusals
 from kvloom.plan.source import find_model
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
 from kvloom.spec.hardware import DeviceSpec, find_device
+from kvloom.spec.packedmodel import HEAD_DIMS
 from kvloom.spec.packing import QUANTIZATIONS
+from tiny_model import tiny_config
 
 
 def ask(model="smollm2", device="cpu:8GiB", prompt=3584, output=512, **facts):
@@ -90,6 +94,15 @@ def test_the_plan_knows_which_shapes_the_kernels_run(variant, tmp_path):
     assert bool(asked.packed.obstacles) is any(not reason.startswith(NOT_IN_SHAPES) for reason in reasons)
 
 
+def test_the_plan_knows_which_blocks_and_heads_the_kernels_take():
+    from kvloom.models.compiled import BLOCK_SLOTS, unsupported
+
+    assert BLOCK_SLOTS == KERNEL_BLOCK
+    for head_dim in range(4, 420, 4):
+        runs = unsupported(tiny_config("llama", head_dim=head_dim), BLOCK_SLOTS) == []
+        assert runs is (head_dim in HEAD_DIMS)
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("path", ["smollm2_path", "gemma_path"])
@@ -113,8 +126,8 @@ def test_weights_of_smollm2_are_those_of_its_shape(quantization, held):
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"device": find_device("h100")}, "h100 is none"), ({"dtype": "float8_e4m3fn"}, "not in float8_e4m3fn"),
-     ({"block_size": 8}, "a multiple of 16 tokens there, not 8")],
+    [({"device": find_device("h100")}, "on CPUs, not on h100"), ({"dtype": "float8_e4m3fn"}, "not in float8_e4m3fn"),
+     ({"block_size": 8}, "a multiple of 16 tokens, not of 8")],
 )  # fmt: skip
 def test_what_the_kernels_never_run_is_refused_with_the_reason(change, words):
     with pytest.raises(UnsupportedError, match=words):
@@ -198,6 +211,8 @@ def test_where_it_is_not_known_that_of_the_dtype_stands_in_and_is_assumed():
     assert time.low == Roofline(asked).weight_bytes(1) / 1e11
     assert "8-bit activations is not known" in time.note
     assert Roofline(asked).speed_label == "assumed"
+    assert "2 ms to 1" in show(replace(time, low=0.002, value=1.5))
+    assert "that of bfloat16 stands in" in " ".join(explain(asked, "intensity").lines)
     assert Roofline(asked).tpot().label == "measured"  # bandwidth decides it
 
 

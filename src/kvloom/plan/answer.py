@@ -119,8 +119,8 @@ class Plan:
             found["tpot_uniform_routing"] = Figure(roof.tpot(expected=True).value, "s", "assumed",
                                                    "were experts chosen uniformly at random")
         if tpot.value:
-            found["tokens_per_s_at_best"] = Figure(asked.users / tpot.value, "tokens/s", tpot.label, "all users "
-                                                                                                     "together")
+            best = asked.users / (tpot.value if tpot.low is None else tpot.low)
+            found["tokens_per_s_at_best"] = Figure(best, "tokens/s", tpot.label, "all users together")
         measured = self.measurements.of(asked.policy) if self.measurements else None
         if measured is not None:
             where = f"{measured.context} tokens"

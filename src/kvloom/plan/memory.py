@@ -45,22 +45,20 @@ class Memory:
     @cached_property
     def weights(self) -> Figure:
         """Weights on one device."""
-        asked = self.question
-        total, note = asked.model.stored_weight_bytes(asked.dtype), "from the files"
-        if asked.model.weight_bytes is None:
-            note = "parameters of the config times their width"
-        known = asked.model.exact
+        asked, model = self.question, self.question.model
+        total, known = model.stored_weight_bytes(asked.dtype), model.exact
+        note = "parameters of the config times their width" if model.weight_bytes is None else "from the files"
         if asked.quantization is not None:
-            total, note = asked.packed.num_bytes, f"as the kernels pack them in {asked.quantization}, scales included"
-            known = known and not asked.packed.obstacles
-        label: Label = "exact" if known else "assumed"
-        if not asked.model.exact:
+            total, known = asked.packed.num_bytes, known and not asked.packed.obstacles
+            note = f"as the kernels pack them in {asked.quantization}, scales included"
+            if asked.packed.obstacles:
+                note = f"estimated: the kernels of {asked.quantization} do not run this model"
+        if not model.exact:
             note = "estimated from the numbers given"
-        elif not known:
-            note = f"estimated: the kernels of {asked.quantization} do not run this model"
+        label: Label = "exact" if known else "assumed"
         if asked.devices == 1:
             return Figure(total, "bytes", label, note)
-        share = device_params(asked.model, asked.devices) / asked.model.num_params
+        share = device_params(model, asked.devices) / model.num_params
         note = f"{share:.1%} of the whole: matrices divided by {asked.devices}, K/V of few heads and norms replicated"
         return Figure(round(total * share), "bytes", "assumed", note)
 

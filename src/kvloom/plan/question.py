@@ -73,10 +73,10 @@ class Question:
             hint = nearest(name, list(QUANTIZATIONS))
             raise InvalidInputError(f"unknown quantization {name!r}{hint}; known: {', '.join(QUANTIZATIONS)}")
         applies = {
-            f"these weights are those of kernels for CPUs, and {self.device.name} is none": self.device.kind != "cpu",
-            f"activations are in 16 or 32 bits there, not in {self.dtype}": self.dtype not in NATIVE_STORE,
-            f"blocks hold a multiple of {KERNEL_BLOCK} tokens there, not {self.block_size}": (
-                self.block_size % KERNEL_BLOCK != 0
+            f"its kernels run on CPUs, not on {self.device.name}": self.device.kind != "cpu",
+            f"its kernels compute in 16 or 32 bits, not in {self.dtype}": self.dtype not in NATIVE_STORE,
+            f"its kernels take blocks of a multiple of {KERNEL_BLOCK} tokens, not of {self.block_size}": (
+                self.block_size % KERNEL_BLOCK > 0
             ),
         }
         reasons = [reason for reason, there in applies.items() if there]

@@ -167,20 +167,23 @@ class Roofline:
         return "assumed" if asked.quantization is not None and asked.packed.obstacles else "exact"
 
     @property
-    def _known_peak(self) -> float | None:
-        """Operations per second of the products themselves: weights alone in few bits meet activations in the dtype."""
-        asked = self.question
-        return asked.device.peak("w8a8" if asked.quantization == "w8a8" else asked.dtype)
+    def peak_stands_in(self) -> bool:
+        """Whether products are of 8-bit activations, whose peak is not known, so that the dtype's stands in for it.
+
+        Where weights alone are in few bits they are multiplied in the dtype.
+        """
+        return self.question.quantization == "w8a8" and self.question.device.peak("w8a8") is None
 
     @property
     def peak(self) -> float | None:
-        """Operations per second; None when not known. That of the dtype stands in for a w8a8 that is not known."""
-        return self.question.device.peak(self.question.dtype) if self._known_peak is None else self._known_peak
+        """Operations per second; None when not known."""
+        own = self.question.quantization == "w8a8" and not self.peak_stands_in
+        return self.question.device.peak("w8a8" if own else self.question.dtype)
 
     @property
     def speed_label(self) -> Label:
         """How the device's speed is known; a peak that stands in for another is assumed."""
-        return "measured" if self.question.device.measured and self._known_peak is not None else "assumed"
+        return "measured" if self.question.device.measured and not self.peak_stands_in else "assumed"
 
     def tpot(self, batch: int | None = None, expected: bool = False) -> Figure:
         """Return the least seconds per generated token, for `batch` requests at once: the mean over the output.
@@ -211,7 +214,7 @@ class Roofline:
         memory, arithmetic = moved / device.bandwidth, work / peak
         if memory >= arithmetic:
             return Figure(memory, "s", "measured" if device.measured else "assumed", "lower bound, set by bandwidth")
-        if self._known_peak is None:
+        if self.peak_stands_in:
             note = f"between bandwidth and the peak of {self.question.dtype}: that of 8-bit activations is not known"
             return Figure(arithmetic, "s", "assumed", note, memory)
         return Figure(arithmetic, "s", self.speed_label, "lower bound, set by arithmetic")
