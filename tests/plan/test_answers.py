@@ -333,10 +333,11 @@ def test_a_target_below_the_bound_is_impossible():
     assert plan.targets == {"ttft": True, "tpot": False}
 
 
+@pytest.mark.parametrize("device, quantization", [("h200", None), ("cpu:64GiB", "w8a8")])
 @pytest.mark.parametrize("model", ["llama-3-8b", "mixtral-8x7b", "qwen3-next-80b-a3b", "mamba-130m", "gemma-3-270m"])
-def test_the_answer_obeys_its_schema(model):
+def test_the_answer_obeys_its_schema(model, device, quantization):
     jsonschema = pytest.importorskip("jsonschema")
-    asked = ask(model, "h200", users=300, target_ttft=1.0)
+    asked = ask(model, device, users=300, target_ttft=1.0, quantization=quantization)
     attends = bool(asked.model.kv_layers)
     plan = Plan(
         asked,

@@ -9,6 +9,7 @@ import pytest
 
 from kvloom.cli.plan import HYPOTHESIS, lengths, plan, seconds
 from kvloom.cli.plantext import show_bytes
+from kvloom.cli.serve import serve
 from kvloom.errors import InvalidInputError, KvloomError
 
 
@@ -38,6 +39,22 @@ def test_json_holds_the_same_figures(capsys):
     assert data["schema"] == "kvloom.plan/1"
     assert data["memory"]["kv_per_request"] == {"value": 2_147_483_648, "unit": "bytes", "label": "exact"}
     assert data["memory"]["kv_per_token"]["value"] == 524_288
+
+
+def test_the_quantization_is_part_of_the_question_its_bytes_and_the_command(capsys):
+    asked = ["smollm2", "--device", "cpu:8GiB", "--quantization", "int4", "--max-loss", "1%"]
+    data = json.loads(run(capsys, *asked, "--json"))
+    assert data["question"]["quantization"] == "int4"
+    assert data["memory"]["weights"]["value"] == 95_200_512
+    assert "--quantization int4" in data["recommendation"]["command"]
+    text = run(capsys, *asked)
+    assert "bfloat16 with weights in int4" in text
+    assert "as the kernels pack them in int4" in text
+
+
+def test_both_commands_know_the_same_quantizations_and_say_the_same_of_them():
+    ours, theirs = (next(p for p in command.params if p.name == "quantization") for command in (plan, serve))
+    assert (ours.type.choices, ours.help) == (theirs.type.choices, theirs.help)
 
 
 def test_a_hypothetical_model_needs_only_numbers(capsys):
@@ -83,6 +100,8 @@ BAD = [
     (["llama-3-8b", "--devices", "3"], "32 query heads are not divisible by 3"),
     (["llama-3-8b", "--kv-policy", "snpkv(budget=1)"], "'snapkv'"),
     (["llama-3-8b", "--kv-policy", "kivi2"], "--block-size 32"),
+    (["llama-3-8b", "--quantization", "int8", "--device", "h100"], "not on h100"),
+    (["llama-3-8b", "--quantization", "int4", "--block-size", "24"], "multiple of 16 tokens"),
     (["llama-3-8b", "--max-loss", "200%"], "--max-loss"),
     (["llama-3-8b", "--target-tpot", "soon"], "--target-tpot"),
     (["llama-3-8b", "--gpu-memory-utilization", "1.5"], "at most 1"),

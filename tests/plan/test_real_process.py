@@ -21,8 +21,9 @@ PROGRAM = """
 import json, random, sys
 from kvloom import LLM, SamplingParams
 
-path, arena, users, prompt, output, dtype, policies = json.loads(sys.argv[1])
-llm = LLM(path, dtype=dtype, kv_cache_memory_bytes=arena, max_num_seqs=users, enable_prefix_caching=False)
+path, arena, users, prompt, output, dtype, quantization, policies = json.loads(sys.argv[1])
+options = dict(dtype=dtype, quantization=quantization, kv_cache_memory_bytes=arena, max_num_seqs=users)
+llm = LLM(path, **options, enable_prefix_caching=False)
 cache = llm.engine.cache
 spec = cache.spec
 params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
@@ -48,7 +49,8 @@ print(json.dumps({"peak": int(status[status.index("VmHWM:") + 1]) * 1024, "found
 
 def run(path, asked, policies=("full",)):
     """Return what a process reports that loads the model, with an arena of the planned size, and runs all users."""
-    question = [str(path), arena_bytes(asked), asked.users, asked.prompt, asked.output, asked.dtype, list(policies)]
+    question = [str(path), arena_bytes(asked), asked.users, asked.prompt, asked.output, asked.dtype,
+                asked.quantization, list(policies)]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(question)], capture_output=True, text=True, check=False
     )
@@ -62,13 +64,21 @@ def path(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("users, prompt, output, dtype", [(1, 2000, 24, "bfloat16"), (4, 1500, 8, "float32")])
-def test_the_planned_memory_of_a_process_is_within_ten_per_cent_of_its_peak(path, users, prompt, output, dtype):
-    asked = Question(find_model(str(path)), find_device("cpu:16GiB"), prompt, output, users, dtype=dtype)
+@pytest.mark.parametrize(
+    "users, prompt, output, dtype, quantization",
+    [(1, 2000, 24, "bfloat16", None), (4, 1500, 8, "float32", None), (1, 100, 8, "bfloat16", "int4"),
+     (2, 1500, 8, "bfloat16", "int8"), (2, 1500, 8, "bfloat16", "w8a8")],
+)  # fmt: skip
+def test_the_planned_memory_of_a_process_is_within_ten_per_cent_of_its_peak(
+    path, users, prompt, output, dtype, quantization
+):
+    model, device = find_model(str(path)), find_device("cpu:16GiB")
+    asked = Question(model, device, prompt, output, users, dtype=dtype, quantization=quantization)
     measured = run(path, asked)["peak"]
     planned = Memory(asked).total.value
-    print(f"{asked.model.name} {dtype} x {users}: planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
-    assert abs(planned / measured - 1) < 0.1, f"planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}"
+    found = f"planned {planned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}"
+    print(f"{asked.model.name} {dtype} {quantization} x {users}: {found}")
+    assert abs(planned / measured - 1) < 0.1, found
 
 
 POLICIES = [

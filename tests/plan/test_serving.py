@@ -56,18 +56,26 @@ CASES = [
     ask(users=8, policy=PolicySpec.parse("snapkv(budget=896)")), ask("llama-3-8b", "cpu:64GiB", users=16),
     ask(users=5, policy=PolicySpec.parse("streaming(sinks=4,window=508)")),
     ask("mistral-7b-v0.1", "cpu:64GiB", 7000, 500),
-    ask("gpt-oss-20b", "cpu:64GiB", policy=PolicySpec.parse("streaming")),
+    ask("gpt-oss-20b", "cpu:64GiB", policy=PolicySpec.parse("streaming")), ask(users=2, quantization="int8"),
+    ask("llama-3-8b", "cpu:64GiB", users=16, quantization="w8a8", block_size=32),
+    ask("gemma-3-270m", dtype="float16", quantization="int4", policy=PolicySpec.parse("snapkv(budget=896)")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", CASES, ids=lambda asked: f"{asked.model.name} {asked.policy} {asked.users}")
+def named(asked):
+    """Return what tells one case from the others."""
+    return f"{asked.model.name} {asked.policy} {asked.users} {asked.quantization}"
+
+
+@pytest.mark.parametrize("asked", CASES, ids=named)
 def test_the_printed_command_is_read_back_to_the_question_and_its_arena_holds_all_users(asked):
     values, config = read_serve(serve_command(asked, asked.model.name))
     assert values["max_num_seqs"] == asked.users
-    assert (config.block_size, config.max_num_batched_tokens, config.dtype) == (
+    assert (config.block_size, config.max_num_batched_tokens, config.dtype, config.quantization) == (
         asked.block_size,
         asked.chunk,
         asked.dtype,
+        asked.quantization,
     )
     kv = asked.whole_kv
     kv_bytes = config.resolve_kv_bytes(kv, asked.model.max_position)
@@ -117,6 +125,7 @@ def test_the_plan_knows_which_methods_compute_attention():
         (ask("deepseek-v2"), "'deepseek_v2' does not run"),
         (ask(dtype="float8_e4m3fn"), "float8"),
         (ask(policy=PolicySpec.parse("int4")), "store int4"),
+        (ask("mixtral-8x7b", quantization="int8"), "--quantization int8 does not run: it has a mixture"),
         (ask(prompt=9000), "made for 8192"),
         (ask("gpt-oss-20b", policy=PolicySpec.parse("tova(budget=9)")), "more in them"),
         (ask("mistral-7b-v0.1", policy=PolicySpec.parse("tova(budget=9)")), "nothing to evict"),

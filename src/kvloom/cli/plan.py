@@ -12,6 +12,7 @@ from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.values import TokenCount
 from kvloom.errors import DownloadError, InvalidInputError, ModelNotFoundError, UnsupportedError
+from kvloom.spec.packing import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from kvloom.plan.answer import Plan
@@ -89,6 +90,7 @@ def make_question(model: str | None, values: Mapping[str, Any]) -> "Question":
         spec, device, prompt, output, values["users"], PolicySpec.parse(values["kv_policy"]), dtype, values["devices"],
         values["block_size"], values["max_num_batched_tokens"], values["gpu_memory_utilization"],
         seconds("--target-ttft", values["target_ttft"]), seconds("--target-tpot", values["target_tpot"]),
+        values["quantization"],
     )  # fmt: skip
 
 
@@ -238,6 +240,12 @@ FLAGS = [
         default="auto",
         type=click.Choice(["auto", "bfloat16", "float16", "float32", "float8_e4m3fn"]),
         help="Of weights and native K/V; auto is the model's own, bfloat16 on a CPU.",
+    ),
+    Flag(
+        ["--quantization"],
+        section=_ASK,
+        type=click.Choice(QUANTIZATIONS),
+        help="Weights in 8 bits (int8), in 4 (int4), or weights and activations in 8 (w8a8). Without it: in --dtype.",
     ),
     _number("--block-size", "Tokens of one KV head in a block.", _ASK, type=int, default=16),
     _number("--max-num-batched-tokens", "Most tokens in one step.", _ASK, default=2048),

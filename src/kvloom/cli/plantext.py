@@ -35,6 +35,10 @@ def show_bytes(value: float) -> str:
     raise AssertionError("unreachable: the last unit always returns")
 
 
+def _seconds(value: float) -> str:
+    return f"{value * 1000:,.4g} ms" if value < 1 else f"{value:,.4g} s"
+
+
 def _binary(value: float) -> str:
     return f"{value / GIB:,.4g} GiB" if value >= GIB else format_bytes(round(value))
 
@@ -47,7 +51,8 @@ def show(figure: Figure) -> str:
         text = show_bytes(figure.value)
         return text if figure.low is None else f"{_binary(figure.low)} to {text}"
     if figure.unit == "s":
-        return f"{figure.value * 1000:,.4g} ms" if figure.value < 1 else f"{figure.value:,.4g} s"
+        text = _seconds(figure.value)
+        return text if figure.low is None else f"{_seconds(figure.low)} to {text}"
     if figure.unit == "share":
         return f"{figure.value:.2%}"
     amount = f"{figure.value:.4g}" if figure.value >= 1e9 else f"{figure.value:,.0f}"
@@ -83,9 +88,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"{model.attention_kind}) "
         f"on {many}{device.name}"
     )
+    weights = "" if asked.quantization is None else f" with weights in {asked.quantization}"
     yield (
         f"{asked.users} users, {asked.context} tokens each ({asked.prompt} prompt + {asked.output} output), "
-        f"{asked.dtype}, policy {asked.policy}, blocks of {asked.block_size}"
+        f"{asked.dtype}{weights}, policy {asked.policy}, blocks of {asked.block_size}"
     )
     yield f"source of the model: {model.source or 'as given'}"
     speed = "measured" if device.measured else f"{device.source}, {device.as_of}"

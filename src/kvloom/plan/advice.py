@@ -15,6 +15,8 @@ from kvloom.units import format_bytes
 
 MOST_DEVICES = 64
 
+_QUANTIZATIONS = (("int8", "rounding of weights to 8 bits"), ("int4", "small models lose a lot; measure the loss"))
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -70,6 +72,15 @@ def _weights(asked: Question) -> Iterator[Advice]:
     if asked.dtype == "float32":
         yield Advice("run in bfloat16", "--dtype bfloat16", "rounding of weights and activations",
                      _fits(replace(asked, dtype="bfloat16")))
+    if asked.device.kind != "cpu" or asked.quantization is not None or asked.model.weight_format is not None:
+        return
+    for name, cost in _QUANTIZATIONS:
+        try:
+            changed = replace(asked, quantization=name)
+        except KvloomError:
+            return
+        if not changed.packed.obstacles:
+            yield Advice(f"keep weights in {name}", f"--quantization {name}", cost, _fits(changed))
 
 
 def _eviction(asked: Question) -> Iterator[Advice]:

@@ -104,7 +104,8 @@ class Plan:
         found = {
             "ttft_lower_bound": roof.ttft(),
             "tpot_lower_bound": tpot,
-            "decode_weight_bytes": Figure(roof.weight_bytes(asked.users), "bytes", "exact", "read per step and device"),
+            "decode_weight_bytes": Figure(roof.weight_bytes(asked.users), "bytes", roof.weights_label,
+                                          "read per step and device"),
             "decode_kv_bytes": Figure(asked.users * roof.kv_read_bytes(asked.prompt, max(0, asked.output - 1)), "bytes",
                                       "exact", "read per step and device at the full context"),
             "decode_flops": Figure(asked.users * roof.decode_flops(asked.prompt, max(0, asked.output - 1)), "FLOP",
@@ -118,8 +119,8 @@ class Plan:
             found["tpot_uniform_routing"] = Figure(roof.tpot(expected=True).value, "s", "assumed",
                                                    "were experts chosen uniformly at random")
         if tpot.value:
-            found["tokens_per_s_at_best"] = Figure(asked.users / tpot.value, "tokens/s", tpot.label, "all users "
-                                                                                                     "together")
+            best = asked.users / (tpot.value if tpot.low is None else tpot.low)
+            found["tokens_per_s_at_best"] = Figure(best, "tokens/s", tpot.label, "all users together")
         measured = self.measurements.of(asked.policy) if self.measurements else None
         if measured is not None:
             where = f"{measured.context} tokens"
@@ -132,12 +133,16 @@ class Plan:
 
     @cached_property
     def targets(self) -> dict[str, bool | None]:
-        """Whether the asked latencies are possible at all: False means that no implementation can reach them here."""
+        """Whether the asked latencies are possible at all: False means that no implementation can reach them here.
+
+        None is not known: the device's speed, or its peak for what the model multiplies in.
+        """
         found: dict[str, bool | None] = {}
         for name, target in (("ttft", self.question.target_ttft), ("tpot", self.question.target_tpot)):
             if target is not None:
-                least = self.speeds[f"{name}_lower_bound"].value
-                found[name] = None if least is None else least <= target
+                least = self.speeds[f"{name}_lower_bound"]
+                unsure = least.value is None or (least.low is not None and least.low <= target < least.value)
+                found[name] = None if unsure else (least.value or 0) <= target
         return found
 
     @cached_property
@@ -168,12 +173,12 @@ class Plan:
             "question": {
                 "device": device.name, "devices": asked.devices, "prompt": asked.prompt, "output": asked.output,
                 "context": asked.context, "users": asked.users, "kv_policy": str(asked.policy), "dtype": asked.dtype,
-                "block_size": asked.block_size, "max_num_batched_tokens": asked.chunk,
-                "gpu_memory_utilization": asked.utilization,
+                "quantization": asked.quantization, "block_size": asked.block_size,
+                "max_num_batched_tokens": asked.chunk, "gpu_memory_utilization": asked.utilization,
             },
             "device": {
                 "name": device.name, "memory_bytes": device.memory_bytes, "bandwidth": device.bandwidth,
-                "peak": device.peak(asked.dtype), "source": device.source, "as_of": device.as_of,
+                "peak": self.roofline.peak, "source": device.source, "as_of": device.as_of,
                 "label": "measured" if device.measured else "assumed",
             },
             "fits": self.memory.fits,

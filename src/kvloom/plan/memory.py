@@ -45,17 +45,20 @@ class Memory:
     @cached_property
     def weights(self) -> Figure:
         """Weights on one device."""
-        asked = self.question
-        total = asked.model.stored_weight_bytes(asked.dtype)
-        label: Label = "exact" if asked.model.exact else "assumed"
-        note = "from the files"
-        if asked.model.weight_bytes is None:
-            note = "parameters of the config times their width"
-        if not asked.model.exact:
+        asked, model = self.question, self.question.model
+        total, known = model.stored_weight_bytes(asked.dtype), model.exact
+        note = "parameters of the config times their width" if model.weight_bytes is None else "from the files"
+        if asked.quantization is not None:
+            total, known = asked.packed.num_bytes, known and not asked.packed.obstacles
+            note = f"as the kernels pack them in {asked.quantization}, scales included"
+            if asked.packed.obstacles:
+                note = f"estimated: the kernels of {asked.quantization} do not run this model"
+        if not model.exact:
             note = "estimated from the numbers given"
+        label: Label = "exact" if known else "assumed"
         if asked.devices == 1:
             return Figure(total, "bytes", label, note)
-        share = device_params(asked.model, asked.devices) / asked.model.num_params
+        share = device_params(model, asked.devices) / model.num_params
         note = f"{share:.1%} of the whole: matrices divided by {asked.devices}, K/V of few heads and norms replicated"
         return Figure(round(total * share), "bytes", "assumed", note)
 
@@ -66,10 +69,13 @@ class Memory:
         rows = min(asked.chunk, asked.users * asked.prompt)
         size = max(2, DTYPE_BYTES[asked.dtype])
         if asked.device.kind == "cpu":
-            # products are computed in float32 and packed in the dtype; the residual stream and a branch are float32
+            # products are computed in float32 and packed, those in 8 bits from whole rows; the residual stream and a
+            # branch are float32
             stretch = min(rows, LONGEST_STRETCH)
-            store = 2 if asked.dtype == "bfloat16" else 4
+            store = asked.packed.layers.activation_bytes
             width = max(4 * _projected(layer) + store * (_mixed(layer) + _inner(layer)) for layer in model.layers)
+            if store == 1:
+                width += 4 * max(max(_mixed(layer), _inner(layer)) for layer in model.layers)
             amount = stretch * (width + (4 + store) * model.hidden_size) + rows * 4 * model.hidden_size
             amount += 2 * 4 * min(asked.users, rows) * model.vocab_size
             return Figure(amount, "bytes", "assumed", f"buffers of a step of {rows} tokens, and logits twice")
@@ -100,16 +106,17 @@ class Memory:
     def loading(self) -> Figure:
         """Most bytes above the weights while they are loaded on a CPU: each matrix is packed from a copy of its own.
 
-        Embedding and output layer come first, and are the largest; mapped pages of files are not counted.
+        Embedding and output layer come first, and are the largest; mapped pages of files are not counted. What is
+        packed to fewer bits leaves less below them, so that then the last gate and up count too, joined to one matrix.
         """
         asked, model = self.question, self.question.model
         if asked.device.kind != "cpu":
             return Figure(0, "bytes", "exact", "staged in the memory of the host")
-        width = DTYPE_BYTES[asked.dtype]
-        embedding = model.embedding_params * width
-        head = 0 if model.tie_embeddings else model.head_params * width
-        most = max(2 * embedding, embedding + 2 * head)
-        extra = max(0, most - int(self.weights.value or 0)) + DECODING_BYTES
+        width, packed = DTYPE_BYTES[asked.dtype], asked.packed
+        embedding = model.embedding_params * width + packed.embedding_bytes
+        head = 0 if model.tie_embeddings else packed.embedding_bytes + model.head_params * width + packed.head_bytes
+        joined = 0 if asked.quantization is None else 2 * packed.joined_params * width
+        extra = max(joined, max(embedding, head) - int(self.weights.value or 0)) + DECODING_BYTES
         return Figure(extra, "bytes", "assumed", "the largest matrix beside its packed copy, and pieces being decoded")
 
     @cached_property

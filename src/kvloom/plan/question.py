@@ -1,7 +1,7 @@
 """Question: what a plan is asked about, checked once and complete."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.registry import nearest
@@ -9,6 +9,8 @@ from kvloom.spec.hardware import DeviceSpec
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.layer import Attention, Latent
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+from kvloom.spec.packedmodel import PackedModel, packed_model
+from kvloom.spec.packing import QUANTIZATIONS
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import NATIVE_STORE
 
@@ -17,14 +19,18 @@ DEFAULT_BLOCK_SIZE = 16
 DEFAULT_CHUNK = 2048
 DEFAULT_UTILIZATION = 0.9
 
+KERNEL_BLOCK = 16
+"""The CPU's kernels take blocks of a multiple of this many tokens."""
+
 
 @dataclass(frozen=True)
 class Question:
     """A model on `devices` equal devices, `users` requests at once of `prompt` + `output` tokens each.
 
     `chunk` is the most tokens that one step processes, `utilization` the share of a device's memory that may be used,
-    `target_ttft` and `target_tpot` are seconds. Raises `InvalidInputError` for numbers that make no sense and
-    `UnsupportedError` when the model cannot be divided over the devices.
+    `target_ttft` and `target_tpot` are seconds, `quantization` is how the CPU's kernels keep weights, None in `dtype`.
+    Raises `InvalidInputError` for numbers that make no sense and `UnsupportedError` when the model cannot be divided
+    over the devices or its weights cannot be kept so.
     """
 
     model: ModelSpec
@@ -40,6 +46,7 @@ class Question:
     utilization: float = DEFAULT_UTILIZATION
     target_ttft: float | None = None
     target_tpot: float | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         least_of = {"prompt": 1, "output": 0, "users": 1, "devices": 1, "block_size": 1, "chunk": 1}
@@ -56,8 +63,25 @@ class Question:
         if self.dtype not in DTYPE_BYTES:
             hint = nearest(self.dtype, list(DTYPE_BYTES))
             raise InvalidInputError(f"unknown dtype {self.dtype!r}{hint}; known: {', '.join(DTYPE_BYTES)}")
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
         if self.devices > 1:
             self._check_division()
+
+    def _check_quantization(self, name: str) -> None:
+        if name not in QUANTIZATIONS:
+            hint = nearest(name, list(QUANTIZATIONS))
+            raise InvalidInputError(f"unknown quantization {name!r}{hint}; known: {', '.join(QUANTIZATIONS)}")
+        applies = {
+            f"its kernels run on CPUs, not on {self.device.name}": self.device.kind != "cpu",
+            f"its kernels compute in 16 or 32 bits, not in {self.dtype}": self.dtype not in NATIVE_STORE,
+            f"its kernels take blocks of a multiple of {KERNEL_BLOCK} tokens, not of {self.block_size}": (
+                self.block_size % KERNEL_BLOCK > 0
+            ),
+        }
+        reasons = [reason for reason, there in applies.items() if there]
+        if reasons:
+            raise UnsupportedError(f"cannot run {self.model.name} with --quantization {name}", reasons)
 
     def _check_division(self) -> None:
         reasons: list[str] = []
@@ -83,6 +107,11 @@ class Question:
     def native_store(self) -> str:
         """The store that holds K and V as the model computes them; 8-bit weights compute in bfloat16."""
         return NATIVE_STORE.get(self.dtype, "bf16")
+
+    @cached_property
+    def packed(self) -> PackedModel:
+        """The weights as the CPU's kernels hold them."""
+        return packed_model(self.model, self.native_store, self.quantization)
 
     @property
     def whole_kv(self) -> KVSpec | None:

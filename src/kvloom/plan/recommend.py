@@ -106,6 +106,8 @@ def _what_to_measure(
     least = -(-asked.context // 2)
     command = ["kvloom", "measure", served_name(model), "--text", "FILE", "--context", str(least)]
     command += ["--json", "results.json"]
+    if asked.quantization is not None:
+        command += ["--quantization", asked.quantization]
     command += [part for policy in fitting for part in ("--kv-policy", str(policy))]
     promise = (
         f"{why}; these would fit and may lose less than {max_loss:.2%}: {', '.join(map(str, fitting))}. It needs their "

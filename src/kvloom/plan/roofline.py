@@ -43,12 +43,23 @@ class Roofline:
         asked = self.question
         return 1.0 if asked.devices == 1 else device_params(asked.model, asked.devices) / asked.model.num_params
 
+    @cached_property
+    def _weight_widths(self) -> tuple[float, float, float]:
+        """Bytes that are read for one weight of routed experts, of the rest of the layers, and of the output head."""
+        asked, model = self.question, self.question.model
+        if asked.quantization is not None:
+            of_layers = asked.packed.bytes_per_layer_weight
+            return of_layers, of_layers, asked.packed.bytes_per_head_weight
+        of_rest = bytes_per_weight(model, asked.dtype, False)
+        of_head = DTYPE_BYTES[asked.dtype] if model.weight_bytes is None else of_rest
+        return bytes_per_weight(model, asked.dtype, True), of_rest, of_head
+
     def weight_bytes(self, batch: int, expected: bool = False) -> float:
         """Return the weight bytes that one step of `batch` tokens reads on one device.
 
         Of experts, at least those of one token; when `expected`, those that a uniform choice touches on average.
         """
-        asked, model = self.question, self.question.model
+        model = self.question.model
         routed = 0.0
         for layer in model.layers:
             if isinstance(layer.mlp, Experts):
@@ -62,10 +73,9 @@ class Roofline:
             for layer in model.layers
             if isinstance(layer.mlp, Experts)
         )
-        rest = (model.layer_matrix_params - per_token) * bytes_per_weight(model, asked.dtype, False)
-        head = model.head_params * (DTYPE_BYTES[asked.dtype] if model.weight_bytes is None
-                                    else bytes_per_weight(model, asked.dtype, False))
-        return (routed * bytes_per_weight(model, asked.dtype, True) + rest + head) * self._share
+        of_experts, of_rest, of_head = self._weight_widths
+        rest = (model.layer_matrix_params - per_token) * of_rest
+        return (routed * of_experts + rest + model.head_params * of_head) * self._share
 
     def held(self, prompt: int, generated: int) -> float:
         """Return the fewest tokens that a lane without a window holds on average after `generated` tokens.
@@ -151,9 +161,29 @@ class Roofline:
         return 2.0 * (whole * prompt + (model.layer_matrix_params - whole) + model.head_params) + attention
 
     @property
+    def weights_label(self) -> Label:
+        """How the bytes that are read of weights are known: those of a packing that is estimated are assumed."""
+        asked = self.question
+        return "assumed" if asked.quantization is not None and asked.packed.obstacles else "exact"
+
+    @property
+    def peak_stands_in(self) -> bool:
+        """Whether products are of 8-bit activations, whose peak is not known, so that the dtype's stands in for it.
+
+        Where weights alone are in few bits they are multiplied in the dtype.
+        """
+        return self.question.quantization == "w8a8" and self.question.device.peak("w8a8") is None
+
+    @property
+    def peak(self) -> float | None:
+        """Operations per second; None when not known."""
+        own = self.question.quantization == "w8a8" and not self.peak_stands_in
+        return self.question.device.peak("w8a8" if own else self.question.dtype)
+
+    @property
     def speed_label(self) -> Label:
-        """How the device's speed is known."""
-        return "measured" if self.question.device.measured else "assumed"
+        """How the device's speed is known; a peak that stands in for another is assumed."""
+        return "measured" if self.question.device.measured and not self.peak_stands_in else "assumed"
 
     def tpot(self, batch: int | None = None, expected: bool = False) -> Figure:
         """Return the least seconds per generated token, for `batch` requests at once: the mean over the output.
@@ -175,15 +205,19 @@ class Roofline:
 
     def _time(self, moved: float, work: float) -> Figure:
         device = self.question.device
-        peak = device.peak(self.question.dtype)
+        peak = self.peak
         if device.bandwidth is None or peak is None:
             note = f"no peak for {self.question.dtype} in the device table"
             if device.kind == "cpu":
                 note = "speed of the device not known; `kvloom plan --probe` measures this machine"
             return Figure(None, "s", "assumed", note)
         memory, arithmetic = moved / device.bandwidth, work / peak
-        bound = "bandwidth" if memory >= arithmetic else "arithmetic"
-        return Figure(max(memory, arithmetic), "s", self.speed_label, f"lower bound, set by {bound}")
+        if memory >= arithmetic:
+            return Figure(memory, "s", "measured" if device.measured else "assumed", "lower bound, set by bandwidth")
+        if self.peak_stands_in:
+            note = f"between bandwidth and the peak of {self.question.dtype}: that of 8-bit activations is not known"
+            return Figure(arithmetic, "s", "assumed", note, memory)
+        return Figure(arithmetic, "s", self.speed_label, "lower bound, set by arithmetic")
 
     @cached_property
     def kv_bound_context(self) -> int | None:
@@ -207,7 +241,7 @@ class Roofline:
     @property
     def ridge(self) -> float | None:
         """Operations per byte above which the device is bound by arithmetic; None when its speed is not known."""
-        peak, bandwidth = self.question.device.peak(self.question.dtype), self.question.device.bandwidth
+        peak, bandwidth = self.peak, self.question.device.bandwidth
         return None if peak is None or not bandwidth else peak / bandwidth
 
     @cached_property

@@ -44,6 +44,8 @@ def serve_refusals(asked: Question) -> list[str]:
         reasons.append(f"weights in {model.weight_format.name} do not run yet")
     if asked.dtype not in SERVED_DTYPES:
         reasons.append(f"--dtype {asked.dtype} does not run yet; one of {', '.join(SERVED_DTYPES)} does")
+    if asked.quantization is not None and asked.packed.obstacles:
+        reasons += [f"--quantization {asked.quantization} does not run: {why}" for why in asked.packed.obstacles]
     if asked.devices > 1:
         reasons.append("tensor parallelism does not run yet")
     if asked.device.kind != "cpu":
@@ -106,6 +108,8 @@ def serve_command(asked: Question, model: str) -> str:
     parts = ["kvloom", "serve", shlex.quote(served_name(model)), "--max-model-len", str(asked.context),
              "--max-num-seqs", str(asked.users), "--dtype", asked.dtype,
              "--kv-cache-memory-bytes", str(arena_bytes(asked))]
+    if asked.quantization is not None:
+        parts += ["--quantization", asked.quantization]
     if asked.policy != PolicySpec():
         parts += ["--kv-policy", shlex.quote(str(asked.policy))]
     if asked.block_size != DEFAULT_BLOCK_SIZE:

@@ -37,6 +37,8 @@ def intensity(asked: Question) -> Explanation:
     else:
         figures["ridge"] = Figure(ridge, "FLOP/byte", roof.speed_label, f"peak over bandwidth of {asked.device.name}")
         lines.append(f"{asked.device.name} does {ridge:.0f} operations in the time of one byte.")
+        if roof.peak_stands_in:
+            lines.append(f"Its peak for 8-bit activations is not known: that of {asked.dtype} stands in for it.")
         if turn is None:
             lines.append(f"At {asked.context} tokens no batch is bound by arithmetic: reading K and V keeps decode "
                          "bound by "

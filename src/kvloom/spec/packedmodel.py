@@ -1,0 +1,140 @@
+"""PackedModel: the weights of a whole model as the CPU's kernels hold them, from its shape alone."""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from kvloom.spec.layer import Attention, Experts, FeedForward, Latent, LayerSpec, Mixer, Mlp
+from kvloom.spec.model import ModelSpec
+from kvloom.spec.packing import FLOAT_BYTES, Matrix, Packing, packings_of
+
+HEAD_DIMS = range(16, 385, 16)
+"""Head sizes that the kernels take."""
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A model whose `layers` and `vocabulary` (embedding and output head) are packed so; norms stay in float32.
+
+    Bytes are those of the engine, padding included, unless there are `obstacles`: then they are an estimate.
+    """
+
+    model: ModelSpec
+    layers: Packing
+    vocabulary: Packing
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What the layers multiply with; where the kernels know no such layer, matrices of as many weights."""
+        hidden = self.model.hidden_size
+        return tuple(matrix for layer in self.model.layers for matrix in _matrices(layer, hidden))
+
+    @cached_property
+    def obstacles(self) -> tuple[str, ...]:
+        """Every reason in the model's shape why the kernels do not run it, and their packing is not known."""
+        found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
+        found += ["it has tables beside the embedding"] * bool(self.model.table_params)
+        found += ["the output head has a bias"] * self.model.head_bias
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the input embedding."""
+        model = self.model
+        return self.vocabulary.held_bytes(Matrix(model.vocab_size, model.embedding_params // model.vocab_size))
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of an output head of its own, 0 where the embedding serves."""
+        return 0 if self.model.tie_embeddings else self.vocabulary.held_bytes(self._head)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        model = self.model
+        small = sum(_small_params(layer, model.hidden_size) for layer in model.layers) + model.other_params
+        vectors = FLOAT_BYTES * (small - model.table_params + (model.vocab_size if model.head_bias else 0))
+        tables = model.table_params * self.vocabulary.bits // 8
+        layers = sum(self.layers.held_bytes(matrix) for matrix in self.matrices)
+        return self.embedding_bytes + self.head_bytes + layers + vectors + tables
+
+    @cached_property
+    def bytes_per_layer_weight(self) -> float:
+        """Fewest bytes that are read for a weight of the layers: its code, and its share of the scales."""
+        read = sum(self.layers.read_bytes(matrix) for matrix in self.matrices)
+        return read / sum(matrix.num_params for matrix in self.matrices)
+
+    @property
+    def bytes_per_head_weight(self) -> float:
+        """Fewest bytes that are read for a weight of the output head."""
+        return self.vocabulary.read_bytes(self._head) / self._head.num_params
+
+    @property
+    def joined_params(self) -> int:
+        """Most weights that are joined to one matrix before they are packed: those of gate and up."""
+        return max((matrix.num_params for matrix in self.matrices if matrix.gated), default=0)
+
+    @property
+    def _head(self) -> Matrix:
+        return Matrix(self.model.vocab_size, self.model.hidden_size)
+
+
+@lru_cache(maxsize=64)
+def packed_model(model: ModelSpec, native: str, quantization: str | None) -> PackedModel:
+    """Return `model` as it is packed where `native` stores its dtype, the same object for the same question."""
+    return PackedModel(model, *packings_of(native, quantization))
+
+
+def _matrices(layer: LayerSpec, hidden: int) -> list[Matrix]:
+    found = [*_mixer_matrices(layer.mixer, hidden), *_mlp_matrices(layer.mlp, hidden)]
+    return [*found, *_estimated(layer.extra_params, hidden)]
+
+
+def _mixer_matrices(mixer: Mixer, hidden: int) -> list[Matrix]:
+    """Return q, k and v as one matrix and the projection after attention."""
+    parts = mixer.projections(hidden)
+    if isinstance(mixer, Attention):
+        inner = mixer.num_heads * mixer.v_width
+        joined = (sum(parts.values()) - parts["o"]) // hidden
+        return [Matrix(joined, hidden, bias=mixer.qkv_bias), Matrix(hidden, inner, bias=mixer.out_bias)]
+    return _estimated(sum(parts.values()), hidden)
+
+
+def _mlp_matrices(mlp: FeedForward | None, hidden: int) -> list[Matrix]:
+    """Return gate and up as one matrix and down."""
+    if mlp is None:
+        return []
+    if isinstance(mlp, Experts):
+        return _estimated(mlp.matrix_params(hidden), hidden)
+    gated = mlp.matrices == 3
+    first = Matrix((mlp.matrices - 1) * mlp.intermediate, hidden, gated=gated, bias=mlp.up_bias)
+    return [first, Matrix(hidden, mlp.intermediate, bias=mlp.down_bias)]
+
+
+def _estimated(num_params: int, hidden: int) -> list[Matrix]:
+    """Return a matrix of that many weights that reads the residual stream, none for none."""
+    return [Matrix(-(-num_params // hidden), hidden)] if num_params else []
+
+
+def _small_params(layer: LayerSpec, hidden: int) -> int:
+    """Return the numbers of a layer outside its matrices and the biases beside them."""
+    matrices = _matrices(layer, hidden)
+    biases = sum(matrix.outputs for matrix in matrices if matrix.bias)
+    return max(0, layer.num_params(hidden) - sum(matrix.num_params for matrix in matrices) - biases)
+
+
+def _obstacles(layer: LayerSpec) -> list[str]:
+    """Return every reason why the kernels do not run such a layer."""
+    mixer, mlp = layer.mixer, layer.mlp
+    if not isinstance(mixer, Attention):
+        return [f"it has {'latent attention' if isinstance(mixer, Latent) else 'recurrent layers'}"]
+    applies = {
+        f"head_dim is {mixer.head_dim}; the kernels take multiples of 16 up to 384": mixer.head_dim not in HEAD_DIMS,
+        "heads of K and V differ in width": mixer.v_width != mixer.head_dim,
+        "attention has a gate": mixer.gated,
+        "layers share keys and values": layer.source is not None or not mixer.owns_kv,
+        "it has a mixture of experts": isinstance(mlp, Experts),
+        "the MLP has no gate": isinstance(mlp, Mlp) and mlp.matrices != 3,
+        "the MLP has biases": isinstance(mlp, Mlp) and (mlp.up_bias or mlp.down_bias),
+        "layers have matrices beside attention and MLP": layer.extra_params > 0,
+    }
+    return [reason for reason, there in applies.items() if there]
