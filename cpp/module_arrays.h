@@ -47,10 +47,8 @@ struct PackedWeightObject {
       num_bytes += columns * 4;
       return reinterpret_cast<float*>(owner.get());
     };
-    if (is_int8(weight.product)) {
-      weight.scale = floats(scale);
-      weight.row_sum = floats(row_sum);
-    }
+    if (is_int8(weight.product)) weight.scale = floats(scale);
+    if (weight.product == Product::kInt8Int8) weight.row_sum = floats(row_sum);
     if (source_bias) {
       float* packed = floats(bias);
       for (int p = 0; p < weight.num_panels; ++p)

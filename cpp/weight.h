@@ -7,7 +7,7 @@
 namespace kvloom {
 
 // Fill in the shape fields of a packed weight of [n, k]; `gated` interleaves the two halves of n, which must be
-// multiples of 16 each. The caller allocates `data_bytes` and, for int8, scale and row_sum.
+// multiples of 16 each. The caller allocates `data_bytes` and, for int8, scale, and for kInt8Int8 row_sum.
 PackedWeight weight_shape(Product product, int n, int k, bool gated);
 std::size_t weight_data_bytes(const PackedWeight& weight);
 

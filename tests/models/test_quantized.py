@@ -59,7 +59,7 @@ def test_int4_leaves_the_vocabulary_in_8_bits() -> None:
         CompiledModel(config, weights.items(), torch.float32, name).num_bytes for name in ("int4", "int8")
     )
     smaller = CompiledModel(config, weights.items(), torch.float32).num_bytes
-    vocabulary = 2 * 224 * (48 + 8)  # embedding and output layer: panels of 32 rows, codes, a scale and a sum for each
+    vocabulary = 2 * 224 * (48 + 4)  # embedding and output layer: panels of 32 rows, codes and a scale for each
     norms = sum(weight.numel() * 4 for weight in weights.values() if weight.dim() == 1)
     qkv, o, gate_up, down = 128 * 64, 64 * 64, 192 * 64, 64 * 96  # rows in whole panels, inputs in whole groups
     assert halved == vocabulary + norms + 3 * (qkv + o + gate_up + down) * 5 // 8

@@ -45,7 +45,7 @@ def test_the_quantization_is_part_of_the_question_its_bytes_and_the_command(caps
     asked = ["smollm2", "--device", "cpu:8GiB", "--quantization", "int4", "--max-loss", "1%"]
     data = json.loads(run(capsys, *asked, "--json"))
     assert data["question"]["quantization"] == "int4"
-    assert data["memory"]["weights"]["value"] == 95_200_512
+    assert data["memory"]["weights"]["value"] == 95_003_904
     assert "--quantization int4" in data["recommendation"]["command"]
     text = run(capsys, *asked)
     assert "bfloat16 with weights in int4" in text

@@ -8,7 +8,8 @@ import click
 
 from kvloom.cli.command import Flag
 from kvloom.cli.values import ByteCount, JsonObject, Text, TokenCount
-from kvloom.engine.config import BACKENDS, DTYPES, MAX_KV_BYTES_BY_DEFAULT, QUANTIZATIONS, EngineConfig
+from kvloom.engine.config import BACKENDS, DTYPES, MAX_KV_BYTES_BY_DEFAULT, EngineConfig
+from kvloom.spec.packing import QUANTIZATIONS
 from kvloom.units import format_bytes
 
 DEFAULT_MODEL = "smollm2"

@@ -7,6 +7,7 @@ from pathlib import Path
 from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.registry import nearest
 from kvloom.spec.kv import KVSpec
+from kvloom.spec.packing import QUANTIZATIONS
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.slabs import longest_request
 from kvloom.spec.store import SLAB_BYTES
@@ -16,9 +17,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 BACKENDS = ("auto", "cpu", "eager")
 """cpu: whole steps in C++ over packed weights; eager: torch, operation by operation; auto: cpu where it can."""
 
-QUANTIZATIONS = ("int8", "int4", "w8a8")
-"""int8: int8 weights with a scale per row, activations as they are; int4: int4 weights with a scale and an offset for
-every 32 inputs of a row, the vocabulary's in int8; w8a8: int8 weights and activations."""
 MAX_KV_BYTES_BY_DEFAULT = 4 * GIB
 
 

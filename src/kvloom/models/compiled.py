@@ -14,6 +14,7 @@ from kvloom.kernels.cpu import Lanes, LayerShape, LayerWeights, PackedWeight, St
 from kvloom.models.config import DecoderConfig, RopeConfig
 from kvloom.models.model import StepOutput, StepWanted
 from kvloom.models.rope import inverse_frequencies
+from kvloom.spec.packing import products_of
 
 PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Numbers in which a model of that dtype multiplies when it is not quantised."""
@@ -79,14 +80,7 @@ class CompiledModel:
         self.shows_layer_inputs = False
         self.config = config
         self.device = torch.device("cpu")
-        self._native = PRODUCT_OF[dtype]
-        wide = "" if dtype == torch.bfloat16 else "_fp32"
-        self._product, self._output_product = {
-            None: (self._native, self._native),
-            "int8": (f"int8{wide}", f"int8{wide}"),
-            "int4": (f"int4{wide}", f"int8{wide}"),
-            "w8a8": ("w8a8", self._native),
-        }[quantization]
+        self._product, self._output_product = products_of(PRODUCT_OF[dtype], quantization)
         self._packed: dict[str, PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._pack_all(tensors)

@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache
 
 from kvloom.spec.layer import Attention, Experts, FeedForward, Latent, LayerSpec, Mixer, Mlp
 from kvloom.spec.model import ModelSpec
-from kvloom.spec.packing import FLOAT_BYTES, Matrix, Packing, packings_of
+from kvloom.spec.packing import FLOAT_BYTES, PACKINGS, Matrix, Packing, products_of
 
 HEAD_DIMS = range(16, 385, 16)
 """Head sizes that the kernels take."""
@@ -81,7 +81,8 @@ class PackedModel:
 @lru_cache(maxsize=64)
 def packed_model(model: ModelSpec, native: str, quantization: str | None) -> PackedModel:
     """Return `model` as it is packed where `native` stores its dtype, the same object for the same question."""
-    return PackedModel(model, *packings_of(native, quantization))
+    layers, vocabulary = products_of(native, quantization)
+    return PackedModel(model, PACKINGS[layers], PACKINGS[vocabulary])
 
 
 def _matrices(layer: LayerSpec, hidden: int) -> list[Matrix]:

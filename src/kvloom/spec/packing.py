@@ -13,7 +13,9 @@ FLOAT_BYTES = 4
 """Biases, norms, and the scales and sums of 8-bit weights."""
 
 QUANTIZATIONS = ("int8", "int4", "w8a8")
-"""Values of `--quantization`."""
+"""Values of `--quantization`. int8: int8 weights with a scale per row, activations as they are; int4: int4 weights with
+a scale and an offset for every 32 inputs of a row, the vocabulary's in int8; w8a8: int8 weights and activations, the
+vocabulary's in the dtype of the model."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,24 @@ class Packing:
         return matrix.num_params * self.bits / 8 + matrix.outputs * self.scale_bytes
 
 
-def _int8(activation_bytes: int) -> Packing:
-    return Packing(8, 4, activation_bytes, scale_bytes=FLOAT_BYTES, sum_bytes=FLOAT_BYTES)
-
-
 PACKINGS = {
-    "fp32": Packing(32, 1, 4), "bf16": Packing(16, 2, 2), "fp16": Packing(16, 1, 4), "w8a8": _int8(1),
-    "int8": _int8(2), "int8_fp32": _int8(4), "int4": Packing(5, 32, 2), "int4_fp32": Packing(5, 32, 4),
+    "fp32": Packing(32, 1, 4), "bf16": Packing(16, 2, 2), "fp16": Packing(16, 1, 4),
+    "int8": Packing(8, 4, 2, FLOAT_BYTES), "int8_fp32": Packing(8, 4, 4, FLOAT_BYTES),
+    "w8a8": Packing(8, 4, 1, FLOAT_BYTES, FLOAT_BYTES), "int4": Packing(5, 32, 2), "int4_fp32": Packing(5, 32, 4),
 }  # fmt: skip
 """By the names of the kernels' products. A group of 32 weights in int4 has a scale and an offset of 16 bits each."""
 
 
-def packings_of(native: str, quantization: str | None) -> tuple[Packing, Packing]:
-    """Return the packing of a model's layers, and that of its vocabulary: embedding and output head.
+def products_of(native: str, quantization: str | None) -> tuple[str, str]:
+    """Return the product of a model's layers, and that of its vocabulary: embedding and output head.
 
     `native` is the store of its dtype. Weights in int8 and int4 multiply in bfloat16 where that is the dtype, else in
     float32.
     """
     wide = "" if native == "bf16" else "_fp32"
-    layers, vocabulary = {
+    return {
         None: (native, native),
         "int8": (f"int8{wide}", f"int8{wide}"),
         "int4": (f"int4{wide}", f"int8{wide}"),
         "w8a8": ("w8a8", native),
     }[quantization]
-    return PACKINGS[layers], PACKINGS[vocabulary]
