@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses, Move
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixMatch
 from kvloom.cache.segments import SegmentList
@@ -299,15 +300,13 @@ class LaneTable:
             return self.positions[sequence][lane, begin : begin + held].copy()
         return np.arange(begin, begin + held, dtype=np.int32)
 
-    def pack_slots(
-        self, sequence: int, lanes: NDArray[np.int64], slots: NDArray[np.int64], places: NDArray[np.int64]
-    ) -> None:
-        """Note that what was in slot `slots[i]` of lane `lanes[i]` is now in `places[i]`; starts explicit positions."""
+    def pack_slots(self, sequence: int, kept: KeptSlots) -> None:
+        """Note that the slots in `kept` were packed to the front of their lanes; starts explicit positions."""
         if sequence not in self.positions:
             capacity = self.table.shape[2] * self.spec.block_size
             self.positions.start(sequence, np.arange(capacity, dtype=np.int32))  # position = slot until now
-        self.positions.pack(sequence, lanes, slots, places)
-        self.log_counts.pack(sequence, lanes, slots, places)
+        self.positions.pack(sequence, kept)
+        self.log_counts.pack(sequence, kept)
 
     def set_log_counts(self, sequence: int, lane: int, log_count: NDArray[np.float32]) -> None:
         """Set what is added to the logits of the first slots of a lane that was packed to the front."""
