@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -85,6 +86,13 @@ class KVCache:
         if name == "int8":
             return Int8Store(dtype, self.memory, self.spec.block_size)
         return NativeStore(dtype, self.memory, self.spec.block_size)
+
+    def lanes_of(self, layers: Sequence[int]) -> slice | NDArray[np.int64]:
+        """Return the lanes of some layers, in order, as an index: a slice where they follow each other."""
+        views = [self.layers[layer] for layer in layers]
+        if all(one.first + one.num_lanes == other.first for one, other in pairwise(views)):
+            return slice(views[0].first, views[-1].first + views[-1].num_lanes)
+        return np.concatenate([np.arange(view.first, view.first + view.num_lanes) for view in views])
 
     # ---- reading and writing --------------------------------------------------------------------------------------
 

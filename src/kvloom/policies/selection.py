@@ -10,7 +10,11 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
     scores [G, S] float, protected and valid [G, S] bool, counts [G] int. A NaN score counts as the lowest.
     """
     if bool((protected.sum(1) <= counts).all()):  # then order among the protected does not matter
-        value = _comparable(scores).masked_fill(protected & valid, float("inf")).masked_fill(~valid, float("-inf"))
+        value = _comparable(scores).masked_fill(protected & valid, float("inf"))
+        leaving = valid.sum(1) - counts
+        if int(leaving.max()) <= 1:
+            return _without_last(value, valid, leaving > 0)
+        value = value.masked_fill(~valid, float("-inf"))
         order = torch.argsort(value, dim=1, descending=True, stable=True)
     else:
         order = ranking(scores, protected, valid)
@@ -18,6 +22,13 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
     chosen = torch.arange(valid.shape[1], device=valid.device)[None, :] < counts[:, None]
     keep.scatter_(1, order, chosen)
     return keep & valid
+
+
+def _without_last(value: torch.Tensor, valid: torch.Tensor, loses: torch.Tensor) -> torch.Tensor:
+    """Return `valid` [G, S] without the lowest value, of equal ones the last, in the lanes where `loses` [G]."""
+    backwards = value.masked_fill(~valid, float("inf")).flip(1)
+    worst = valid.shape[1] - 1 - backwards.argmin(1)  # the first of equal ones
+    return valid.scatter(1, worst[:, None], valid.gather(1, worst[:, None]) & ~loses[:, None])
 
 
 def ranking(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
