@@ -28,13 +28,21 @@ def test_counts_and_whole_blocks_at_the_start_that_lose_nothing() -> None:
 
 def test_lanes_of_whole_blocks_that_lose_nothing_are_unchanged_to_the_end() -> None:
     found = KeptSlots.of({0: np.arange(8)}, BEGIN, np.full(6, 8, np.int32), P)
-    assert found.unchanged.tolist() == [2] and len(found.moves[0]) == len(found.moves[1]) == 0
+    assert found.unchanged.tolist() == [2] and not found.moves[0].any() and not found.moves[1].any()
 
 
 def test_moves_name_survivors_behind_the_unchanged_blocks_in_slot_order() -> None:
     found = kept({0: [0, 1, 2, 3, 5, 6], 3: [1, 4]})
     assert found.width == 8
-    assert found.moves[0].tolist() == [5, 6, 8 + 1, 8 + 4] and found.moves[1].tolist() == [4, 5, 8, 8 + 1]
+    source, target = (np.argwhere(mask).tolist() for mask in found.moves)
+    assert source == [[0, 5], [0, 6], [1, 1], [1, 4]] and target == [[0, 4], [0, 5], [1, 0], [1, 1]]
+
+
+def test_survivors_that_are_written_are_not_moved() -> None:
+    found = kept({0: [0, 1, 2, 3, 5, 6], 3: [1, 4]})
+    masks = found.moves_from(np.array([0, 0], np.int32), np.array([5, 1], np.int32))
+    source, target = (np.argwhere(mask).tolist() for mask in masks)
+    assert source == [[0, 6], [1, 4]] and target == [[0, 5], [1, 1]]
 
 
 def test_values_are_packed_to_the_front_and_those_behind_are_left() -> None:

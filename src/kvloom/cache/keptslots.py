@@ -10,6 +10,7 @@ from kvloom.errors import InvalidInputError
 
 Slots = NDArray[np.int64]
 Ints = NDArray[np.int32]
+Mask = NDArray[np.bool_]
 
 
 class KeptSlots(Mapping[int, Slots]):
@@ -20,10 +21,10 @@ class KeptSlots(Mapping[int, Slots]):
     counts     [n]     int32  slots that stay
     unchanged  [n]     int32  blocks at the start of each lane that lose nothing
 
-    Survivors are packed to slots 0 .. counts - 1. Places of all lanes are counted through, as in the flattened [n, W].
+    Survivors are packed to slots 0 .. counts - 1.
     """
 
-    def __init__(self, lanes: NDArray[np.int64], stays: NDArray[np.bool_], block_size: int) -> None:
+    def __init__(self, lanes: NDArray[np.int64], stays: Mask, block_size: int) -> None:
         assert len(lanes) == len(stays) and stays.shape[1] % block_size == 0, "one row a lane, in whole blocks"
         self.lanes = lanes
         self.stays = stays
@@ -68,18 +69,23 @@ class KeptSlots(Mapping[int, Slots]):
         return int(self.stays.shape[1])
 
     @cached_property
-    def moves(self) -> tuple[Slots, Slots]:
-        """Places [N] of the survivors behind the unchanged blocks, before and after, lane by lane in slot order."""
-        return self.moves_from(self.unchanged * self.block_size)
+    def moves(self) -> tuple[Mask, Mask]:
+        """Masks [n, W] of the slots that survivors behind the unchanged blocks are in, and of those that they go to.
 
-    def moves_from(self, first: Ints) -> tuple[Slots, Slots]:
-        """Return `moves` of the survivors in slots from `first` [n] on, up to which nothing changes place."""
+        Both have as many in each lane, and survivors go in slot order.
+        """
+        return self.moves_from(self.unchanged * self.block_size, np.zeros_like(self.counts))
+
+    def moves_from(self, first: Ints, written: Ints) -> tuple[Mask, Mask]:
+        """Return `moves` of the slots from `first` [n] on, without the first `written` [n] survivors of each lane."""
         slot = np.arange(self.width, dtype=np.int32)
-        later = slot >= first[:, None]
-        return np.flatnonzero(later & self.stays), np.flatnonzero(later & (slot < self.counts[:, None]))
+        source, target = self.stays & (slot >= first[:, None]), slot < self.counts[:, None]
+        target &= slot >= np.maximum(first, written)[:, None]
+        for row in np.flatnonzero(written > first).tolist():
+            source[row] &= np.cumsum(self.stays[row]) > written[row]
+        return source, target
 
     def pack(self, values: NDArray[np.generic]) -> None:
-        """Move the survivors' `values` [n, W], C-contiguous, to the front; what lies behind them is left as it is."""
+        """Move the survivors' `values` [n, W] to the front; what lies behind them is left as it is."""
         source, target = self.moves
-        flat = values.reshape(-1)
-        flat[target] = flat[source]
+        values[target] = values[source]

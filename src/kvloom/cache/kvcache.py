@@ -213,24 +213,20 @@ class KVCache:
 
         The first `unchanged` [n] blocks of a lane are left out; what `changed` names is written instead of moved.
         """
-        size, lanes, width = self.spec.block_size, kept.lanes, kept.width
+        size, lanes = self.spec.block_size, kept.lanes
         after = self.lanes.table[sequence, lanes]
-        (source, target), first = kept.moves, unchanged * size
-        written = np.zeros(len(lanes), np.int32)
-        if changed:
-            written[:] = [len(changed[lane].keys) if lane in changed else 0 for lane in lanes.tolist()]
-            source, target = kept.moves_from(first)
-            moved = target % width >= written[target // width]
-            source, target = source[moved], target[moved]
+        written = np.array([len(changed[lane].keys) if lane in changed else 0 for lane in lanes.tolist()], np.int32)
+        first = unchanged * size
+        source, target = kept.moves_from(first, written) if changed else kept.moves
         number = np.maximum(kept.counts - np.maximum(first, written), 0)
         for kind in np.unique(self._kind_of[lanes]).tolist():
             widths, chosen = self._kinds[kind], self._kind_of[lanes] == kind
-            mine = slice(None) if chosen.all() else chosen[source // width]
             runs = np.concatenate(([0], np.cumsum(number[chosen])))
-            places = source[mine], target[mine]
-            blocks = (_block_of_slots(x, width, size) for x in (before, after))
             if runs[-1]:
-                origin, goal = ((x[at], at % size) for x, at in zip(blocks, places, strict=True))
+                origin, goal = (
+                    _addressed(table[chosen], slots[chosen], size)
+                    for table, slots in ((before, source), (after, target))
+                )
                 self.native.move(origin, goal, runs, *widths)
             parts = [changed[lane] for lane in lanes[chosen].tolist() if lane in changed]
             if parts:
@@ -337,6 +333,11 @@ class KVCache:
         self.lanes.check_invariants()
 
 
-def _block_of_slots(table: Addresses, width: int, block_size: int) -> Addresses:
-    """Return the block of each of the first `width` slots of lanes with blocks `table` [n, C], flattened."""
-    return np.repeat(table[:, : width // block_size], block_size, axis=1).reshape(-1)
+def _addressed(
+    table: Addresses, slots: NDArray[np.bool_], block_size: int
+) -> tuple[Addresses, NDArray[np.int32]]:
+    """Return block and slot in it of each of the `slots` [n, W] of lanes whose blocks are `table` [n, C]."""
+    columns = slots.shape[1] // block_size
+    blocks = np.repeat(table[:, :columns], block_size, axis=1)
+    within = np.tile(np.arange(block_size, dtype=np.int32), (len(table), columns))
+    return blocks[slots], within[slots]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -229,16 +230,14 @@ class Eviction:
     ) -> list[torch.Tensor]:
         """Return [L, G, S] bool for each stack: the tokens that stay by scores, budget and refinements."""
         protected, budget = self.policy.num_protected(self.budget), self.policy.budget
-        layers = [layer for part in parts for layer in part.layers]
         if budget.lanewise:
             counts = [budget.counts([part], self.budget, protected, self.prompt_tokens)[0] for part in parts]
         else:
-            if budget.spans_layers:
-                by_layer = budget.counts(layers, self.budget, protected, self.prompt_tokens)
-            else:
-                by_layer = [budget.counts([p], self.budget, protected, self.prompt_tokens)[0] for p in layers]
-            of_layer = iter(by_layer)
-            counts = [torch.stack([next(of_layer) for _ in stack]) for stack in stacks]
+            layers = [layer for part in parts for layer in part.layers]
+            together = [layers] if budget.spans_layers else [[layer] for layer in layers]
+            shares = [budget.counts(each, self.budget, protected, self.prompt_tokens) for each in together]
+            of_layer = chain.from_iterable(shares)
+            counts = [torch.stack(list(islice(of_layer, len(stack)))) for stack in stacks]
         for refinement in self.policy.refinements:
             if refinement.chooses:
                 return [

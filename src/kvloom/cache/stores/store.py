@@ -31,8 +31,8 @@ class Store(ABC):
 
     def move(
         self,
-        source: tuple[Addresses, NDArray[np.int64]],
-        target: tuple[Addresses, NDArray[np.int64]],
+        source: tuple[Addresses, NDArray[np.integer]],
+        target: tuple[Addresses, NDArray[np.integer]],
         runs: NDArray[np.int64],
         k_width: int,
         v_width: int,
