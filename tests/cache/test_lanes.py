@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvloom.cache.arena import Arena, Move
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixIndex
@@ -220,7 +221,7 @@ def test_an_adopted_prefix_is_shared_and_its_windowed_lane_starts_at_the_window(
 
 def test_a_forked_or_adopted_sequence_that_lost_tokens_is_never_published(desk: Desk) -> None:
     sequence = desk.opened(8)
-    desk.lanes.pack_slots(sequence, np.zeros(8, np.int64), np.arange(8), np.arange(8))
+    desk.lanes.pack_slots(sequence, first_slots({0: 8}))
     child = desk.lanes.fork(sequence)
     for each in (sequence, child):
         desk.lanes.publish(each, PrefixChain(), list(range(8)), 0, 2)
@@ -230,12 +231,17 @@ def test_a_forked_or_adopted_sequence_that_lost_tokens_is_never_published(desk: 
 # ---- repacking -------------------------------------------------------------------------------------------------------
 
 
+def first_slots(counts: dict[int, int]) -> KeptSlots:
+    """Return as many first slots of each lane as `counts` says."""
+    begin, held = np.zeros(3, np.int32), np.full(3, 16, np.int32)
+    return KeptSlots.of({lane: np.arange(count) for lane, count in counts.items()}, begin, held, P)
+
+
 def repack(desk: Desk, sequence: int, kept: list[int], unchanged: list[int]) -> int:
     """Repack lanes 0 and 1 and return how many bytes came free."""
     done = desk.lanes.repack(sequence, np.array([0, 1]), np.array(kept, np.int32), np.array(unchanged, np.int32))
     assert done is not None
-    for lane, count in enumerate(kept):
-        desk.lanes.pack_slots(sequence, np.full(count, lane), np.arange(count), np.arange(count))
+    desk.lanes.pack_slots(sequence, first_slots(dict(enumerate(kept))))
     freed = desk.arena.release(done[1])
     desk.check()
     return freed

@@ -35,14 +35,13 @@ class Twice:
         self.twin.add(sequence, q, None, first)
         for near in (False, True) if self.mass.reach is not None else (False,):
             for layer in self.mass.layers:
-                held = self.mass.cache.lanes.held[sequence, self.mass.cache.layers[layer].first :][:3]
-                found = [x.of_layer(layer, held, near).numpy() for x in (self.mass, self.twin)]
+                found = [x.of_layers([layer], sequence, near).numpy() for x in (self.mass, self.twin)]
                 np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
                 self.compared += 1
 
-    def watched_keep(self, lane, slots):
-        self.keep(lane, slots)
-        self.twin.keep(lane, slots)
+    def watched_keep(self, kept):
+        self.keep(kept)
+        self.twin.keep(kept)
 
 
 @pytest.mark.parametrize("policy", ["h2o(budget=60)", "h2o(budget=60)+adaptive+prefill+slack(tokens=5)",

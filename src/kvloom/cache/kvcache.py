@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses, Arena
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.memory import ArenaMemory
 from kvloom.cache.pool import BlockPool
@@ -71,6 +73,10 @@ class KVCache:
             LayerView(spec.lane_offset[i], kv.num_lanes, kv.k_width, kv.v_width, kv.window)
             for i, kv in enumerate(spec.layers)
         ]
+        views = [self.layers[layer] for layer in spec.lane_layer]
+        self._kinds = sorted({(view.k_width, view.v_width) for view in views})
+        self._kind_of = np.array([self._kinds.index((view.k_width, view.v_width)) for view in views])  # by lane
+        self._windowed = np.array([view.window is not None for view in views])
 
     def _store(self, name: str, dtype: torch.dtype) -> Store:
         if self.layout == "cpu":
@@ -80,6 +86,13 @@ class KVCache:
         if name == "int8":
             return Int8Store(dtype, self.memory, self.spec.block_size)
         return NativeStore(dtype, self.memory, self.spec.block_size)
+
+    def lanes_of(self, layers: Sequence[int]) -> slice | NDArray[np.int64]:
+        """Return the lanes of some layers, in order, as an index: a slice where they follow each other."""
+        views = [self.layers[layer] for layer in layers]
+        if all(one.first + one.num_lanes == other.first for one, other in pairwise(views)):
+            return slice(views[0].first, views[-1].first + views[-1].num_lanes)
+        return np.concatenate([np.arange(view.first, view.first + view.num_lanes) for view in views])
 
     # ---- reading and writing --------------------------------------------------------------------------------------
 
@@ -166,62 +179,59 @@ class KVCache:
         Shared blocks are left as they are for their other owners. False, and no change, when the few fresh blocks that
         replace shared ones cannot be had now.
         """
-        lanes = np.array(sorted(keep), np.int64)
-        if not len(lanes):
+        if not keep:
             return True
-        size, changed = self.spec.block_size, survivors or {}
-        kept = np.array([len(keep[lane]) for lane in lanes.tolist()], np.int32)
-        slots = np.concatenate([keep[lane] for lane in lanes.tolist()])
-        places = ragged_arange(kept).astype(np.int64)
-        lane_of = np.repeat(lanes, kept)
-        self._check_compactable(sequence, lanes, lane_of, slots)
-        stays = leading_runs(slots, places, kept)
-        stays[[int(lane) in changed for lane in lanes]] = 0
-        unchanged = stays // size
-        repacked = self.lanes.repack(sequence, lanes, kept, unchanged)
+        table, changed = self.lanes, survivors or {}
+        kept = keep
+        if not isinstance(kept, KeptSlots):
+            kept = KeptSlots.of(keep, table.begin[sequence], table.held[sequence], self.spec.block_size)
+        self._check_compactable(sequence, kept.lanes)
+        unchanged = kept.unchanged
+        if changed:
+            unchanged = np.where(np.isin(kept.lanes, list(changed)), 0, unchanged).astype(np.int32)
+        repacked = table.repack(sequence, kept.lanes, kept.counts, unchanged)
         if repacked is None:
             return False
         before, spare = repacked
-        self._move(sequence, lanes, before, (np.repeat(np.arange(len(lanes)), kept), slots, places), unchanged, changed)
-        moved = slots != places
-        self.lanes.pack_slots(sequence, lane_of[moved], slots[moved], places[moved])
+        self._move(sequence, before, kept, unchanged, changed)
+        table.pack_slots(sequence, kept)
         for lane, new in changed.items():
             if new.log_count is not None:
-                self.lanes.set_log_counts(sequence, lane, new.log_count.float().numpy())
+                table.set_log_counts(sequence, lane, new.log_count.float().numpy())
         self.arena.release(spare)
         return True
 
     def _move(
         self,
         sequence: int,
-        lanes: NDArray[np.int64],
         before: Addresses,
-        kept: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+        kept: KeptSlots,
         unchanged: NDArray[np.int32],
         changed: Mapping[int, Survivors],
     ) -> None:
-        """Bring survivors to their places; `before` [n, C] are the blocks of `lanes` [n] as they were.
+        """Bring survivors to their places; `before` [n, C] are the blocks of the lanes as they were.
 
-        `kept` are three arrays [N]: index in `lanes`, slot and place of each survivor. The first `unchanged` [n] blocks
-        of a lane are left out; what `changed` names is written instead of moved.
+        The first `unchanged` [n] blocks of a lane are left out; what `changed` names is written instead of moved.
         """
-        size, table = self.spec.block_size, self.lanes.table[sequence]
-        new = [changed.get(lane) for lane in lanes.tolist()]
-        written = np.array([0 if x is None else len(x.keys) for x in new])
-        index, slots, places = (x[kept[2] >= np.maximum(unchanged * size, written)[kept[0]]] for x in kept)
-        widths = [self._widths(lane) for lane in lanes]
-        for k_width, v_width in sorted(set(widths)):
-            chosen = np.array([width == (k_width, v_width) for width in widths])
-            mine = chosen[index]
-            row, slot, place = index[mine], slots[mine], places[mine]
-            if len(row):
-                runs = np.flatnonzero(np.diff(row, prepend=-1, append=-1))
-                source = before[row, slot // size], slot % size
-                self.native.move(source, (table[lanes[row], place // size], place % size), runs, k_width, v_width)
-            parts = [x for x, own in zip(new, chosen, strict=True) if own and x is not None]
+        size, lanes = self.spec.block_size, kept.lanes
+        after = self.lanes.table[sequence, lanes]
+        written = np.array([len(changed[lane].keys) if lane in changed else 0 for lane in lanes.tolist()], np.int32)
+        first = unchanged * size
+        source, target = kept.moves_from(first, written) if changed else kept.moves
+        number = np.maximum(kept.counts - np.maximum(first, written), 0)
+        for kind in np.unique(self._kind_of[lanes]).tolist():
+            widths, chosen = self._kinds[kind], self._kind_of[lanes] == kind
+            runs = np.concatenate(([0], np.cumsum(number[chosen])))
+            if runs[-1]:
+                origin, goal = (
+                    _addressed(table[chosen], slots[chosen], size)
+                    for table, slots in ((before, source), (after, target))
+                )
+                self.native.move(origin, goal, runs, *widths)
+            parts = [changed[lane] for lane in lanes[chosen].tolist() if lane in changed]
             if parts:
                 place = ragged_arange(written[chosen]).astype(np.int64)
-                addresses = table[np.repeat(lanes[chosen], written[chosen]), place // size]
+                addresses = after[np.repeat(np.flatnonzero(chosen), written[chosen]), place // size]
                 k, v = torch.cat([x.keys for x in parts]), torch.cat([x.values for x in parts])
                 self.native.write(addresses, place % size, k.to(self.native.dtype), v.to(self.native.dtype))
 
@@ -230,25 +240,15 @@ class KVCache:
         view = self.layers[self.spec.lane_layer[lane]]
         return view.k_width, view.v_width
 
-    def _check_compactable(
-        self, sequence: int, lanes: NDArray[np.int64], lane_of: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> None:
-        """Raise unless `lanes` may lose tokens and their survivors are ascending: slot `slots[i]` of `lane_of[i]`."""
-        reasons = []
-        for lane in lanes.tolist():
-            if self.spec.layers[self.spec.lane_layer[lane]].window is not None:
-                reasons.append(f"lane {lane} is windowed and forgets by its window")
-            if not self.lanes.segments.is_native(sequence, lane):
-                reasons.append(f"lane {lane} has encoded blocks; select before encoding")
-        begin = self.lanes.begin[sequence, lane_of]
-        wrong = (slots < begin) | (slots >= begin + self.lanes.held[sequence, lane_of])
-        wrong[1:] |= (np.diff(slots) <= 0) & (np.diff(lane_of) == 0)
-        if wrong.any():
-            lane = int(lane_of[np.argmax(wrong)])
-            first, held = int(self.lanes.begin[sequence, lane]), int(self.lanes.held[sequence, lane])
-            raise InvalidInputError(
-                f"lane {lane} holds slots {first}..{first + held - 1}; keep must be ascending slots among them"
-            )
+    def _check_compactable(self, sequence: int, lanes: NDArray[np.int64]) -> None:
+        """Raise unless all of `lanes` may lose tokens."""
+        segments, reasons = self.lanes.segments, []
+        for lane in lanes[self._windowed[lanes]].tolist():
+            reasons.append(f"lane {lane} is windowed and forgets by its window")
+        if segments.any_encoded(sequence):
+            for lane in lanes.tolist():
+                if not segments.is_native(sequence, lane):
+                    reasons.append(f"lane {lane} has encoded blocks; select before encoding")
         if reasons:
             raise UnsupportedError("compaction", reasons)
 
@@ -333,10 +333,11 @@ class KVCache:
         self.lanes.check_invariants()
 
 
-def leading_runs(slots: NDArray[np.int64], places: NDArray[np.int64], counts: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return how many of each lane's `counts` survivors, in `slots`, are from the start where they go, in `places`."""
-    moved = np.flatnonzero(slots != places)
-    starts = np.cumsum(counts) - counts
-    first = np.append(moved, len(slots))[np.searchsorted(moved, starts)]
-    run: NDArray[np.int32] = np.minimum(first - starts, counts).astype(np.int32)
-    return run
+def _addressed(
+    table: Addresses, slots: NDArray[np.bool_], block_size: int
+) -> tuple[Addresses, NDArray[np.int32]]:
+    """Return block and slot in it of each of the `slots` [n, W] of lanes whose blocks are `table` [n, C]."""
+    columns = slots.shape[1] // block_size
+    blocks = np.repeat(table[:, :columns], block_size, axis=1)
+    within = np.tile(np.arange(block_size, dtype=np.int32), (len(table), columns))
+    return blocks[slots], within[slots]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses, Move
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixMatch
 from kvloom.cache.segments import SegmentList
@@ -265,26 +266,24 @@ class LaneTable:
         size = self.spec.block_size
         after = -(-kept // size)
         arena = self.pool.arena
-        span = np.maximum(after - unchanged, 0)
-        rows = np.repeat(lanes, span)
-        columns = np.repeat(unchanged, span) + ragged_arange(span)
-        shared = arena.references(self.table[sequence, rows, columns]) > 1
-        needs: dict[int, int] = {}
-        for block_bytes in np.unique(self._block_bytes[rows[shared]]).tolist():
-            needs[block_bytes] = int((self._block_bytes[rows[shared]] == block_bytes).sum())
-        if not self.pool.ensure(needs):
-            return None
+        columns = np.arange(self.table.shape[2])[None, :]
+        written = (columns >= unchanged[:, None]) & (columns < after[:, None])
         before = self.table[sequence, lanes]
-        old: list[Addresses] = []
+        shared = written & (arena.references(before) > 1)
+        needs: dict[int, int] = {}
+        if shared.any():
+            cost = np.repeat(self._block_bytes[lanes], np.count_nonzero(shared, axis=1))
+            needs = {int(size): int(count) for size, count in zip(*np.unique(cost, return_counts=True), strict=True)}
+            if not self.pool.ensure(needs):
+                return None
+            before = self.table[sequence, lanes]  # blocks may have moved
+        beyond = (columns >= after[:, None]) & (before >= 0)
+        old = [before[shared], before[beyond]]
+        part = before.copy()
         for block_bytes, count in needs.items():
             fresh = arena.allocate(count, block_bytes)
             assert fresh is not None, "the pool promised these blocks"
-            chosen = shared & (self._block_bytes[rows] == block_bytes)
-            old.append(self.table[sequence, rows[chosen], columns[chosen]].copy())
-            self.table[sequence, rows[chosen], columns[chosen]] = fresh
-        beyond = np.arange(self.table.shape[2])[None, :] >= after[:, None]
-        part = self.table[sequence, lanes]
-        old.append(part[beyond & (part >= 0)])
+            part[shared & (self._block_bytes[lanes] == block_bytes)[:, None]] = fresh
         part[beyond] = -1
         self.table[sequence, lanes] = part
         self.begin[sequence, lanes] = 0
@@ -299,15 +298,13 @@ class LaneTable:
             return self.positions[sequence][lane, begin : begin + held].copy()
         return np.arange(begin, begin + held, dtype=np.int32)
 
-    def pack_slots(
-        self, sequence: int, lanes: NDArray[np.int64], slots: NDArray[np.int64], places: NDArray[np.int64]
-    ) -> None:
-        """Note that what was in slot `slots[i]` of lane `lanes[i]` is now in `places[i]`; starts explicit positions."""
+    def pack_slots(self, sequence: int, kept: KeptSlots) -> None:
+        """Note that the slots in `kept` were packed to the front of their lanes; starts explicit positions."""
         if sequence not in self.positions:
             capacity = self.table.shape[2] * self.spec.block_size
             self.positions.start(sequence, np.arange(capacity, dtype=np.int32))  # position = slot until now
-        self.positions.pack(sequence, lanes, slots, places)
-        self.log_counts.pack(sequence, lanes, slots, places)
+        self.positions.pack(sequence, kept)
+        self.log_counts.pack(sequence, kept)
 
     def set_log_counts(self, sequence: int, lane: int, log_count: NDArray[np.float32]) -> None:
         """Set what is added to the logits of the first slots of a lane that was packed to the front."""

@@ -5,6 +5,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from kvloom.cache.keptslots import KeptSlots
+
 Number = TypeVar("Number", np.int32, np.float32)
 
 
@@ -38,13 +40,16 @@ class SlotValues(Generic[Number]):
         slots = end[:, None] + np.arange(len(new))
         values[np.arange(len(end))[:, None], slots] = new
 
-    def pack(
-        self, sequence: int, lanes: NDArray[np.int64], slots: NDArray[np.int64], places: NDArray[np.int64]
-    ) -> None:
-        """Move the value in slot `slots[i]` of lane `lanes[i]` to slot `places[i]`, if the sequence is tracked."""
-        if sequence in self._values:
-            values = self._values[sequence]
-            values[lanes, places] = values[lanes, slots]
+    def pack(self, sequence: int, kept: KeptSlots) -> None:
+        """Follow lanes that keep only some slots, packed to their front, if the sequence is tracked."""
+        values = self._values.get(sequence)
+        if values is None:
+            return
+        if values.shape[1] < kept.width:
+            values = self._values[sequence] = np.pad(values, ((0, 0), (0, kept.width - values.shape[1])))
+        own = values[kept.lanes, : kept.width]
+        kept.pack(own)
+        values[kept.lanes, : kept.width] = own
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` its own copy of the values of `source`, if that is tracked."""

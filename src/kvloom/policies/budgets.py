@@ -14,7 +14,7 @@ from kvloom.spec.method import Value
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Scores [G, S] of one layer with what is protected and what is there; `comparable` scores share one scale."""
+    """Scores [G, S] of one layer with what is protected and what is there; of layers that look alike, [L, G, S]."""
 
     scores: torch.Tensor
     protected: torch.Tensor
@@ -23,16 +23,23 @@ class LayerScores:
     @property
     def held(self) -> torch.Tensor:
         """Tokens in each lane, [G]."""
-        return self.valid.sum(1)
+        return self.valid.sum(-1)
+
+    @property
+    def layers(self) -> list["LayerScores"]:
+        """The layers of a stack, one by one."""
+        return [LayerScores(*each) for each in zip(self.scores, self.protected, self.valid, strict=True)]
 
 
 class Budget(ABC):
     """Divides `budget` tokens a lane, on average over all lanes that take part, among those lanes.
 
+    `lanewise` says that a lane's share depends on that lane alone, so that `counts` takes stacks of layers as well.
     `ragged` lanes of a layer may differ in length; `spans_layers` says that layers may. `acts_always` budgets may drop
     tokens from a lane that holds less than `budget`.
     """
 
+    lanewise: bool = False
     ragged: bool = False
     spans_layers: bool = False
     acts_always: bool = False
@@ -52,6 +59,8 @@ class Budget(ABC):
 
 class Uniform(Budget):
     """Every lane keeps `budget` tokens."""
+
+    lanewise = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return min(budget, held) (see `Budget`)."""

@@ -22,6 +22,9 @@ class QueryMoments:
 class ScoreContext:
     """What is held in the G lanes of one layer, in S slots; shorter lanes are padded in front (`valid` False).
 
+    Rules that declare `stacks` are shown several layers that look alike at once: then every [G, S] is an [L, G, S],
+    what else is of one layer is None, and `layer` is the first of them.
+
     keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32; gathered by `read` when
                           they are first looked at
     positions  [G, S]     int64, ascending where valid          valid   [G, S]      bool
@@ -80,7 +83,7 @@ class ScoreContext:
     @property
     def num_lanes(self) -> int:
         """G."""
-        return self.valid.shape[0]
+        return self.valid.shape[-2]
 
     @property
     def group_size(self) -> int:
@@ -102,7 +105,7 @@ class ScoreContext:
         return reference.attention_weights(queries, self.keys, seen, self.scale, self.log_count)
 
     def window_mass(self, window: int) -> torch.Tensor:
-        """Return `window_attention(window)` summed over the queries, mean over the query group: [G, S]."""
+        """Return the weights of `window_attention` summed over the queries, mean over the query group: [G, S]."""
         mass = self.weigh(window)
         return self.by_lane(self.window_attention(window).sum(1)).mean(1) if mass is None else mass
 

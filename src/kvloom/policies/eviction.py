@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain, islice
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.kvcache import KVCache
 from kvloom.cache.survivors import Survivors
 from kvloom.policies.budgets import LayerScores, Uniform
@@ -22,8 +23,9 @@ from kvloom.policies.selection import keep_best, standardised
 
 __all__ = ["Eviction", "ModelFacts"]
 
-Kept = dict[int, NDArray[np.int64]]
-"""Slots that stay, ascending, of every lane that loses something."""
+STACKED = 1 << 15
+"""Numbers in a stack of layers: torch computes fewer than this on the calling thread alone. Its own threads would go on
+spinning for milliseconds, on cores that the kernels need."""
 
 
 class Eviction:
@@ -146,15 +148,14 @@ class Eviction:
         """Evict what the policy says; False, and no change, when shared blocks cannot be replaced now."""
         if not self._nothing_to_drop(row):
             keep, survivors, state = self._choose(row)
-            held = self.cache.lanes.held[row].copy()
+            lost = int(self.cache.lanes.held[row, keep.lanes].sum() - keep.counts.sum())
             if self.policy.cache_positions and keep:
                 for layer in self.layers:
                     survivors |= self._sinks.survivors(layer, row, self.model.inverse_frequencies[layer], keep)
             if not self.cache.compact(row, keep, survivors):
                 return False
-            for lane, slots in keep.items():
-                self.observation.keep(lane, slots)
-                self.evicted_tokens += int(held[lane]) - len(slots)
+            self.observation.keep(keep)
+            self.evicted_tokens += lost
             self._state.update(state)
             self._acted_at = int(self.cache.lanes.seen[row])
         self.replay_scores.clear()
@@ -162,59 +163,104 @@ class Eviction:
             self.observation.clear()
         return True
 
-    def _choose(self, row: int) -> tuple[Kept, dict[int, Survivors], dict[int, dict[str, torch.Tensor]]]:
+    def _choose(self, row: int) -> tuple[KeptSlots, dict[int, Survivors], dict[int, dict[str, torch.Tensor]]]:
         """Return the slots that stay, changed survivors by lane, and what the method now remembers by layer."""
-        keep: Kept = {}
-        changed: dict[int, Survivors] = {}
         state = {layer: dict(self._state.get(layer, {})) for layer in self.layers}
-        rule = self.policy.rule
-        scores: dict[int, torch.Tensor] = {}
+        stacks, rule = self._stacks(row), self.policy.rule
+        parts: list[LayerScores] = []
         if isinstance(rule, Selector):
-            contexts = (self.context(layer, row, state[layer]) for layer in self.layers)
-            masks = [rule.keep(context) & context.valid for context in contexts]
+            masks = [torch.stack([self._select_by(rule, i, row, state[i]) for i in layers]) for layers in stacks]
         else:
             # keys and values of one layer at a time: nothing here holds on to a context
-            parts = [self._score(rule, self.context(layer, row, state[layer])) for layer in self.layers]
-            masks = self._select(row, parts, state)
-            scores = {layer: part.scores for layer, part in zip(self.layers, parts, strict=True)}
-        for layer, mask in zip(self.layers, masks, strict=True):
-            first, lanes = self.cache.layers[layer].first, self.cache.layers[layer].num_lanes
-            held = self.cache.lanes.held[row, first : first + lanes].tolist()
-            kept = mask.sum(1).tolist()
-            if kept == held:
-                continue
-            merged = None
-            if self.policy.merges:
-                context = self.context(layer, row, state[layer])
-                merged = self.policy.action.merge(context, mask, scores.get(layer, context.positions.double()))
-            own = np.split(np.nonzero(mask.numpy())[1], np.cumsum(kept)[:-1])
-            for head, slots in enumerate(own):
-                if kept[head] < held[head]:
-                    keep[first + head] = slots - (mask.shape[1] - held[head])
+            parts = [self._score_stack(rule, layers, row, state) for layers in stacks]
+            masks = self._select(row, stacks, parts, state)
+        keep = self._kept(row, stacks, masks)
+        changed: dict[int, Survivors] = {}
+        if self.policy.merges:
+            scores = dict(zip(self.layers, (own for part in parts for own in part.scores), strict=bool(parts)))
+            for layer, mask in zip(self.layers, (own for stack in masks for own in stack), strict=True):
+                lanes = range(self.cache.layers[layer].first, self.cache.layers[layer].first + len(mask))
+                if any(lane in keep for lane in lanes):
+                    context = self.context(layer, row, state[layer])
+                    merged = self.policy.action.merge(context, mask, scores.get(layer, context.positions.double()))
                     if merged is not None:
-                        changed[first + head] = merged[head]
+                        changed |= {lane: own for lane, own in zip(lanes, merged, strict=True) if lane in keep}
         return keep, changed, state
 
+    def _select_by(self, rule: Selector, layer: int, row: int, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        context = self.context(layer, row, state)
+        return rule.keep(context) & context.valid
+
+    def _stacks(self, row: int) -> list[list[int]]:
+        """Return the layers in stacks of neighbours with equal lanes, equally long now."""
+        stacks: list[list[int]] = []
+        last: object = None
+        held = self.cache.lanes.held[row].tolist()
+        for layer in self.layers:
+            view = self.cache.layers[layer]
+            longest = max(held[view.first : view.first + view.num_lanes])
+            kind = (view.num_lanes, view.k_width, view.v_width, longest)
+            if kind == last and (len(stacks[-1]) + 1) * view.num_lanes * longest < STACKED:
+                stacks[-1].append(layer)
+            else:
+                stacks.append([layer])
+            last = kind
+        return stacks
+
+    def _kept(self, row: int, stacks: list[list[int]], masks: list[torch.Tensor]) -> KeptSlots:
+        """Return by slot what the masks [L, G, S] say of lanes that lose something."""
+        held, size = self.cache.lanes.held[row, self._lanes], self.cache.spec.block_size
+        stays = np.zeros((len(held), max(1, -(-int(held.max()) // size)) * size), np.bool_)
+        first = 0
+        for mask in masks:
+            own = mask.flatten(0, 1).numpy()
+            rows = slice(first, first + len(own))
+            padding = own.shape[1] - held[rows]
+            if padding.any():
+                index, place = np.nonzero(own)
+                stays[first + index, place - padding[index]] = True
+            else:
+                stays[rows, : own.shape[1]] = own
+            first += len(own)
+        losing = np.count_nonzero(stays, axis=1) < held
+        return KeptSlots(self._lanes[losing], stays if losing.all() else stays[losing], size)
+
     def _select(
-        self, row: int, parts: list[LayerScores], state: dict[int, dict[str, torch.Tensor]]
+        self, row: int, stacks: list[list[int]], parts: list[LayerScores], state: dict[int, dict[str, torch.Tensor]]
     ) -> list[torch.Tensor]:
-        """Return [G, S] bool for each layer: the tokens that stay by scores, budget and refinements."""
+        """Return [L, G, S] bool for each stack: the tokens that stay by scores, budget and refinements."""
         protected, budget = self.policy.num_protected(self.budget), self.policy.budget
-        if budget.spans_layers:
-            counts = budget.counts(parts, self.budget, protected, self.prompt_tokens)
-        else:
+        if budget.lanewise:
             counts = [budget.counts([part], self.budget, protected, self.prompt_tokens)[0] for part in parts]
+        else:
+            layers = [layer for part in parts for layer in part.layers]
+            together = [layers] if budget.spans_layers else [[layer] for layer in layers]
+            shares = [budget.counts(each, self.budget, protected, self.prompt_tokens) for each in together]
+            of_layer = chain.from_iterable(shares)
+            counts = [torch.stack(list(islice(of_layer, len(stack)))) for stack in stacks]
         for refinement in self.policy.refinements:
             if refinement.chooses:
                 return [
-                    refinement.choose(p.scores, p.protected, count, self.context(layer, row, state[layer]))
-                    for layer, p, count in zip(self.layers, parts, counts, strict=True)
-                ]
-        if len({part.valid.shape for part in parts}) > 1:
-            return [keep_best(p.scores, p.protected, p.valid, n) for p, n in zip(parts, counts, strict=True)]
-        together = [torch.cat([getattr(p, name) for p in parts]) for name in ("scores", "protected", "valid")]
-        mask = keep_best(together[0], together[1], together[2], torch.cat(counts))
-        return list(torch.chunk(mask, len(parts)))
+                    torch.stack([
+                        refinement.choose(p.scores, p.protected, count, self.context(layer, row, state[layer]))
+                        for layer, p, count in zip(stack, part.layers, number, strict=True)
+                    ])
+                    for stack, part, number in zip(stacks, parts, counts, strict=True)
+                ]  # fmt: skip
+        masks = []
+        for part, number in zip(parts, counts, strict=True):
+            scores, protects, valid = (x.flatten(0, 1) for x in (part.scores, part.protected, part.valid))
+            masks.append(keep_best(scores, protects, valid, number.flatten()).view(part.valid.shape))
+        return masks
+
+    def _score_stack(
+        self, rule: Scorer, layers: list[int], row: int, state: dict[int, dict[str, torch.Tensor]]
+    ) -> LayerScores:
+        """Return the scores [L, G, S] of layers that look alike."""
+        if self.policy.stacks:
+            return self._score(rule, self._stack_context(layers, row))
+        parts = [self._score(rule, self.context(layer, row, state[layer])) for layer in layers]
+        return LayerScores(*(torch.stack([getattr(p, x) for p in parts]) for x in ("scores", "protected", "valid")))
 
     def _score(self, rule: Scorer, context: ScoreContext) -> LayerScores:
         scores = rule.score(context)
@@ -228,17 +274,8 @@ class Eviction:
 
     def context(self, layer: int, row: int, state: dict[str, torch.Tensor] | None = None) -> ScoreContext:
         """Return what a method may see of one layer now; it may change `state`, a copy of what it remembers."""
-        view, needs = self.cache.layers[layer], self.policy.needs
-        lanes = slice(view.first, view.first + view.num_lanes)
-        held = self.cache.lanes.held[row, lanes].copy()
-        slots = int(held.max())
-        source = np.arange(slots)[None, :] - (slots - held[:, None])  # slots of each lane, negative where it is padded
-        valid = torch.from_numpy(source >= 0)
-        places = source
-        if row in self.cache.lanes.positions:
-            places = np.take_along_axis(self.cache.lanes.positions[row][lanes], np.maximum(source, 0), 1)
-        positions = torch.from_numpy(np.where(source >= 0, places, -1).astype(np.int64))
-        mass = self.observation.mass
+        needs, mass = self.policy.needs, self.observation.mass
+        positions, valid = self._places([layer], row)
         queries = self.observation.queries(layer)
         seen = int(self.cache.lanes.seen[row])
         special, punctuation = self._kinds(positions) if needs.token_kinds else (None, None)
@@ -256,8 +293,8 @@ class Eviction:
             request_seed=self.seed,
             queries=None if queries is None else queries.float(),
             query_positions=None if queries is None else torch.arange(seen - len(queries), seen),
-            key_mass=mass.of_layer(layer, held) if needs.key_mass else None,
-            near_mass=mass.of_layer(layer, held, near=True) if needs.near is not None else None,
+            key_mass=mass.of_layers([layer], row) if needs.key_mass else None,
+            near_mass=mass.of_layers([layer], row, near=True) if needs.near is not None else None,
             log_count=self.cache.read_log_counts(layer, row),
             query_moments=self.observation.moments(layer) if needs.query_moments else None,
             inverse_frequencies=self.model.inverse_frequencies[layer],
@@ -265,9 +302,58 @@ class Eviction:
             replay=self.replay_scores.get(layer),
             special=special,
             punctuation=punctuation,
-            weigh=lambda window: self.observation.window_mass(layer, row, window),
+            weigh=lambda window: self.observation.window_mass([layer], row, window),
             state=dict(self._state.get(layer, {})) if state is None else state,
         )
+
+    def _stack_context(self, layers: list[int], row: int) -> ScoreContext:
+        """Return what a rule that `stacks` may see of layers that look alike, [L, G, S]."""
+        needs, mass = self.policy.needs, self.observation.mass
+        shape = (len(layers), self.cache.layers[layers[0]].num_lanes, -1)
+
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values, _ = zip(*(self.cache.read_layer(layer, row) for layer in layers), strict=True)
+            return torch.stack(keys), torch.stack(values)
+
+        def weigh(window: int) -> torch.Tensor:
+            found = self.observation.window_mass(layers, row, window)
+            if found is None:
+                return torch.stack([self.context(layer, row).window_mass(window) for layer in layers])
+            return found.view(shape)
+
+        positions, valid = (x.view(shape) for x in self._places(layers, row))
+        return ScoreContext(
+            layer=layers[0],
+            num_layers=len(self.cache.layers),
+            num_query_heads=self.model.num_query_heads,
+            scale=self.model.query_scale,
+            read=read,
+            positions=positions,
+            valid=valid,
+            seen=int(self.cache.lanes.seen[row]),
+            prompt_tokens=self.prompt_tokens,
+            budget=self.budget,
+            request_seed=self.seed,
+            key_mass=mass.of_layers(layers, row).view(shape) if needs.key_mass else None,
+            near_mass=mass.of_layers(layers, row, near=True).view(shape) if needs.near is not None else None,
+            weigh=weigh,
+        )
+
+    def _places(self, layers: Sequence[int], row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return positions (-1: padding) and what is there [L * G, S] of lanes that are padded in front."""
+        lanes, table = self.cache.lanes_of(layers), self.cache.lanes
+        held = table.held[row, lanes]
+        slots = int(held.max())
+        if int(held.min()) == slots:
+            own = table.positions[row][lanes, :slots] if row in table.positions else np.arange(slots)
+            positions = np.broadcast_to(own, (len(held), slots)).astype(np.int64)
+            return torch.from_numpy(positions), torch.ones(positions.shape, dtype=torch.bool)
+        source = np.arange(slots)[None, :] - (slots - held[:, None])  # slots of each lane, negative where it is padded
+        places = source
+        if row in table.positions:
+            places = np.take_along_axis(table.positions[row][lanes], np.maximum(source, 0), 1)
+        positions = np.where(source >= 0, places, -1).astype(np.int64)
+        return torch.from_numpy(positions), torch.from_numpy(source >= 0)
 
     def _kinds(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return [G, S] bool twice: special tokens and punctuation among the tokens at `positions` (-1: none)."""

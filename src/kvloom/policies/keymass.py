@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
 
@@ -127,10 +128,8 @@ class KeyMass:
             view = self.cache.layers[layer]
             alike.setdefault((view.num_lanes, view.k_width, view.v_width), []).append(layer)
         for layers in alike.values():
-            for layer, found in zip(layers, kernel(layers, q, lse, window), strict=True):
-                first = self.cache.layers[layer].first
-                part = sums[first : first + len(found), : found.shape[1]]
-                part += found
+            found = kernel(layers, q, lse, window)
+            sums[self.cache.lanes_of(layers), : found.shape[2]] += found.reshape(-1, found.shape[2])
 
     def _add_by_definition(self, sequence: int, layer: int, q: torch.Tensor, first: int) -> None:
         view = self.cache.layers[layer]
@@ -154,22 +153,24 @@ class KeyMass:
                 for head, count in enumerate(held.tolist()):
                     sums[view.first + head, :count] += more[head, slots - count :].numpy()
 
-    def of_layer(self, layer: int, held: NDArray[np.int32], near: bool = False) -> torch.Tensor:
-        """Return the mass [G, S] of what a layer's lanes hold, shorter lanes padded in front; 0 where none counted."""
-        view, sums = self.cache.layers[layer], self._near if near else self._all
-        slots = int(held.max())
-        return aligned(self._widened(sums, slots)[view.first : view.first + view.num_lanes], held)
+    def of_layers(self, layers: Sequence[int], sequence: int, near: bool = False) -> torch.Tensor:
+        """Return the mass [L * G, S] of what lanes hold, shorter lanes padded in front; 0 where none counted."""
+        lanes, sums = self.cache.lanes_of(layers), self._near if near else self._all
+        held = self.cache.lanes.held[sequence, lanes]
+        return aligned(self._widened(sums, int(held.max()))[lanes], held)
 
-    def keep(self, lane: int, slots: NDArray[np.int64]) -> None:
-        """Follow a lane that keeps only `slots` (ascending)."""
-        needed = int(slots[-1]) + 1 if len(slots) else 0
-        self._all = self._widened(self._all, needed)
+    def keep(self, kept: KeptSlots) -> None:
+        """Follow lanes that keep only some slots."""
+        self._all = self._widened(self._all, kept.width)
         if len(self._near):
-            self._near = self._widened(self._near, needed)
+            self._near = self._widened(self._near, kept.width)
+        left = np.arange(kept.width, dtype=np.int32) >= kept.counts[:, None]
         for sums in (self._all, self._near):
             if len(sums):
-                sums[lane, : len(slots)] = sums[lane, slots]
-                sums[lane, len(slots) :] = 0.0
+                own = sums[kept.lanes, : kept.width]
+                kept.pack(own)
+                own[left] = 0.0
+                sums[kept.lanes, : kept.width] = own
 
     def clear(self) -> None:
         """Forget everything."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.kvcache import KVCache
 from kvloom.policies.context import QueryMoments
 from kvloom.policies.keymass import KeyMass, MassKernel, aligned, kernel_can
@@ -87,21 +86,20 @@ class Observation:
         """Return the newest queries [w, H, D] of a layer, None before any was seen."""
         return None if self._queries is None else self._queries[layer]
 
-    def window_mass(self, layer: int, sequence: int, window: int) -> torch.Tensor | None:
-        """Return the weights of the newest `window` queries, summed, mean over the query group: [G, S], by the kernels.
+    def window_mass(self, layers: Sequence[int], sequence: int, window: int) -> torch.Tensor | None:
+        """Return the weights of the newest `window` queries, summed, mean over the query group, by the kernels.
 
-        None where they cannot: then the weights have to be computed. Shorter lanes are padded in front.
+        [L * G, S] for the lanes of `layers`, which are alike; shorter lanes are padded in front. None where the kernels
+        cannot: then the weights have to be computed.
         """
         if self._queries is None or self._lse is None or not kernel_can(self.cache, sequence):
             return None
         count = min(window, self._queries.shape[1])
         if self._lse.shape[1] < count:
             return None  # since the earlier ones attended, the policy may have acted
-        view = self.cache.layers[layer]
-        found = MassKernel(self.cache, sequence, self.scale)(
-            [layer], self._queries[:, -count:], self._lse[:, -count:]
-        )
-        return aligned(found[0], self.cache.lanes.held[sequence, view.first : view.first + view.num_lanes])
+        found = MassKernel(self.cache, sequence, self.scale)(layers, self._queries[:, -count:], self._lse[:, -count:])
+        held = self.cache.lanes.held[sequence, self.cache.lanes_of(layers)]
+        return aligned(found.reshape(len(held), -1), held)
 
     def _add_moments(self, q: torch.Tensor, first: int) -> None:
         """Add queries q [L, n, H, D] at positions `first` on; each tile ends at a multiple of `TILE` positions."""
@@ -137,10 +135,10 @@ class Observation:
         mean = total / count
         return QueryMoments(mean, products / count - torch.einsum("hd,he->hde", mean, mean), count)
 
-    def keep(self, lane: int, slots: NDArray[np.int64]) -> None:
-        """Follow a lane that keeps only `slots` (ascending)."""
+    def keep(self, kept: KeptSlots) -> None:
+        """Follow lanes that keep only some slots."""
         if self.needs.key_mass:
-            self.mass.keep(lane, slots)
+            self.mass.keep(kept)
 
     def clear(self) -> None:
         """Forget everything: the policy has acted for the last time, or starts again."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kvloom.errors import UnsupportedError
 from kvloom.policies import plugins
@@ -37,7 +37,7 @@ class Policy:
         """
         return _parse(text)
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """Everything that rule, refinements and action together must be shown."""
         needs = self.rule.needs.union(self.action.needs)
@@ -54,6 +54,11 @@ class Policy:
     def merges(self) -> bool:
         """True when evicted tokens leave something in those that stay."""
         return self.spec.action.name != "drop"
+
+    @property
+    def stacks(self) -> bool:
+        """True when the scores of many layers can be had at once."""
+        return isinstance(self.rule, Scorer) and self.rule.stacks and not self.refinements
 
     def num_protected(self, budget: int) -> int:
         """Return the most tokens of a lane that stay whatever their score."""

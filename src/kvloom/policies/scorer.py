@@ -19,6 +19,8 @@ class Scorer(ABC):
     head's sum to the same total), so that budgets may be shared between them as they are; others are standardised
     first. `weights` says that scores are attention weights or sums of them, which others may multiply. `per_chunk` says
     that the rule may be applied in the middle of a prompt; `decodes` that it may be applied while generating.
+    `stacks` says that `score` and `protected` look at positions and attention alone, and count dimensions from the
+    last, so that they may be given many layers at once: at every step calls are what costs.
     """
 
     needs: Needs = Needs()
@@ -26,6 +28,7 @@ class Scorer(ABC):
     weights: bool = False
     per_chunk: bool = False
     decodes: bool = False
+    stacks: bool = False
 
     @abstractmethod
     def score(self, context: ScoreContext) -> torch.Tensor:

@@ -10,6 +10,9 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
     scores [G, S] float, protected and valid [G, S] bool, counts [G] int. A NaN score counts as the lowest.
     """
     if bool((protected.sum(1) <= counts).all()):  # then order among the protected does not matter
+        leaving = valid.sum(1) - counts
+        if int(leaving.max()) <= 1:
+            return _without_last(scores, protected, valid, leaving > 0)
         value = _comparable(scores).masked_fill(protected & valid, float("inf")).masked_fill(~valid, float("-inf"))
         order = torch.argsort(value, dim=1, descending=True, stable=True)
     else:
@@ -18,6 +21,15 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
     chosen = torch.arange(valid.shape[1], device=valid.device)[None, :] < counts[:, None]
     keep.scatter_(1, order, chosen)
     return keep & valid
+
+
+def _without_last(
+    scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, loses: torch.Tensor
+) -> torch.Tensor:
+    """Return `valid` [G, S] without the least deserving that is not protected, in the lanes where `loses` [G]."""
+    value = torch.where(valid & ~protected, _comparable(scores), float("inf"))
+    worst = valid.shape[1] - 1 - value.flip(1).argmin(1, keepdim=True)  # of equal ones the last
+    return valid.scatter(1, worst, valid.gather(1, worst) & ~loses[:, None])
 
 
 def ranking(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -30,8 +42,7 @@ def ranking(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) 
 
 def _comparable(scores: torch.Tensor) -> torch.Tensor:
     """Return finite scores in float64; NaN counts as the lowest."""
-    value = torch.nan_to_num(scores.double(), nan=float("-inf"), posinf=torch.finfo(torch.float64).max)
-    return value.clamp(min=torch.finfo(torch.float64).min)
+    return torch.nan_to_num(scores.double(), nan=torch.finfo(torch.float64).min)
 
 
 def standardised(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

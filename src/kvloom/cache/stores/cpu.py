@@ -12,7 +12,7 @@ from kvloom.kernels import cpu
 class CPUStore(Store):
     """Any store that the CPU kernels know, by name; decodes to `dtype`. Same bytes a block as everywhere."""
 
-    def write(self, addresses: Addresses, slots: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, addresses: Addresses, slots: NDArray[np.integer], k: torch.Tensor, v: torch.Tensor) -> None:
         """Encode token i into slot `slots[i]` of the block at `addresses[i]` (see `Store.write`)."""
         cpu.write_slots(
             self.memory.bytes, self.spec.name, self.block_size, addresses, slots, k.contiguous(), v.contiguous()
@@ -34,8 +34,8 @@ class CPUStore(Store):
 
     def move(
         self,
-        source: tuple[Addresses, NDArray[np.int64]],
-        target: tuple[Addresses, NDArray[np.int64]],
+        source: tuple[Addresses, NDArray[np.integer]],
+        target: tuple[Addresses, NDArray[np.integer]],
         runs: NDArray[np.int64],
         k_width: int,
         v_width: int,

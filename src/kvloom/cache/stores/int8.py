@@ -24,7 +24,7 @@ class Int8Store(Store):
         self._codes = memory.elements(torch.int8)
         self._scales = memory.elements(torch.float32)
 
-    def write(self, addresses: Addresses, slots: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, addresses: Addresses, slots: NDArray[np.integer], k: torch.Tensor, v: torch.Tensor) -> None:
         """Encode token i into slot `slots[i]` of the block at `addresses[i]` (see `Store.write`)."""
         size, k_width, v_width = self.block_size, k.shape[1], v.shape[1]
         base = addresses.astype(np.int64) * GRANULE_BYTES

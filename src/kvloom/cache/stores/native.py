@@ -21,7 +21,7 @@ class NativeStore(Store):
         self._elements = memory.elements(dtype)
         self._scale = GRANULE_BYTES // dtype.itemsize
 
-    def write(self, addresses: Addresses, slots: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, addresses: Addresses, slots: NDArray[np.integer], k: torch.Tensor, v: torch.Tensor) -> None:
         """Put token i into slot `slots[i]` of the block at `addresses[i]` (see `Store.write`)."""
         base = addresses.astype(np.int64) * self._scale
         k_width, v_width = k.shape[1], v.shape[1]

@@ -22,7 +22,7 @@ class Store(ABC):
         self.block_size = block_size
 
     @abstractmethod
-    def write(self, addresses: Addresses, slots: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, addresses: Addresses, slots: NDArray[np.integer], k: torch.Tensor, v: torch.Tensor) -> None:
         """Put token i, k[i] [N, Dk] and v[i] [N, Dv], into slot `slots[i]` (0..P-1) of the block at `addresses[i]`."""
 
     @abstractmethod
@@ -31,8 +31,8 @@ class Store(ABC):
 
     def move(
         self,
-        source: tuple[Addresses, NDArray[np.int64]],
-        target: tuple[Addresses, NDArray[np.int64]],
+        source: tuple[Addresses, NDArray[np.integer]],
+        target: tuple[Addresses, NDArray[np.integer]],
         runs: NDArray[np.int64],
         k_width: int,
         v_width: int,

@@ -206,7 +206,7 @@ def key_mass_of_layers(
     groups = first.num_kv_heads
     members = np.concatenate([np.arange(shape.lane_offset, shape.lane_offset + groups) for shape in shapes.values()])
     slots = lanes.longest(seq_rows, members)
-    mass = torch.zeros(len(shapes), len(seq_rows), groups, slots)
+    mass = torch.from_numpy(np.zeros((len(shapes), len(seq_rows), groups, slots), np.float32))
     element, stride = element_of(q, "q"), token_stride(q[0], "q")
     q_at, q_step = q.data_ptr(), q.stride(0) * q.element_size()
     lse_at, lse_step = lse.data_ptr(), lse.stride(0) * 4

@@ -20,6 +20,7 @@ class H2O(Scorer):
     needs = Needs(key_mass=True)
     per_chunk = True
     decodes = True
+    stacks = True
     weights = True
 
     def __init__(self, recent: float) -> None:

@@ -19,6 +19,7 @@ class Scissorhands(Scorer):
     """
 
     decodes = True
+    stacks = True
     weights = True
 
     def __init__(self, window: int, recent: int) -> None:

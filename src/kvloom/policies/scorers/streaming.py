@@ -14,6 +14,7 @@ class Streaming(Scorer):
 
     per_chunk = True
     decodes = True
+    stacks = True
 
     def __init__(self, sinks: int) -> None:
         self.sinks = sinks

@@ -20,14 +20,14 @@ class Tova(Scorer):
     needs = Needs(queries=1)
     per_chunk = True
     decodes = True
+    stacks = True
     weights = True
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the mean weight over the heads of the layer."""
-        weights = context.window_mass(1)  # [G, S]
-        if bool((context.positions == context.positions[0]).all()):
-            return weights.mean(0).expand(context.num_lanes, -1)
-        return weights
+        weights, positions = context.window_mass(1), context.positions
+        alike = (positions == positions[..., :1, :]).all(-1, keepdim=True).all(-2, keepdim=True)  # in each layer
+        return torch.where(alike, weights.mean(-2, keepdim=True), weights)
 
 
 def _tova(args: Mapping[str, Value]) -> Tova:
