@@ -136,19 +136,20 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
         float* at = c + m * kPanelColumns + v;
         vstore(at, vadd(vload(at), vload(w.bias + base + v)));
       }
+  const size_t bytes = args.element == Element::kFloat ? 4 : 2;
   if (args.finish == Finish::kStore || args.finish == Finish::kAdd) {
     const int columns = w.n - base < kPanelColumns ? w.n - base : kPanelColumns;
     for (int m = 0; m < rows; ++m) {
       const size_t at = (size_t)(t0 + m) * args.y_stride + base;
       const float* from = c + m * kPanelColumns;
-      float* y = (float*)args.y + at;
       if (args.finish == Finish::kAdd) {
+        float* y = (float*)args.y + at;
         if (columns == kPanelColumns)
           for (int v = 0; v < kPanelColumns; v += W) vstore(y + v, vadd(vload(y + v), vload(from + v)));
         else
           for (int j = 0; j < columns; ++j) y[j] += from[j];
       } else {
-        convert_from_float(args.element, from, args.element == Element::kFloat ? (void*)y : (uint16_t*)args.y + at, columns);
+        convert_from_float(args.element, from, (char*)args.y + at * bytes, columns);
       }
     }
     return;
@@ -161,20 +162,19 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
       vstore(from, vmul(activate(args.activation, vload(from)), vload(from + 16)));
     }
   if (args.finish == Finish::kGate) {
-    const size_t bytes = args.element == Element::kFloat ? 4 : 2;
     for (int m = 0; m < rows; ++m)
       convert_from_float(args.element, c + m * kPanelColumns,
                          (char*)args.y + ((size_t)(t0 + m) * args.y_stride + j0) * bytes, columns);
     return;
   }
   const Tiles& out = *args.tiles;
-  const int bytes = activation_bytes(out.product);
+  const int unit = activation_bytes(out.product);
   for (int j = 0, n; j < columns; j += n) {  // a slice border may fall inside a panel
     const int s = (j0 + j) / out.slice_elements, in = (j0 + j) % out.slice_elements;
     n = out.slice_elements - in < columns - j ? out.slice_elements - in : columns - j;
-    char* row = out.row(t0, s) + in * bytes;
+    char* row = out.row(t0, s) + in * unit;
     for (int m = 0; m < rows; ++m, row += kTileRowBytes)
-      convert_from_float(bytes == 4 ? Element::kFloat : Element::kBf16, c + m * kPanelColumns + j, row, n);
+      convert_from_float(unit == 4 ? Element::kFloat : Element::kBf16, c + m * kPanelColumns + j, row, n);
   }
 }
 
