@@ -30,7 +30,7 @@ from kvloom.measure.interval import bootstrap_interval
 from kvloom.measure.window import windows_of
 from kvloom.models.checkpoint import Checkpoint, open_checkpoint
 from kvloom.models.compiled import CompiledModel
-from kvloom.models.config import DecoderConfig
+from kvloom.spec.decoder import DecoderConfig
 
 ARENA_BYTES = 1 << 30
 QUANTIZATIONS = (None, "int8", "w8a8", "int4")

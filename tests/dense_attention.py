@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvloom.attention.batch import AttentionBatch
-from kvloom.models.config import DecoderConfig
+from kvloom.spec.decoder import DecoderConfig
 
 Entry = tuple[torch.Tensor, torch.Tensor, int]
 

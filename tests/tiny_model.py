@@ -12,10 +12,10 @@ import torch
 from kvloom.attention.batch import AttentionBatch
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
-from kvloom.models.config import DecoderConfig, LayerConfig, RopeConfig
 from kvloom.models.decoder import Decoder
 from kvloom.models.families.gemma3 import GEMMA3
 from kvloom.models.families.llama import LLAMA
+from kvloom.spec.decoder import DecoderConfig, LayerConfig, RopeConfig
 from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
 
 FAMILIES = {"llama": LLAMA, "gemma3": GEMMA3}

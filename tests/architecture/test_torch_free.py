@@ -14,7 +14,6 @@ TORCH_FREE = (
     "kvloom.engine.scheduler",
     "kvloom.engine.request",
     "kvloom.engine.params",
-    "kvloom.models.config",
     "kvloom.cli",
 )
 """Modules, and packages with all that is in them; `kvloom` is only the package's own file."""

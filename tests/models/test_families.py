@@ -4,8 +4,8 @@ import pytest
 
 import tiny
 from kvloom.errors import CheckpointError, UnsupportedError
-from kvloom.models.config import RopeConfig
 from kvloom.models.families import FAMILIES, family_of_config, family_of_gguf
+from kvloom.spec.decoder import RopeConfig
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **tiny.LLAMA}
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **tiny.GEMMA3}

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType as Quant
 import tiny
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
-from kvloom.models.config import RopeConfig
+from kvloom.spec.decoder import RopeConfig
 
 
 def tiny_gguf(tmp_path, family, changes=None, **options):

@@ -1,6 +1,6 @@
 """ModelSpec of a model that was loaded: what the planner's formulas need to know of it. Torch-free."""
 
-from kvloom.models.config import DecoderConfig, LayerConfig
+from kvloom.spec.decoder import DecoderConfig, LayerConfig
 from kvloom.spec.layer import Attention, Experts, LayerSpec, Mlp
 from kvloom.spec.model import ModelSpec
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError
 from kvloom.models.catalogue import CATALOGUE
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families import Family, family_of_config, family_of_gguf
 from kvloom.models.hub import download_model, is_hub_id
 from kvloom.models.pull import pull
 from kvloom.models.tensor_file import TensorFile
 from kvloom.registry import nearest
+from kvloom.spec.decoder import DecoderConfig
 
 if TYPE_CHECKING:
     import torch

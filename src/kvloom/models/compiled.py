@@ -11,9 +11,9 @@ from kvloom.cache.kvcache import KVCache, Layout
 from kvloom.errors import UnsupportedError
 from kvloom.kernels import reference
 from kvloom.kernels.cpu import Lanes, LayerShape, LayerWeights, PackedWeight, StepDecoder, linear
-from kvloom.models.config import DecoderConfig, RopeConfig
 from kvloom.models.model import StepOutput, StepWanted
 from kvloom.models.rope import inverse_frequencies
+from kvloom.spec.decoder import DecoderConfig, RopeConfig
 from kvloom.spec.packing import products_of
 
 PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

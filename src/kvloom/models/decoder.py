@@ -10,9 +10,9 @@ from kvloom.attention.backend import NO_TERMS, AttentionBackend, ScoreTerms
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
-from kvloom.models.config import DecoderConfig, RopeConfig
 from kvloom.models.mlp import experts, mlp
 from kvloom.models.rope import amplitudes, cos_sin, inverse_frequencies
+from kvloom.spec.decoder import DecoderConfig, RopeConfig
 
 QueryObserver = Callable[[int, torch.Tensor], None]
 """Called once a layer with its number and the rotated queries [T, H, D], when K and V of the batch are in the lanes."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from kvloom.models.config import DecoderConfig, ExpertsConfig
+from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

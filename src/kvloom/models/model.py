@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache, Layout
-from kvloom.models.config import DecoderConfig
+from kvloom.spec.decoder import DecoderConfig
 
 Rows = NDArray[np.int32]
 """Indices of tokens in a batch."""

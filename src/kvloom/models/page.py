@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvloom.models.compiled import unsupported
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families import FAMILIES
 from kvloom.models.families.rope import ROPE_KINDS
+from kvloom.spec.decoder import DecoderConfig
 
 
 def families_table() -> str:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kvloom.models.config import RopeConfig
+from kvloom.spec.decoder import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> torch.Tensor:

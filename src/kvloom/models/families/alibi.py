@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from typing import Any
 
-from kvloom.models.config import DecoderConfig, LayerConfig
 from kvloom.models.families.classic import (
     alibi_slopes,
     classic,
@@ -15,6 +14,7 @@ from kvloom.models.families.classic import (
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GPT_GGUF_KEYS, Family
 from kvloom.models.families.skeleton import nothing_implied
+from kvloom.spec.decoder import DecoderConfig, LayerConfig
 
 
 def _bloom(reader: ConfigReader) -> DecoderConfig:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvloom.models.config import DecoderConfig, LayerConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.layout import contiguous_part, grouped_part, last_name, paired
 from kvloom.models.families.skeleton import ACTIVATIONS
@@ -28,6 +27,7 @@ from kvloom.models.families.weight import (
     up,
     vocab,
 )
+from kvloom.spec.decoder import DecoderConfig, LayerConfig
 
 Condition = Callable[[DecoderConfig], bool]
 

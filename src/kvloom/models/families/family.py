@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvloom.errors import InvalidInputError
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.weight import Weight
 from kvloom.registry import nearest
+from kvloom.spec.decoder import DecoderConfig
 
 GGUF_CONFIG_KEYS: dict[str, str] = {
     "context_length": "max_position_embeddings",

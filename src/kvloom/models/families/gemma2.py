@@ -3,12 +3,12 @@
 from collections.abc import Collection
 from typing import Any
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GGUF_CONFIG_KEYS, Family
 from kvloom.models.families.gemma3 import SANDWICH_NORMS
 from kvloom.models.families.skeleton import layer_windows, skeleton
 from kvloom.models.families.weight import PROJECTIONS
+from kvloom.spec.decoder import DecoderConfig
 
 _LARGEST_NUM_LAYERS = 46
 

@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kvloom.models.config import DecoderConfig, LayerConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GGUF_CONFIG_KEYS, Family
 from kvloom.models.families.rope import rope_config, rope_params
 from kvloom.models.families.skeleton import layer_windows
 from kvloom.models.families.weight import FINAL_NORM, HEAD_NORMS, PROJECTIONS, Weight, norm
+from kvloom.spec.decoder import DecoderConfig, LayerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
 from kvloom.models.families.layout import first_half, last_name, paired, second_half
 from kvloom.models.families.skeleton import nothing_implied, skeleton
 from kvloom.models.families.weight import ATTENTION, EMBEDDINGS, GATED_MLP, PRE_NORMS, Weight, gate_up
+from kvloom.spec.decoder import DecoderConfig
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:

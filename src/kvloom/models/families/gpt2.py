@@ -1,11 +1,11 @@
 """GPT-2 and GPT-BigCode (StarCoder): learned positions; the latter with one KV head for all queries."""
 
-from kvloom.models.config import DecoderConfig, LayerConfig
 from kvloom.models.families.classic import activation, classic, embeddings, fused_attention, layer_norm, plain_mlp
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GPT_GGUF_KEYS, Family
 from kvloom.models.families.skeleton import nothing_implied
 from kvloom.models.families.weight import Weight
+from kvloom.spec.decoder import DecoderConfig, LayerConfig
 
 
 def _positions(c: DecoderConfig) -> tuple[int, ...]:

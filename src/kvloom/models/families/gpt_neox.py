@@ -1,11 +1,11 @@
 """GPT-NeoX and Pythia: heads rotated in part, attention and MLP in parallel."""
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.classic import activation, classic, embeddings, fused_attention, layer_norm, plain_mlp
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GGUF_CONFIG_KEYS, Family
 from kvloom.models.families.rope import longest_position, rope_config, rope_params
 from kvloom.models.families.skeleton import layers_of, nothing_implied
+from kvloom.spec.decoder import DecoderConfig
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kvloom.models.config import DecoderConfig, ExpertsConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GGUF_EXPERT_KEYS, Family
 from kvloom.models.families.routed import experts_down, experts_up, router_shape
@@ -23,6 +22,7 @@ from kvloom.models.families.weight import (
     renamed,
     rows_of,
 )
+from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

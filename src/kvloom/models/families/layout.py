@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.weight import Transform, Weight
+from kvloom.spec.decoder import DecoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
 from kvloom.models.families.skeleton import skeleton
 from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS, Weight
+from kvloom.spec.decoder import DecoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

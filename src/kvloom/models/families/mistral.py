@@ -1,10 +1,10 @@
 """Mistral: Llama with a sliding window on all layers, or on none."""
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
 from kvloom.models.families.skeleton import all_windowed, nothing_implied, skeleton
 from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS
+from kvloom.spec.decoder import DecoderConfig
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:

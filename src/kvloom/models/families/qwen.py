@@ -1,10 +1,10 @@
 """Qwen2, Qwen2.5 and Qwen3: biases on q, k and v in the former, norms of q and k in the latter, windows where asked."""
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
 from kvloom.models.families.skeleton import layer_windows, nothing_implied, skeleton
 from kvloom.models.families.weight import HEAD_NORMS, PRE_NORMS, PROJECTIONS
+from kvloom.spec.decoder import DecoderConfig
 
 
 def _windows(reader: ConfigReader) -> list[int | None]:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvloom.models.config import RopeConfig
 from kvloom.models.families.config_reader import ConfigReader
+from kvloom.spec.decoder import RopeConfig
 
 Values = dict[str, float]
 

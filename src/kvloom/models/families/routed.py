@@ -4,7 +4,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from kvloom.models.config import DecoderConfig, ExpertsConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import GGUF_EXPERT_KEYS, Family
 from kvloom.models.families.llama import reordered
@@ -20,6 +19,7 @@ from kvloom.models.families.weight import (
     is_routed,
     per_layer,
 )
+from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 
 
 def _experts(c: DecoderConfig) -> ExpertsConfig:

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from kvloom.models.config import DecoderConfig
 from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
 from kvloom.models.families.llama import reordered
 from kvloom.models.families.skeleton import layer_windows, nothing_implied, skeleton
 from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS
+from kvloom.spec.decoder import DecoderConfig
 
 
 def _rotates(reader: ConfigReader) -> list[bool]:

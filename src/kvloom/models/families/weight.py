@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvloom.models.config import DecoderConfig, LayerConfig
+from kvloom.spec.decoder import DecoderConfig, LayerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
