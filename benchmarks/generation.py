@@ -25,6 +25,7 @@ import torch
 from kvloom import LLM, SamplingParams
 from kvloom.kernels import cpu
 from kvloom.models.pull import pull
+from transformers_cache import continued
 
 SCHEMA_VERSION = 1
 Times = tuple[float, float]
@@ -70,12 +71,12 @@ def transformers_runner(path: Path, dtype: str, length: int) -> tuple[Run, int]:
     @torch.inference_mode()
     def run(prompts: list[list[int]], new: int) -> Times:
         started = time.perf_counter()
-        out = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        logits, cache = continued(model, torch.tensor(prompts), logits_to_keep=1)
+        token = logits[:, -1].argmax(-1, keepdim=True)
         first = time.perf_counter()
         for _ in range(new):
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            logits, cache = continued(model, token, cache)
+            token = logits[:, -1].argmax(-1, keepdim=True)
         return first - started, (time.perf_counter() - first) / new
 
     return run, sum(p.numel() * p.element_size() for p in model.parameters())

@@ -60,9 +60,11 @@ def kvloom_engine(checkpoint: str, quantization: str | None) -> Stamps:
 
 
 def transformers_engine(checkpoint: str) -> Stamps:
-    """Return transformers with its dynamic cache, one request at a time or a batch of equal lengths."""
+    """Return transformers with its default cache, one request at a time or a batch of equal lengths."""
     import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import AutoModelForCausalLM
+
+    from transformers_cache import continued
 
     torch.set_num_threads(THREADS)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
@@ -71,9 +73,9 @@ def transformers_engine(checkpoint: str) -> Stamps:
     def run(prompts: list[Ids], new: list[int]) -> list[float]:
         if len({len(ids) for ids in prompts}) > 1 or len(set(new)) > 1:
             raise ValueError("transformers runs requests of one length only: expected single:N or uniform")
-        ids, cache, stamps = torch.tensor(prompts), DynamicCache(), []
+        ids, cache, stamps = torch.tensor(prompts), None, []
         for _ in range(new[0]):
-            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits, cache = continued(model, ids, cache, logits_to_keep=1)
             ids = logits[:, -1].argmax(-1, keepdim=True)
             stamps.append(time.perf_counter())
         return stamps

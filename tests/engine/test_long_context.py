@@ -19,6 +19,7 @@ from kvloom.spec.policy import PolicySpec
 from kvloom.spec.solo import solo_peak
 from tiny_engine import nothing_left
 from tolerances import LOGITS_FLOAT32
+from transformers_cache import continued
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("two_threads"), pytest.mark.timeout(1800)]
 
@@ -115,7 +116,8 @@ def test_logits_after_16000_tokens_are_those_of_transformers(
     cache = None
     with torch.inference_mode():  # in chunks, because it would compute every score of its windowed layers too
         for part in text[: PROMPT - 1].split(CHUNK):
-            cache = gemma_oracle(part[None], past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-        expected = gemma_oracle(text[None, PROMPT - 1 :], past_key_values=cache).logits[0].float()
+            _, cache = continued(gemma_oracle, part[None], cache, logits_to_keep=1)
+        logits, _ = continued(gemma_oracle, text[None, PROMPT - 1 :], cache)
+        expected = logits[0].float()
     assert generation.logits.shape == expected.shape == (NEW, generation.llm.engine.runner.model.config.vocab_size)
     assert (generation.logits - expected).abs().max() < LOGITS_FLOAT32
