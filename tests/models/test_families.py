@@ -4,8 +4,9 @@ import pytest
 
 import tiny
 from kvloom.errors import CheckpointError, UnsupportedError
-from kvloom.models.families import FAMILIES, family_of_config, family_of_gguf
+from kvloom.models.families import FAMILIES
 from kvloom.spec.decoder import RopeConfig
+from kvloom.spec.families import FAMILY_CONFIGS, family_of_config, family_of_gguf
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **tiny.LLAMA}
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **tiny.GEMMA3}
@@ -21,7 +22,7 @@ LLAMA3_SCALING = {
 def config_of(raw, **changes):
     """Return the DecoderConfig of `raw` with `changes`; None removes an entry."""
     raw = {key: value for key, value in {**raw, **changes}.items() if value is not None}
-    return family_of_config(raw).config(raw)
+    return family_of_config(raw).read(raw)
 
 
 def test_llama_reads_its_shape_and_mathematics():
@@ -95,7 +96,7 @@ def test_the_text_part_of_a_multimodal_config_counts_with_its_family_s_defaults(
         "eos_token_id": [1, 106],
         "text_config": {"hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240},
     }
-    config = family_of_config(raw).config(raw)
+    config = family_of_config(raw).read(raw)
     assert (config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads) == (2560, 34, 8, 4)
     assert config.eos_token_ids == (1, 106)
 
@@ -165,10 +166,14 @@ def test_an_unknown_gguf_architecture_is_refused_with_the_known_ones():
         family_of_gguf("mamba")
 
 
+def test_every_family_whose_configs_are_read_has_a_mapping_of_weights():
+    assert {name: family.config for name, family in FAMILIES.items()} == dict(FAMILY_CONFIGS.items())
+
+
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_every_family_names_each_of_its_tensors_once(name):
     family = FAMILIES.get(name)
-    config = family.config({**tiny.LLAMA, **EXTRA.get(name, {}), "attention_bias": True})
+    config = family.config.read({**tiny.LLAMA, **EXTRA.get(name, {}), "attention_bias": True})
     expected = list(family.expected(config))
     assert len({canonical for canonical, _, _ in expected}) == len(expected)
     stored = {source for _, layer, weight in expected for source in weight.sources(config, layer, False)}
@@ -176,10 +181,10 @@ def test_every_family_names_each_of_its_tensors_once(name):
     assert len(stored) >= len(whole)
 
 
-@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.gguf_architecture])
+@pytest.mark.parametrize("name", [n for n, family in FAMILY_CONFIGS.items() if family.gguf_architecture])
 def test_every_family_that_gguf_files_have_names_all_its_tensors_there(name):
     family = FAMILIES.get(name)
-    config = family.config({**tiny.LLAMA, **EXTRA.get(name, {})})
+    config = family.config.read({**tiny.LLAMA, **EXTRA.get(name, {})})
     for _, layer, weight in family.expected(config):
         assert all(source and "{" not in source for source in weight.sources(config, layer, True))
 

@@ -14,7 +14,7 @@ from gguf_families import write
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
-from kvloom.models.families import family_of_gguf
+from kvloom.spec.families import family_of_gguf
 from tiny_model import cache_of, random_tokens
 from tolerances import LOGITS_FLOAT32
 

@@ -18,4 +18,4 @@ def test_every_family_is_compared_with_transformers(name):
 
     kinds = {kind for kind, _ in VARIANTS.values()} | {"Gemma3Text"}  # Gemma 3 has tests of its own
     types = {getattr(transformers, f"{kind}Config").model_type for kind in kinds}
-    assert types & set(FAMILIES.get(name).model_types)
+    assert types & set(FAMILIES.get(name).config.model_types)

@@ -10,8 +10,8 @@ import tiny
 from kvloom import LLM
 from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
-from kvloom.models.families import family_of_config
 from kvloom.models.tokenizer import Tokenizer
+from kvloom.spec.families import family_of_config
 
 BASE = {**tiny.LLAMA, "head_dim": 8}
 
@@ -20,7 +20,7 @@ def refused(architecture, **entries):
     """Return the error for a config of an architecture."""
     raw = {**BASE, **entries, "architectures": [architecture]}
     with pytest.raises((UnsupportedError, CheckpointError)) as error:
-        family_of_config(raw).config(raw)
+        family_of_config(raw).read(raw)
     return error.value
 
 
@@ -61,16 +61,16 @@ def test_overrides_replace_entries_of_the_config_and_one_that_nothing_reads_is_r
     raw = {**BASE, "architectures": ["LlamaForCausalLM"]}
     family = family_of_config(raw)
     linear = {"rope_type": "linear", "factor": 2.0}
-    assert family.config(raw, {"rope_scaling": linear}).layers[0].rope.kind == "linear"
+    assert family.read(raw, {"rope_scaling": linear}).layers[0].rope.kind == "linear"
     newer = {**raw, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    rope = family.config(newer, {"rope_scaling": linear}).layers[0].rope
+    rope = family.read(newer, {"rope_scaling": linear}).layers[0].rope
     assert (rope.kind, rope.base) == ("linear", 5e5)
     nested = {**raw, "text_config": {"max_position_embeddings": 64}}
-    assert family.config(nested, {"max_position_embeddings": 128}).max_position == 128
+    assert family.read(nested, {"max_position_embeddings": 128}).max_position == 128
     with pytest.raises(InvalidInputError, match=r"called rope_scalin \(did you mean 'rope_scaling'"):
-        family.config(raw, {"rope_scalin": linear})
+        family.read(raw, {"rope_scalin": linear})
     with pytest.raises(UnsupportedError, match="mrope"):
-        family.config(raw, {"rope_scaling": {"rope_type": "mrope"}})
+        family.read(raw, {"rope_scaling": {"rope_type": "mrope"}})
 
 
 def test_overrides_reach_the_config_of_a_folder_and_of_a_gguf_file(tmp_path):
@@ -85,7 +85,7 @@ def test_unknown_code_is_never_run_and_known_architectures_do_not_need_it():
     with pytest.raises(UnsupportedError, match="never runs"):
         family_of_config({"architectures": ["NewForCausalLM"], "auto_map": {"AutoModelForCausalLM": "new.New"}})
     raw = {**BASE, "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoModelForCausalLM": "phi.Phi3"}}
-    assert family_of_config(raw).config(raw).family == "phi3"
+    assert family_of_config(raw).read(raw).family == "phi3"
 
 
 def test_a_vocabulary_that_does_not_match_is_named_with_both_sizes(tmp_path):

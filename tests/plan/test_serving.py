@@ -11,7 +11,6 @@ from kvloom.cli.serve import serve
 from kvloom.engine.config import EngineConfig
 from kvloom.errors import KvloomError, UnsupportedError
 from kvloom.models.catalogue import CATALOGUE
-from kvloom.models.families import FAMILIES
 from kvloom.plan.advice import advise
 from kvloom.plan.compare import candidate_policies
 from kvloom.plan.memory import Memory
@@ -29,6 +28,7 @@ from kvloom.plan.serving import (
 from kvloom.policies.policy import Policy
 from kvloom.spec.architectures import ARCHITECTURES
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
+from kvloom.spec.families import FAMILY_CONFIGS
 from kvloom.spec.format import SERVED_STORES, store_names
 from kvloom.spec.hardware import find_device
 from kvloom.spec.method import METHODS
@@ -105,7 +105,7 @@ def test_the_plan_knows_which_stores_the_engine_serves(store):
 
 
 def test_the_plan_knows_which_architectures_run():
-    running = {name for _, family in FAMILIES.items() for name in family.model_types}
+    running = {name for _, family in FAMILY_CONFIGS.items() for name in family.model_types}
     assert set(ARCHITECTURES) - running == PLANNED_FAMILIES
 
 

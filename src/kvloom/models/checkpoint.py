@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError
 from kvloom.models.catalogue import CATALOGUE
-from kvloom.models.families import Family, family_of_config, family_of_gguf
+from kvloom.models.families import FAMILIES, Family
 from kvloom.models.hub import download_model, is_hub_id
 from kvloom.models.pull import pull
 from kvloom.models.tensor_file import TensorFile
 from kvloom.registry import nearest
 from kvloom.spec.decoder import DecoderConfig
+from kvloom.spec.families import family_of_config, family_of_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -169,17 +170,17 @@ def _open_gguf(name: str, path: Path, overrides: Mapping[str, Any] | None) -> Ch
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path} does not say its architecture; fetch the model again")
     family = family_of_gguf(architecture, bool(file.metadata.get(f"{architecture}.expert_count")))
-    config = family.config(config_of_gguf(file, family), overrides)
+    config = family.read(config_of_gguf(file, family), overrides)
     names = {name: name for name in file.shapes if name not in _HARMLESS_GGUF}
-    return Checkpoint(name, path, family, config, {}, file, names)
+    return Checkpoint(name, path, FAMILIES.get(family.name), config, {}, file, names)
 
 
 def _open_folder(name: str, path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
     from kvloom.models.safetensors_folder import SafetensorsFolder
 
     raw = _read_json(path / "config.json", required=True)
-    family = family_of_config({**raw, **(overrides or {})})
-    config = family.config(raw, overrides)
+    family = FAMILIES.get(family_of_config({**raw, **(overrides or {})}).name)
+    config = family.config.read(raw, overrides)
     generation_config = _read_json(path / "generation_config.json", required=False)
     config = replace(config, eos_token_ids=_merged_eos(config, generation_config, path))
     file: TensorFile = SafetensorsFolder(path)

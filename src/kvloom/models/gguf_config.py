@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from kvloom.errors import CheckpointError, UnsupportedError
-from kvloom.models.families.family import Family
 from kvloom.models.gguf_file import GGUFFile
+from kvloom.spec.families import FamilyConfig
 
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
 
-def config_of_gguf(file: GGUFFile, family: Family) -> dict[str, Any]:
+def config_of_gguf(file: GGUFFile, family: FamilyConfig) -> dict[str, Any]:
     """Return what the model's config.json would say, from metadata and tensors of the file.
 
     Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts in a family that has
@@ -48,7 +48,7 @@ def _single(values: np.ndarray[Any, Any], key: str, file: GGUFFile) -> Any:
     return distinct[0].item()
 
 
-def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any], family: Family) -> None:
+def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any], family: FamilyConfig) -> None:
     """Note in `config` which part of a head is rotated, where the family knows parts; refuse other inequalities."""
     reasons = []
     if file.metadata.get(prefix + "expert_count", 0) and not family.gguf_experts:

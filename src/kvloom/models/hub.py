@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.errors import CheckpointError, DownloadError, ModelNotFoundError
-from kvloom.models.families import family_of_config
+from kvloom.spec.families import family_of_config
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 

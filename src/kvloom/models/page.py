@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvloom.models.compiled import unsupported
-from kvloom.models.families import FAMILIES
-from kvloom.models.families.rope import ROPE_KINDS
 from kvloom.spec.decoder import DecoderConfig
+from kvloom.spec.families import FAMILY_CONFIGS
+from kvloom.spec.families.rope import ROPE_KINDS
 
 
 def families_table() -> str:
     """Return what each family is, from its registry entry and its default config, as Markdown."""
     lines = ["| family | `architectures` in config.json | positions | norm, MLP | GGUF | CPU kernels |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for name, family in FAMILIES.items():
-        config = family.config({})
+    for name, family in FAMILY_CONFIGS.items():
+        config = family.read({})
         architectures = ", ".join(f"`{entry}`" for entry in family.architectures)
         gguf = f"`{family.gguf_architecture}`" if family.gguf_architecture else "no"
         kernels = "no" if unsupported(config, 16) else "yes"

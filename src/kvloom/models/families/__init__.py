@@ -1,9 +1,5 @@
-"""Model families: config and weight names, as data."""
+"""Model families: what their weights are called and how they are stored, as data."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.families.alibi import BLOOM, MPT
 from kvloom.models.families.falcon import FALCON
 from kvloom.models.families.family import Family
@@ -19,7 +15,7 @@ from kvloom.models.families.phi3 import PHI3
 from kvloom.models.families.qwen import QWEN2, QWEN3
 from kvloom.models.families.routed import MIXTRAL, QWEN3_MOE
 from kvloom.models.families.smollm3 import SMOLLM3
-from kvloom.registry import Registry, nearest
+from kvloom.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("model family")
 for _family in (
@@ -28,36 +24,4 @@ for _family in (
 ):  # fmt: skip
     FAMILIES.register(_family.name, _family)
 
-__all__ = ["FAMILIES", "Family", "family_of_config", "family_of_gguf"]
-
-
-def family_of_config(raw: Mapping[str, Any]) -> Family:
-    """Return the family of a config.json, by its `architectures`, else its `model_type`.
-
-    Raises `UnsupportedError` naming the known architectures, or `CheckpointError` when the config names none.
-    """
-    names = raw.get("architectures") or []
-    model_type = raw.get("model_type")
-    if not isinstance(names, list) or not (names or model_type):
-        raise CheckpointError("config.json names neither architectures nor a model_type; fetch the model again")
-    families = [family for _, family in FAMILIES.items()]
-    for family in families:
-        if any(name in family.architectures for name in names) or (not names and model_type in family.model_types):
-            return family
-    wanted = str(names[0] if names else model_type)
-    known = [name for family in families for name in (family.architectures if names else family.model_types)]
-    reasons = [f"kvloom knows {', '.join(known)}{nearest(wanted, known)}"]
-    if raw.get("auto_map"):
-        reasons.append("it needs code from the checkpoint (auto_map), which kvloom never runs")
-    raise UnsupportedError(f"the architecture {wanted!r}", reasons)
-
-
-def family_of_gguf(architecture: str, has_experts: bool = False) -> Family:
-    """Return the family of a GGUF file's `general.architecture`; raises `UnsupportedError` naming the known ones."""
-    families = [family for _, family in FAMILIES.items() if family.gguf_architecture is not None]
-    fitting = [family for family in families if family.gguf_architecture == architecture]
-    if not fitting:
-        known = list(dict.fromkeys(str(family.gguf_architecture) for family in families))
-        hint = nearest(architecture, known)
-        raise UnsupportedError(f"the GGUF architecture {architecture!r}", [f"kvloom knows {', '.join(known)}{hint}"])
-    return next((family for family in fitting if family.gguf_experts == has_experts), fitting[0])
+__all__ = ["FAMILIES", "Family"]

@@ -1,12 +1,9 @@
-"""What the older families share: LayerNorm, a plain MLP, one matrix for q, k and v, and entries by other names."""
+"""Weights that the older families share: LayerNorms, a plain MLP, one matrix for q, k and v."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.layout import contiguous_part, grouped_part, last_name, paired
-from kvloom.models.families.skeleton import ACTIVATIONS
 from kvloom.models.families.weight import (
     Shape,
     Transform,
@@ -27,46 +24,9 @@ from kvloom.models.families.weight import (
     up,
     vocab,
 )
-from kvloom.spec.decoder import DecoderConfig, LayerConfig
+from kvloom.spec.decoder import DecoderConfig
 
 Condition = Callable[[DecoderConfig], bool]
-
-
-def classic(reader: ConfigReader, family: str, layers: Sequence[LayerConfig], **entries: Any) -> DecoderConfig:
-    """Return a config with LayerNorms and a plain MLP; `entries` are those that `DecoderConfig` has no default for."""
-    width = entries["hidden_size"] // entries["num_heads"]
-    if entries["hidden_size"] % entries["num_heads"]:
-        reader.wrong("the hidden size", f"a multiple of {entries['num_heads']} heads", entries["hidden_size"])
-    common: dict[str, Any] = {
-        "family": family,
-        "vocab_size": reader.integer("vocab_size"),
-        "head_dim": width,
-        "layers": tuple(layers),
-        "query_scale": width**-0.5,
-        "tie_embeddings": reader.flag("tie_word_embeddings"),
-        "norm": "layer",
-        "norm_bias": True,
-        "gated": False,
-        "eos_token_ids": reader.token_ids("eos_token_id"),
-        "bos_token_id": next(iter(reader.token_ids("bos_token_id")), None),
-    }
-    return DecoderConfig(**{**common, **entries})
-
-
-def activation(reader: ConfigReader, key: str) -> str:
-    """Return the activation that the entry `key` names."""
-    return reader.choice(key, ACTIVATIONS)
-
-
-def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """Return ALiBi's slopes (Press et al. 2022): 2 ** (-8 h / P) of the largest power of two P within the heads.
-
-    Further heads take every other slope of 2 P heads, from the first on.
-    """
-    power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    more = [2.0 ** (-4.0 * (i + 1) / power) for i in range(0, 2 * (num_heads - power), 2)]
-    return (*slopes, *more)
 
 
 def norm_biased(c: DecoderConfig) -> bool:

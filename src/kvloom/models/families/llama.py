@@ -1,33 +1,17 @@
-"""Llama: Llama 1 to 3, SmolLM2 and other models of the same mathematics."""
+"""Weights of Llama; GGUF files hold q and k in another order of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvloom.models.families.config_reader import ConfigReader
 from kvloom.models.families.family import Family
-from kvloom.models.families.skeleton import skeleton
 from kvloom.models.families.weight import PRE_NORMS, PROJECTIONS, Weight
 from kvloom.spec.decoder import DecoderConfig
+from kvloom.spec.families import llama as configs
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _configure(reader: ConfigReader) -> DecoderConfig:
-    reader.refuse_if_set("mlp_bias")
-    window = None if reader.get(_WINDOW) is None else reader.integer(_WINDOW)
-    return skeleton(reader, "llama", [window] * reader.integer("num_hidden_layers"))
-
-
-_WINDOW = "window_of_all_layers"
-"""Entry that no config.json has: GGUF files call Mistral a llama, and a window in their metadata is of all layers."""
-
-
-def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
-    config[_WINDOW] = config.pop("sliding_window", None)
 
 
 def _halves_from_pairs(weight: Tensor, num_heads: int) -> Tensor:
@@ -57,25 +41,7 @@ def reordered(weight: Weight) -> Weight:
 
 
 LLAMA = Family(
-    name="llama",
-    architectures=("LlamaForCausalLM",),
-    model_types=("llama",),
-    gguf_architecture="llama",
-    defaults={
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    configure=_configure,
-    from_gguf=_from_gguf,
+    config=configs.LLAMA,
     weights=(
         *map(reordered, PROJECTIONS),
         *PRE_NORMS,

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvloom.models.families.config_reader import ConfigReader
 from kvloom.spec.decoder import RopeConfig
+from kvloom.spec.families.config_reader import ConfigReader
 
 Values = dict[str, float]
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from kvloom.models.families.config_reader import ConfigReader
-from kvloom.models.families.rope import ROPE_ALIASES, longest_position, rope_config, rope_params
 from kvloom.spec.decoder import DecoderConfig, LayerConfig, RopeConfig
+from kvloom.spec.families.config_reader import ConfigReader
+from kvloom.spec.families.rope import ROPE_ALIASES, longest_position, rope_config, rope_params
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                "gelu": "gelu"}  # fmt: skip
