@@ -89,7 +89,7 @@ class Life:
         """Process the prompt in pieces of `chunk`, cut where the policy looks again."""
         at = 0
         while at < self.prompt:
-            end = min(self.eviction.next_boundary(at), at + (chunk or self.prompt))
+            end = min(self.eviction.schedule.next_boundary(at), at + (chunk or self.prompt))
             self.feed(at, end)
             if end < self.prompt:
                 self.act()

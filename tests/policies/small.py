@@ -59,7 +59,7 @@ def small_engine(
         **options,
     )
     if kinds:
-        facts = engine.evictions.facts
+        facts = engine.policies.facts
         object.__setattr__(facts, "token_kinds", lambda: KINDS)
         object.__setattr__(facts, "replay_instruction", instruction)
     return engine

@@ -112,7 +112,7 @@ def test_kvzip_scores_what_a_replay_looks_up(lanes, group, normalised):
         for index, x in enumerate(extra):
             fed[index].append((now.first, now.last, x.q, x.k))
         life.cache.lanes.close(fork)
-    life.eviction.replay_scores = dict(scores.best)
+    life.eviction.record.replay_scores = dict(scores.best)
     life.act()
     for index, layer in enumerate(layers):
         layer.replay = brute_force.replay_scores(layer, fed[index], 3, PROMPT, norms if normalised else None)

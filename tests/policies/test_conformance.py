@@ -68,12 +68,12 @@ def test_a_method_keeps_its_budget_and_what_it_protects_and_frees_the_rest_for_o
     policy = Policy.parse(policy_of(name, pattern))
     request = engine.add(prompt_of(70), greedy(6), kv_policy=policy_of(name, pattern))
     protected = {}
-    choose = request.sequences[0].eviction._choose
+    choose = request.sequences[0].eviction.choice.make
 
     def watched(row):
         eviction = request.sequences[0].eviction
         for layer in eviction.layers:
-            context = eviction.context(layer, row)
+            context = eviction.contexts.of_layer(layer, row)
             first = engine.cache.layers[layer].first
             if not isinstance(policy.rule, Selector):
                 marks = policy.rule.protected(context) & context.valid
@@ -81,7 +81,7 @@ def test_a_method_keeps_its_budget_and_what_it_protects_and_frees_the_rest_for_o
                     protected[first + g] = context.positions[g][marks[g]].tolist()
         return choose(row)
 
-    request.sequences[0].eviction._choose = watched
+    request.sequences[0].eviction.choice.make = watched
     while request.sequences[0].num_output_tokens == 0:
         engine.step()
     lanes, row = engine.cache.lanes, request.sequences[0].row

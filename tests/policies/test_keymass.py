@@ -51,7 +51,7 @@ class Twice:
 def test_mass_from_the_kernels_is_that_of_the_definition_at_every_step(model, policy, chunk):
     engine = small_engine(model=model, prefix=False, max_num_batched_tokens=chunk)
     request = engine.add(prompt_of(200), greedy(20), kv_policy=policy)
-    twice = Twice(request.sequences[0].eviction.observation.mass)
+    twice = Twice(request.sequences[0].eviction.record.observation.mass)
     run(engine, [request], engine.cache.check_invariants)
     assert twice.compared > 20 and engine.kv_usage(request).evicted_tokens > 0
 

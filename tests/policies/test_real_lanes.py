@@ -128,7 +128,7 @@ def test_on_real_models_kvzip_keeps_what_its_formula_says(model, request):
         life.put(index, fork, layer.k[PROMPT:], layer.v[PROMPT:])
         scores.observe(index, fork, now, torch.from_numpy(layer.q[PROMPT:]).float(), None)
     life.cache.lanes.close(fork)
-    life.eviction.replay_scores = dict(scores.best)
+    life.eviction.record.replay_scores = dict(scores.best)
     life.act()
     for index, layer in enumerate(layers):
         passes = [(0, PROMPT, layer.q[PROMPT:], layer.k[PROMPT:])]

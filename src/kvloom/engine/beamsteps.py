@@ -68,7 +68,7 @@ class BeamSteps:
         for seat, found in chosen.items():
             seat.token_ids = grown[seat]
             if seat.eviction is not None:
-                seat.eviction.token_ids = seat.token_ids
+                seat.eviction.record.token_ids = seat.token_ids
             seat.cumulative_logprob = found.logprob
         search.take_over(chosen)
         return len(chosen)

@@ -12,6 +12,7 @@ from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.beamsteps import BeamSteps
 from kvloom.engine.detokenizer import IncrementalDetokenizer
 from kvloom.engine.evictions import Evictions
+from kvloom.engine.kvpolicies import KVPolicies
 from kvloom.engine.logits_processors import ProcessorFactory
 from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
 from kvloom.engine.params import SamplingParams
@@ -65,7 +66,7 @@ class Engine:
         self.observer: LogitsObserver | None = None
         self.max_position = max_model_len if max_position is None else max_position
         facts = None if tokenizer is None else TokenFacts(tokenizer)
-        self.evictions = Evictions(
+        self.policies = KVPolicies(
             runner,
             scheduler,
             own=kv_policy,
@@ -73,6 +74,7 @@ class Engine:
             token_kinds=None if facts is None else facts.kinds,
             replay_instruction=None if facts is None else facts.replay_instruction,
         )
+        self.evictions = Evictions(runner, scheduler)
         self.requests: dict[str, Request] = {}
         self.num_arrived = 0
         self.num_prompt_tokens = 0
@@ -137,7 +139,7 @@ class Engine:
             length_class=self.runner.model.config.length_class(len(prompt_token_ids) + max_tokens),
         )
         request.processors = self.processors.processors(params)
-        self.evictions.start(self.evictions.policy(kv_policy), request.sequences[0])
+        self.policies.start(self.policies.policy_of(kv_policy), request.sequences[0])
         self.scheduler.add(request)
         self._start_text(request.sequences[0])
         self.num_arrived += 1
@@ -171,7 +173,7 @@ class Engine:
         Raises `InvalidInputError` for wrong ids and lengths, `UnsupportedError` with every reason why the policy cannot
         run, and `DoesNotFitError` when the request could not run even alone.
         """
-        policy = self.evictions.policy(kv_policy)
+        policy = self.policies.policy_of(kv_policy)
         max_tokens = self._max_tokens(prompt, params, forced, policy)
         self.processors.processors(params)
         if params.n > self.scheduler.max_num_seqs:
@@ -179,7 +181,7 @@ class Engine:
         if policy is None:
             self.scheduler.check_fits(len(prompt) + max_tokens, "the request")
         else:
-            self.evictions.check(policy, prompt, len(prompt) + max_tokens, params.n)
+            self.policies.check_policy(policy, prompt, len(prompt) + max_tokens, params.n)
         return max_tokens
 
     def _max_tokens(
@@ -245,7 +247,7 @@ class Engine:
             self.runner.prompt_logprobs(work, output.hidden)
             self.scheduler.publish(work)
             traffic = Traffic(self.cache, work)
-            self.evictions.run(work)
+            self.evictions.evict(work)
             traffic.returned(self.cache)
             sequences, greedy, logits = self._sampling_rows(work, output)
             self._grow(sequences, greedy, logits)

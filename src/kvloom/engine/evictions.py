@@ -1,8 +1,4 @@
-"""Evictions: cache policies in the engine. Which are allowed, which fit, and what is forgotten after each step."""
-
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
-from dataclasses import replace
+"""Evictions: what cache policies drop after each step of the engine."""
 
 import numpy as np
 
@@ -10,106 +6,24 @@ from kvloom.attention.batch import AttentionBatch
 from kvloom.engine.request import Sequence
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler, Work
-from kvloom.errors import DoesNotFitError, UnsupportedError
+from kvloom.errors import DoesNotFitError
 from kvloom.models.model import StepWanted
-from kvloom.policies.allowlist import AllowList
 from kvloom.policies.eviction import Eviction
-from kvloom.policies.modelfacts import ModelFacts
-from kvloom.policies.policy import Policy
 from kvloom.policies.replay import ReplayPass, ReplayScores
-from kvloom.policies.tokenkinds import TokenKinds
 
 REPLAY_PIECE = 512
 """Tokens of a replay that go through the model at once: bounds the queries that are held for scoring."""
 
 
 class Evictions:
-    """The engine's own policy, the list of those that requests may ask for, and their work after each step."""
+    """Lets the policies of sequences act, and feeds the replays that some of them score by."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        scheduler: Scheduler,
-        *,
-        own: str | None,
-        allowed: Seq[str] | None,
-        token_kinds: Callable[[], TokenKinds] | None,
-        replay_instruction: Callable[[Seq[int]], list[int]] | None,
-    ) -> None:
-        """Raises `InvalidInputError` or `UnsupportedError` for an `own` or `allowed` policy that cannot be."""
-        self.own = None if own is None else Policy.parse(own)
-        self.allowed = AllowList(allowed, own)
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        model = runner.model
-        self.facts = ModelFacts(
-            num_query_heads=model.config.num_heads,
-            query_scale=model.config.query_scale,
-            inverse_frequencies=[model.inverse_frequencies(i) for i in range(model.config.num_layers)],
-            output_weight=model.output_weight,
-            max_position=model.config.max_position,
-            shows_layer_inputs=model.shows_layer_inputs,
-            token_kinds=token_kinds,
-            replay_instruction=replay_instruction,
-        )
         self.evicted_tokens = 0
 
-    def policy(self, asked: str | None) -> Policy | None:
-        """Return the policy of a request that asks for `asked`, the engine's own for None; None keeps everything.
-
-        Raises `InvalidInputError` for what cannot be read and `UnsupportedError` for what is not allowed or possible.
-        """
-        if asked is None:
-            return self.own
-        policy = Policy.parse(asked)
-        self.allowed.check(asked)
-        return policy
-
-    def check(self, policy: Policy, prompt: Seq[int], num_tokens: int, sequences: int) -> None:
-        """Raise unless a request of `num_tokens` under `policy` can run on this engine when it is alone.
-
-        `UnsupportedError` has every reason; `DoesNotFitError` the numbers.
-        """
-        cache = self.runner.cache
-        reasons = [*policy.refusals(cache.spec, len(prompt), self.facts), *self._unlike_weights(policy)]
-        if policy.needs.replay and len(cache.lanes.seen) <= self.scheduler.max_num_seqs:
-            reasons.append("a replay takes one sequence more in the lane table than max_num_seqs; there is none")
-        if reasons:
-            raise UnsupportedError(f"policy {policy.spec}", reasons)
-        eviction = Eviction(policy, cache, self.facts, prompt, len(prompt))
-        what = f"the request with {policy.spec}"
-        if not eviction.occupancy.may_drop(num_tokens):
-            self.scheduler.check_fits(num_tokens, what)
-            return
-        needed = eviction.occupancy.peak_bytes(num_tokens, self.scheduler.max_num_batched_tokens, sequences)
-        self.scheduler.check_bytes(needed, num_tokens, what)
-
-    def _unlike_weights(self, policy: Policy) -> list[str]:
-        """Return why attention weights that `policy` would compute from queries and keys are not the model's own."""
-        config = self.runner.model.config
-        if not (policy.needs.watches_queries or policy.needs.replay):
-            return []
-        terms = {"a softcap": config.score_softcap is not None, "ALiBi": bool(config.slopes), "sinks": config.sinks}
-        name = policy.spec.selector.name
-        return [
-            f"{name} scores by softmax(q.k), and scores of this model have {term}"
-            for term, there in terms.items()
-            if there
-        ]
-
-    def start(self, policy: Policy | None, sequence: Sequence) -> None:
-        """Put `policy` in charge of the first sequence of a request; nothing for None."""
-        if policy is not None:
-            request, model, facts = sequence.request, self.runner.model, self.facts
-            if request.length_class:
-                layers = range(model.config.num_layers)
-                thetas = [model.inverse_frequencies(layer, request.length_class) for layer in layers]
-                facts = replace(facts, inverse_frequencies=thetas)
-            sequence.eviction = Eviction(
-                policy, self.runner.cache, facts, sequence.token_ids, len(request.prompt_token_ids), request.seed
-            )
-
-    def run(self, work: list[Work]) -> None:
+    def evict(self, work: list[Work]) -> None:
         """Let the policies that are due forget; what they drop is back in the arena afterwards.
 
         Other sequences may be preempted. Raises `DoesNotFitError` when blocks are short for ever.
@@ -151,7 +65,7 @@ class Evictions:
                     self._feed(eviction, scores, fork, now, piece, sequence.request.length_class)
             finally:
                 lanes.close(fork)
-        eviction.replay_scores = scores.best
+        eviction.record.replay_scores = scores.best
 
     def _feed(
         self,

@@ -112,9 +112,9 @@ def output_of(request: Request, bits_per_element: float) -> RequestOutput:
 def _note(request: Request) -> str | None:
     """Return why the prefix cache was not used for this request as far as it could be, None when it was."""
     eviction = request.sequences[0].eviction
-    if eviction is None or eviction.usable_prefix >= len(request.prompt_token_ids):
+    if eviction is None or eviction.schedule.usable_prefix >= len(request.prompt_token_ids):
         return None
-    name, usable = eviction.policy.spec.selector.name, eviction.usable_prefix
+    name, usable = eviction.policy.spec.selector.name, eviction.schedule.usable_prefix
     if eviction.policy.needs.watches_queries:
         return f"{name} needs queries that a cached prefix does not have; at most {usable} tokens may come from one"
     return f"{name} evicts in the middle of the prompt; at most {usable} tokens may come from a cached prefix"

@@ -172,7 +172,7 @@ class Scheduler:
         assert sequence.row is not None
         start = int(self.lanes.seen[sequence.row])
         end = min(len(sequence.token_ids), start + budget)
-        boundary = None if sequence.eviction is None else sequence.eviction.next_boundary(start)
+        boundary = None if sequence.eviction is None else sequence.eviction.schedule.next_boundary(start)
         return (end if boundary is None else min(end, boundary)) - start
 
     def _victim(self, sequence: Sequence) -> Sequence:
@@ -294,7 +294,7 @@ class Scheduler:
         index = self.lanes.pool.index
         limit = len(sequence.token_ids) - 1
         if sequence.eviction is not None:
-            limit = min(limit, sequence.eviction.usable_prefix)
+            limit = min(limit, sequence.eviction.schedule.usable_prefix)
         match = index.match(sequence.token_ids, sequence.chain, limit)
         if match.num_blocks:
             assert sequence.row is not None
@@ -337,7 +337,7 @@ class Scheduler:
             child.chain.digests = list(parent.chain.digests)
             if child.eviction is not None and parent.eviction is not None:
                 before = child.eviction.evicted_tokens
-                child.eviction = parent.eviction.fork(child.token_ids, parent.eviction.seed)
+                child.eviction = parent.eviction.fork(child.token_ids, parent.eviction.record.seed)
                 child.eviction.evicted_tokens = before
             if child.row is not None:
                 self._close(child)

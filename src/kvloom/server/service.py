@@ -125,7 +125,7 @@ class Service:
         """
         policy = read_kv_policy(body.get("kv_policy"))
         try:
-            forgets = self.engine.evictions.policy(policy) is not None
+            forgets = self.engine.policies.policy_of(policy) is not None
         except KvloomError as error:
             raise bad_field("kv_policy", str(error), "unsupported") from None
         longest = self.engine.max_position if forgets else self.engine.max_model_len
