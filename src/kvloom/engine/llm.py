@@ -1,15 +1,19 @@
 """LLM: the Python API. A model, its cache and an engine in one object."""
 
 import os
-from collections.abc import Generator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.beam import BeamSearchParams
+from kvloom.engine.callers import Add, Call, Callers, add_all
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.engine import Engine
 from kvloom.engine.output import RequestOutput
@@ -52,6 +56,10 @@ class LLM:
     model's config.json, such as `{"rope_scaling": {...}}`. `populate` makes the first pages of the cache
     and of a step's buffers at once: the start takes up to half a second longer, and a first long prompt need not wait
     for them. Raises `KvloomError`s: model not found, checkpoint damaged, unsupported, does not fit.
+
+    Methods may be called from any number of threads: one thread runs the engine, and the requests of all callers share
+    its steps. It ends with `close`, which leaving a `with` block and garbage collection call too. `engine` is for one
+    thread, and only while no call runs. A process that was forked while no call ran may go on with its copy.
     """
 
     def __init__(
@@ -137,6 +145,22 @@ class LLM:
             allow_kv_policies=config.allow_kv_policies,
             max_position=config.max_model_len or checkpoint.config.max_position,
         )
+        self._callers = Callers(self.engine)
+        self._finalizer = weakref.finalize(self, self._callers.close)
+
+    def close(self) -> None:
+        """End the engine's thread; calls that wait fail, and later ones raise `InvalidInputError`."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        """Return itself, to be closed on leaving."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
 
     @property
     def max_model_len(self) -> int:
@@ -162,33 +186,21 @@ class LLM:
             params = [SamplingParams() if sampling_params is None else sampling_params] * len(several)
         if len(params) != len(several):
             raise InvalidInputError(f"{len(several)} prompts need as many sampling_params, or one; got {len(params)}")
-        requests: list[Request] = []
-        try:
-            for prompt, chosen in zip(several, params, strict=True):
-                requests.append(self._add(prompt, chosen))
-            self._run(requests, use_tqdm and len(requests) > 1)
-        except BaseException:
-            for request in requests:
-                self.engine.abort(request.request_id)
-            raise
-        return [self.engine.output(request) for request in requests]
+        adds = [self._adding(prompt, chosen) for prompt, chosen in zip(several, params, strict=True)]
+        return self._finished(add_all(adds), use_tqdm and len(adds) > 1, len(adds))
 
     def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams | None = None) -> list[RequestOutput]:
         """Return one finished `RequestOutput` for each prompt, whose outputs are the best sequences, best first.
 
         `cumulative_logprob` of an output is the sum over its tokens. Raises as `generate` does; nothing is left behind.
         """
-        requests: list[Request] = []
-        try:
-            for prompt in _several(prompts):
-                ids, options = self._read_prompt(prompt)
-                requests.append(self.engine.add_beam_search(ids, params or BeamSearchParams(), **options))
-            self._run(requests, show=False)
-        except BaseException:
-            for request in requests:
-                self.engine.abort(request.request_id)
-            raise
-        return [self.engine.output(request) for request in requests]
+        adds: list[Callable[[Engine], Request]] = []
+        for prompt in _several(prompts):
+            ids, options = self._read_prompt(prompt)
+            adds.append(
+                partial(Engine.add_beam_search, prompt_token_ids=ids, params=params or BeamSearchParams(), **options)
+            )
+        return self._finished(add_all(adds), False, len(adds))
 
     def chat(
         self,
@@ -210,21 +222,31 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """Yield the request as it grows, after every token; closing the iterator early aborts it."""
-        request = self._add(prompt, sampling_params or SamplingParams())
-        try:
+        """Yield the request as it grows, after every token; closing the iterator early aborts it.
+
+        It grows while somebody waits for a token, be it here or in another call, whose steps may bring several at once.
+        """
+        call = Call(add_all([self._adding(prompt, sampling_params or SamplingParams())]), streaming=True)
+        with self._closing(call):
             while True:
-                if request in self.engine.step() or request.finished:  # others may have stepped it to its end
-                    output = self.engine.output(request)
-                    yield output
-                    if output.finished:
-                        return
-        finally:
-            self.engine.abort(request.request_id)
+                (output,) = self._callers.wait_for(call)
+                yield output
+                if output.finished:
+                    return
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request of any caller before the next step, who then gets it with the finish reason `abort`.
+
+        Returns what it had, or None when there is no such request. Its blocks are free on return.
+        """
+        return self._callers.ask(lambda engine: engine.abort(request_id))
 
     def stats(self) -> dict[str, Any]:
-        """Return counters of the engine and bytes of the cache."""
-        engine, cache = self.engine, self.engine.cache
+        """Return counters of the engine and bytes of the cache, as they are between two steps."""
+        return self._callers.ask(self._counts)
+
+    def _counts(self, engine: Engine) -> dict[str, Any]:
+        cache = engine.cache
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -248,11 +270,14 @@ class LLM:
             "step_seconds": engine.step_seconds,
         }
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _adding(self, prompt: Prompt, params: SamplingParams) -> Callable[[Engine], Request]:
+        """Return what queues a request; the prompt is read, and a form of answers compiled, in the caller's thread."""
         if not isinstance(params, SamplingParams):
             raise InvalidInputError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
         ids, options = self._read_prompt(prompt)
-        return self.engine.add(ids, params, **options)
+        if params.structured_outputs is not None:
+            self.engine.processors.processors(params)
+        return partial(Engine.add, prompt_token_ids=ids, params=params, **options)
 
     def _read_prompt(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
         """Return the token ids of a prompt and its options, the text among them."""
@@ -277,15 +302,21 @@ class LLM:
             ids = _token_ids(prompt)
         return ids, {"prompt": text, **options}
 
-    def _run(self, requests: list[Request], show: bool) -> None:
-        """Step until all of `requests` have ended."""
-        with _progress_bar(len(requests)) if show else nullcontext() as bar:
-            pending = requests
-            while pending:
-                self.engine.step()
-                pending = [request for request in pending if not request.finished]
-                if bar is not None:
-                    bar.show(len(requests) - len(pending), self.engine.num_generated_tokens, self.engine.step_seconds)
+    def _finished(self, add: Add, show: bool, total: int) -> list[RequestOutput]:
+        """Return the outputs of the requests that `add` queues, once all have ended."""
+        call, engine = Call(add), self.engine
+        with _progress_bar(total) if show else nullcontext() as bar, self._closing(call):
+
+            def shown(call: Call) -> None:
+                assert bar is not None
+                bar.show(total - len(call.pending), engine.num_generated_tokens, engine.step_seconds)
+
+            return self._callers.wait_for(call, None if bar is None else shown) if total else []
+
+    def _closing(self, call: Call) -> ExitStack:
+        stack = ExitStack()
+        stack.callback(self._callers.close_call, call)
+        return stack
 
 
 def _progress_bar(total: int) -> "ProgressBar":

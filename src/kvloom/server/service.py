@@ -15,7 +15,6 @@ from kvloom.engine.params import SamplingParams
 from kvloom.errors import InvalidInputError, KvloomError
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.registry import nearest
-from kvloom.server.enginethread import EngineThread
 from kvloom.server.exchange import Context, parse_json, read_bytes
 from kvloom.server.feed import Feed
 from kvloom.server.fields import Body, Field, read_body
@@ -24,6 +23,7 @@ from kvloom.server.metrics import ServerMetrics
 from kvloom.server.queue import Place, Queue
 from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.sampling import SamplingLimits
+from kvloom.server.servingthread import ServingThread
 from kvloom.server.settings import ServerConfig
 from kvloom.server.ticket import Ticket
 from kvloom.server.usage import Usage
@@ -58,7 +58,7 @@ class Service:
             "max_model_len": str(self.engine.max_model_len),
         }
         self.metrics = ServerMetrics(self.names[0], cache_config)
-        self.thread = EngineThread(self.engine, self.metrics)
+        self.thread = ServingThread(self.engine, self.metrics)
         self.dog = Watchdog(config.client_timeout)
         self.draining = False
         self.num_open = 0  # HTTP requests that are being answered

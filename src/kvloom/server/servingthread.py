@@ -1,16 +1,15 @@
-"""EngineThread: the only thread that touches the engine. Commands come in by a queue, news leaves once a step."""
+"""ServingThread: the engine's thread in a server. Tickets come in, news leaves once a round."""
 
 import asyncio
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from kvloom.engine.engine import Engine
+from kvloom.engine.enginethread import EngineThread
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import KvloomError
 from kvloom.server.answer import Update
@@ -18,6 +17,8 @@ from kvloom.server.enginestats import EngineStats, read_stats
 from kvloom.server.metrics import ServerMetrics
 from kvloom.server.refusal import Refusal, refusal_of
 from kvloom.server.ticket import Ledger, Ticket
+
+T = TypeVar("T")
 
 logger = logging.getLogger("kvloom.engine")
 
@@ -38,8 +39,8 @@ class _Mail:
     update: Update
 
 
-class EngineThread:
-    """Runs `Engine.step` while there is work. All methods may be called from any thread; none waits for a step.
+class ServingThread(EngineThread):
+    """Runs `Engine.step` while there is work. All methods are for any thread; none but `stop` waits for a step.
 
     A step that fails fails its requests (500). When three steps in a row fail, everything is failed and one token is
     generated as a probe; if that fails too, or the cache's books no longer agree, the engine is dead and
@@ -47,19 +48,17 @@ class EngineThread:
     """
 
     def __init__(self, engine: Engine, metrics: ServerMetrics) -> None:
-        self.engine = engine
+        super().__init__(engine, "engine")
         self.metrics = metrics
         self.alive = True
         self.error: BaseException | None = None
         self.stats: EngineStats = read_stats(engine)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ledgers: dict[str, Ledger] = {}
         self._mail: list[_Mail] = []
         self._failures = 0
         self._idle_steps = 0
         self._counted = 0.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- for other threads ----------------------------------------------------------------------------------------
 
@@ -68,71 +67,40 @@ class EngineThread:
         self._loop = loop
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the current step; what still runs is aborted. Waits for the thread."""
-        self._commands.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
-
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Hand over the prompts of one body; raises `Refusal` 503 when the engine is dead."""
         if not self.alive:
             raise Refusal(503, DEAD, code="engine_dead")
-        self._commands.put(lambda: self._admit(tickets))
+        self._put(lambda: self._admit(tickets))
 
     def abort(self, tickets: Sequence[Ticket]) -> None:
         """End what is left of `tickets` before the next step begins; their blocks are free then."""
-        self._commands.put(lambda: self._abort(tickets))
+        self._put(lambda: self._abort(tickets))
 
     def fail_all(self, refusal: Refusal) -> None:
         """End everything that runs or waits, before the next step, with `refusal`."""
-        self._commands.put(lambda: self._fail(list(self._ledgers.values()), refusal, "abort"))
+        self._put(lambda: self._fail(list(self._ledgers.values()), refusal, "abort"))
 
-    def call(self, function: Callable[[Engine], Any]) -> "Future[Any]":
-        """Run `function` between two steps and return its future result."""
-        done: Future[Any] = Future()
+    def call(self, function: Callable[[Engine], T]) -> "Future[T]":
+        """Run `function` between two steps and return its future result, `Refusal` 503 when the engine is dead."""
         if not self.alive:
+            done: Future[T] = Future()
             done.set_exception(Refusal(503, DEAD, code="engine_dead"))
             return done
-
-        def command() -> None:
-            try:
-                done.set_result(function(self.engine))
-            except Exception as error:
-                done.set_exception(error)
-
-        self._commands.put(command)
-        return done
+        return super().call(function)
 
     # ---- the thread -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while self._take_commands():
-                if self.engine.has_work:
-                    self._step()
-                self._count()
-                self._post()
-            for request_id in list(self._ledgers):
-                self.engine.abort(request_id)
-        except BaseException as error:
-            self._die(error)
+    def _wants_step(self) -> bool:
+        return self.engine.has_work
 
-    def _take_commands(self) -> bool:
-        """Carry out what is queued, waiting for a first command when there is nothing else to do; False to end."""
-        if not self.engine.has_work:
-            command = self._commands.get()
-            if command is None:
-                return False
-            command()
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
+    def _finish_round(self) -> None:
+        self._count()
+        self._post()
+
+    def _end(self) -> None:
+        for request_id in list(self._ledgers):
+            self.engine.abort(request_id)
 
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         """Queue all of `tickets` in the engine, or none and report why."""
