@@ -55,6 +55,9 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
   const int visible = lane_begin(call.lanes, table_row, lane), end = lane_end(call.lanes, call.batch, task.seq, lane);
   const float scale = call.scale * (call.softcap > 0 ? 1.0f : kLog2E);
   const std::size_t size = call.q_element == Element::kFloat ? 4 : 2;
+  const int32_t* slot_position = nullptr;
+  if (call.slopes && call.slot_positions && call.slot_positions[table_row].first)
+    slot_position = call.slot_positions[table_row].first + lane * call.slot_positions[table_row].lane_stride;
   int r = 0;
   for (int i = task.q0; i < task.q1; ++i)
     for (int h = 0; h < heads; ++h, ++r) {
@@ -65,7 +68,7 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
       const int last = end - n + i + 1;
       rows.last[r] = last;
       rows.first[r] = shape.window ? std::max(visible, last - shape.window) : visible;
-      rows.position[r] = last - 1;
+      rows.position[r] = slot_position ? slot_position[last - 1] : last - 1;
       if (call.slopes) rows.slope[r] = call.slopes[task.kv_head * heads + h];
     }
   AttendArgs args = {};
@@ -86,6 +89,7 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
   args.softcap = call.softcap;
   args.slope = call.slopes ? rows.slope : nullptr;
   args.position = rows.position;
+  args.slot_position = slot_position;
   args.bias = call.bias ? call.bias + table_row * call.bias_seq_stride + lane * call.bias_lane_stride : nullptr;
   args.peak = rows.peak;
   args.total = rows.total;
@@ -279,6 +283,14 @@ void key_mass(Team& team, const AttentionCall& call, const float* lse, float* ma
   }
 }
 
+namespace {
+
+void clamp(float* x, int n, float most) {
+  for (int i = 0; i < n; ++i) x[i] = std::clamp(x[i], -most, most);
+}
+
+}  // namespace
+
 void append(Team& team, const AppendCall& call) {
   const Kernels& kernel = kernels();
   const LayerShape& shape = call.shape;
@@ -297,21 +309,24 @@ void append(Team& team, const AppendCall& call) {
     char* at = static_cast<char*>(query ? call.q : call.k) +
                (static_cast<std::size_t>(t) * (query ? call.q_stride : call.k_stride) +
                 static_cast<std::size_t>(h) * shape.k_width) * size;
-    const float* norm = query ? call.q_norm : call.k_norm;
+    const Norm& norm = query ? call.q_norm : call.k_norm;
     float* const head = wide ? reinterpret_cast<float*>(at) : own_head;
     if (!wide) kernel.to_float(call.element, at, head, shape.k_width);
-    if (norm) kernel.rms_norm(head, norm, shape.k_width, call.eps, head);
+    if (call.clip > 0) clamp(head, shape.k_width, call.clip);
+    if (norm) normalise(kernel, norm, head, shape.k_width, head);
     if (call.cos_sin && call.rotary)
       kernel.rope(head, shape.k_width, call.cos_sin + static_cast<std::size_t>(t) * call.rotary, call.rotary);
-    if (!wide && (norm || (call.cos_sin && call.rotary)))
+    if (!wide && (call.clip > 0 || norm || (call.cos_sin && call.rotary)))
       kernel.from_float(call.element, head, at, shape.k_width);
     if (query) continue;
     const int row = call.batch.seq_rows[seq];
     const int slot = lane_end(call.lanes, call.batch, seq, shape.lane_offset + h) - call.batch.cu_seqlens[seq + 1] + t;
     const char* v = static_cast<const char*>(call.v) +
                     (static_cast<std::size_t>(t) * call.v_stride + static_cast<std::size_t>(h) * shape.v_width) * size;
-    const float* const value = wide ? reinterpret_cast<const float*>(v) : own_values;
-    if (!wide) kernel.to_float(call.element, v, own_values, shape.v_width);
+    const bool as_given = wide && call.clip == 0;
+    const float* const value = as_given ? reinterpret_cast<const float*>(v) : own_values;
+    if (!as_given) kernel.to_float(call.element, v, own_values, shape.v_width);
+    if (call.clip > 0) clamp(own_values, shape.v_width, call.clip);
     kernel.write_slot(lane_of(call.lanes, shape, row, h), slot, head, value);
   }
 }

@@ -7,6 +7,7 @@
 
 #include "huge_allocator.h"
 #include "kernels/kernels.h"
+#include "norm.h"
 #include "thread_pool.h"
 
 namespace kvloom {
@@ -51,6 +52,12 @@ struct LayerShape {
   int window = 0;  // 0: none
 };
 
+// Positions of the tokens in each slot of one sequence's lanes, for lanes that lost tokens: [lanes, slots].
+struct SlotPositions {
+  const int32_t* first = nullptr;  // null: slots are as far apart as their tokens
+  std::ptrdiff_t lane_stride = 0;
+};
+
 struct AttentionCall {
   LaneTable lanes;
   Batch batch;
@@ -60,6 +67,7 @@ struct AttentionCall {
   float softcap = 0;
   const float* sinks = nullptr;   // [H] natural logits that join every row's denominator
   const float* slopes = nullptr;  // [H] ALiBi
+  const SlotPositions* slot_positions = nullptr;  // [num_seqs] by row of the table, with slopes; or null
   const float* bias = nullptr;    // natural, [num_seqs, num_lanes, slots]
   std::ptrdiff_t bias_seq_stride = 0, bias_lane_stride = 0;
   Element q_element = Element::kFloat;
@@ -95,12 +103,11 @@ struct AppendCall {
   std::ptrdiff_t q_stride = 0, k_stride = 0, v_stride = 0;  // elements between tokens
   const float* cos_sin = nullptr;  // [T, rotary]: cosines, then sines; null: no rotation
   int rotary = 0;
-  const float* q_norm = nullptr;  // [k_width]
-  const float* k_norm = nullptr;
-  float eps = 0;
+  float clip = 0;       // bounds all of q, k and v before anything else; 0: nothing
+  Norm q_norm, k_norm;  // of each head [k_width]
 };
 
-// Norm, rotate and store: slot end - n + i of each lane receives token i of the sequence's n. No barrier after.
+// Clip, norm, rotate and store: slot end - n + i of each lane receives token i of the sequence's n. No barrier after.
 void append(Team& team, const AppendCall& call);
 
 Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int kv_head);

@@ -14,81 +14,30 @@ namespace kvloom {
 
 namespace {
 
-template <class Buffer> void reserve(Buffer& buffer, std::size_t n) {
-  if (buffer.size() < n) {
-    buffer.clear();  // nothing is kept between steps: no copy
-    buffer.resize(n);
-  }
-}
-
-// Memory for tiles of `rows` rows.
-Tiles tiles_in(Product product, int rows, int k, StepMemory::Buffer<char>& data, StepMemory::Buffer<float>& scale) {
-  Tiles tiles = tiles_shape(product, rows, k);
-  reserve(data, tiles.bytes() + 64);
-  reserve(scale, static_cast<std::size_t>(rows));
-  tiles.data = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(data.data()) + 63) & ~std::uintptr_t{63});
-  tiles.scale = scale.data();
-  return tiles;
-}
-
-// What lies between the last element of a row and the end of its last slice meets zero weights; it must be finite.
-void clear_padding(const Tiles& tiles, int begin, int end) {
-  const int bytes = activation_bytes(tiles.product);
-  for (int s = 0; s < tiles.num_slices; ++s) {
-    const int used = std::clamp(tiles.k - s * tiles.slice_elements, 0, tiles.slice_elements);
-    if (used == tiles.slice_elements) continue;
-    for (int t = begin; t < end; ++t)
-      std::memset(tiles.row(t, s) + used * bytes, 0, static_cast<std::size_t>(tiles.slice_elements - used) * bytes);
-  }
-}
+// What one thread knows on its way through the parts of a layer.
+struct Flow {
+  std::size_t layer;
+  int part = 0;
+  const Stretch* stretch;
+  Tiles input = {};  // what the last kNorm made
+};
 
 class Step {
  public:
   Step(const DecoderModel& model, const StepCall& call, StepMemory& memory, int num_threads)
       : model_(model), call_(call), memory_(memory), kernel_(kernels()), num_tokens_(call.batch.num_tokens),
         stretches_(call.batch, query_block(model.layers.front().shape)), wanted_(call, stretches_) {
-    const int longest = stretches_.longest();
-    const std::size_t hidden = static_cast<std::size_t>(model.hidden), rows = static_cast<std::size_t>(longest);
-    std::size_t qkv = 0, wide = 0, rotary = 0;
-    bool branch = false;
-    for (const DecoderLayer& layer : model.layers) {
-      branch |= layer.post_attention_norm || layer.post_mlp_norm;
-      qkv = std::max(qkv, static_cast<std::size_t>(layer.qkv->n));
-      if (layer.down->product == Product::kInt8Int8) wide = std::max(wide, static_cast<std::size_t>(layer.down->k));
-      if (layer.o->product == Product::kInt8Int8) wide = std::max(wide, static_cast<std::size_t>(layer.o->k));
-    }
-    for (const Rope& rope : model.ropes) rotary += 2 * rope.inverse_frequency.size();
-    reserve(memory.x, static_cast<std::size_t>(num_tokens_) * hidden);
-    reserve(memory.qkv, rows * qkv);
-    reserve(memory.branch, branch ? rows * hidden : 0);
-    reserve(memory.wide, rows * wide);
-    reserve(memory.cos_sin, static_cast<std::size_t>(num_tokens_) * rotary);
-    if (call.num_logits && !call.logits)
-      reserve(memory.logits, static_cast<std::size_t>(call.num_logits) * static_cast<std::size_t>(model.vocab));
-    const std::size_t threads = static_cast<std::size_t>(num_threads);
-    memory.own_tiles.resize(std::max(memory.own_tiles.size(), threads));
-    memory.own_row.resize(std::max(memory.own_row.size(), threads));
-    reserve(memory.own_scale, threads * 16);
-    for (auto& row : memory.own_row) reserve(row, hidden);
-    const DecoderLayer& first = model.layers.front();
-    hidden_tiles_ = tiles_in(first.qkv->product, longest, model.hidden, memory.hidden_tiles, memory.hidden_scale);
-    attention_tiles_ = tiles_in(first.o->product, longest, first.o->k, memory.attention_tiles, memory.attention_scale);
-    wide_tiles_ = tiles_in(first.down->product, longest, first.down->k, memory.wide_tiles, memory.wide_scale);
+    memory.reserve(model, num_tokens_, stretches_.longest(), call.num_logits, call.logits ? 0 : call.num_logits,
+                   num_threads);
     if (call.num_logits)
-      output_tiles_ = tiles_in(model.output->product, call.num_logits, model.hidden, memory.output_tiles,
-                               memory.output_scale);
-    const Tiles one = tiles_shape(first.qkv->product, 1, model.hidden);
-    for (auto& tile : memory.own_tiles) reserve(tile, one.bytes() + 64);
+      output_tiles_ = memory.output.tiles(model.output->product, call.num_logits, call.num_logits, model.hidden);
   }
 
   void run(Team& team) {
     int begin, end;
     team.share(num_tokens_, &begin, &end);
-    embed(begin, end);
+    embed(team, begin, end);
     rotations(begin, end);
-    team.share(stretches_.longest(), &begin, &end);
-    clear_padding(attention_tiles_, begin, end);
-    clear_padding(wide_tiles_, begin, end);
     team.barrier();
     for (std::size_t l = 0; l < model_.layers.size(); ++l)
       for (int s = 0; s < stretches_.size(); ++s) layer(team, l, s);
@@ -103,28 +52,39 @@ class Step {
   }
 
   float* x(int t) { return memory_.x.data() + static_cast<std::size_t>(t) * model_.hidden; }
+  float* own_row(const Team& team) { return memory_.own_row[static_cast<std::size_t>(team.id())].data(); }
 
-  void embed(int begin, int end) {
+  void embed(const Team& team, int begin, int end) {
     for (int t = begin; t < end; ++t) {
       unpack_row(*model_.embedding, call_.ids[t], x(t));
       if (model_.embedding_scale != 1)
         for (int i = 0; i < model_.hidden; ++i) x(t)[i] *= model_.embedding_scale;
+      if (model_.position_table) {
+        unpack_row(*model_.position_table, call_.positions[t], own_row(team));
+        kernel_.add(x(t), own_row(team), model_.hidden);
+      }
+      if (model_.embedding_norm) normalise(kernel_, model_.embedding_norm, x(t), model_.hidden, x(t));
     }
   }
 
   void rotations(int begin, int end) {
     float* table = memory_.cos_sin.data();
+    const float* own = call_.frequencies;
     for (const Rope& rope : model_.ropes) {
       const std::size_t half = rope.inverse_frequency.size();
+      int seq = 0;
       for (int t = begin; t < end; ++t) {
+        while (call_.batch.cu_seqlens[seq + 1] <= t) ++seq;
+        const float* frequency = own ? own + static_cast<std::size_t>(seq) * half : rope.inverse_frequency.data();
         float* row = table + static_cast<std::size_t>(t) * 2 * half;
         for (std::size_t i = 0; i < half; ++i) {
-          const float angle = static_cast<float>(call_.positions[t]) * rope.inverse_frequency[i];
-          row[i] = std::cos(angle) * rope.amplitude;
-          row[half + i] = std::sin(angle) * rope.amplitude;
+          const float angle = static_cast<float>(call_.positions[t]) * frequency[i];
+          row[i] = std::cos(angle) * rope.amplitude[i];
+          row[half + i] = std::sin(angle) * rope.amplitude[i];
         }
       }
       table += static_cast<std::size_t>(num_tokens_) * 2 * half;
+      if (own) own += static_cast<std::size_t>(call_.batch.num_seqs) * half;
     }
   }
 
@@ -135,31 +95,168 @@ class Step {
     return table;
   }
 
-  // The tiles of a stretch: the same memory, cut up in the same way, for each.
-  static Tiles of_stretch(Tiles tiles, const Stretch& stretch) {
-    tiles.num_rows = stretch.batch.num_tokens;
-    return tiles;
+  // Inputs of a product over the rows of a stretch: the same memory, cut up in the same way, for each.
+  Tiles tiles(StepMemory::Inputs& inputs, const PackedWeight& reader, const Flow& flow) {
+    return inputs.tiles(reader.product, stretches_.longest(), flow.stretch->batch.num_tokens, reader.k);
   }
 
-  // Normed activations of the residual stream for the next product. A single row is cheaper to norm twice than to
-  // wait for; a batch is shared.
-  Tiles normed(Team& team, const float* weight, const Stretch& stretch) {
-    const std::size_t id = static_cast<std::size_t>(team.id());
-    float* row = memory_.own_row[id].data();
-    Tiles tiles = of_stretch(hidden_tiles_, stretch);
-    if (num_tokens_ == 1) {
-      auto& own = memory_.own_tiles[id];
-      tiles.data = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(own.data()) + 63) & ~std::uintptr_t{63});
-      tiles.scale = memory_.own_scale.data() + id * 16;
+  // One layer over one stretch, whose keys and values go to the lanes before it looks at them; earlier stretches of the
+  // same layer are there already, and nobody looks at later ones.
+  void layer(Team& team, std::size_t index, int s) {
+    const DecoderLayer& layer = model_.layers[index];
+    Flow flow = {index, layer.first, &stretches_[s]};
+    if (call_.input_norms) measure(team, flow);
+    for (; flow.part < layer.last; ++flow.part) {
+      const Part& part = model_.parts[static_cast<std::size_t>(flow.part)];
+      switch (part.kind) {
+        case PartKind::kNorm: norm(team, part, flow); break;
+        case PartKind::kHeads:
+          linear(team, {part.weight, &flow.input, Finish::kStore, Element::kFloat, Activation::kSilu,
+                        memory_.qkv.data(), static_cast<std::size_t>(part.weight->n), nullptr});
+          team.barrier();
+          break;
+        case PartKind::kAppend:
+          append_heads(team, part, flow);
+          if (index + 1 == model_.layers.size() && wanted_.fewer()) {
+            keep_wanted(team, s, layer.shape);
+            flow.stretch = &wanted_[s];
+            if (flow.stretch->batch.num_tokens == 0) return;
+          }
+          break;
+        case PartKind::kAttend: attend(team, part, flow); break;
+        case PartKind::kUp: up(team, part, flow); break;
+        case PartKind::kAdd: add(team, part, flow); break;
+      }
     }
+  }
+
+  void measure(Team& team, const Flow& flow) {
+    int begin, end;
+    team.share(flow.stretch->batch.num_tokens, &begin, &end);
+    for (int t = flow.stretch->first + begin; t < flow.stretch->first + end; ++t) {
+      double squares = 0;
+      for (int i = 0; i < model_.hidden; ++i) squares += static_cast<double>(x(t)[i]) * x(t)[i];
+      call_.input_norms[flow.layer * static_cast<std::size_t>(num_tokens_) + t] = static_cast<float>(std::sqrt(squares));
+    }
+  }
+
+  // A single row is cheaper to norm twice than to wait for; a batch is shared.
+  void norm(Team& team, const Part& part, Flow& flow) {
+    const bool single = num_tokens_ == 1;
+    flow.input = single ? memory_.own(team.id(), part.reader->product, part.reader->k)
+                        : tiles(memory_.normal, *part.reader, flow);
     int begin = 0, end = 1;
-    if (num_tokens_ > 1) team.share(tiles.num_rows, &begin, &end);
+    if (!single) team.share(flow.input.num_rows, &begin, &end);
     for (int t = begin; t < end; ++t) {
-      kernel_.rms_norm(x(stretch.first + t), weight, model_.hidden, model_.eps, row);
-      kernel_.pack_row(tiles, t, row);
+      normalise(kernel_, part.norm, x(flow.stretch->first + t), model_.hidden, own_row(team));
+      kernel_.pack_row(flow.input, t, own_row(team));
     }
-    if (num_tokens_ > 1) team.barrier();
-    return tiles;
+    if (!single) team.barrier();
+  }
+
+  int queries_width(const LayerShape& shape) const { return shape.num_heads * shape.k_width; }
+  std::ptrdiff_t heads_stride(const LayerShape& shape) const {
+    return queries_width(shape) + static_cast<std::ptrdiff_t>(shape.num_kv_heads) * (shape.k_width + shape.v_width);
+  }
+
+  void append_heads(Team& team, const Part& part, const Flow& flow) {
+    const LayerShape& shape = model_.layers[flow.layer].shape;
+    const std::ptrdiff_t stride = heads_stride(shape);
+    float* q = memory_.qkv.data();
+    AppendCall store;
+    store.lanes = call_.lanes;
+    store.batch = flow.stretch->batch;
+    store.shape = shape;
+    store.q = q;
+    store.k = q + queries_width(shape);
+    store.v = q + queries_width(shape) + static_cast<std::ptrdiff_t>(shape.num_kv_heads) * shape.k_width;
+    store.q_stride = store.k_stride = store.v_stride = stride;
+    if (part.rope >= 0) {
+      store.rotary = 2 * static_cast<int>(model_.ropes[static_cast<std::size_t>(part.rope)].inverse_frequency.size());
+      store.cos_sin = rotation(part.rope) + static_cast<std::ptrdiff_t>(flow.stretch->first) * store.rotary;
+    }
+    store.clip = part.clip;
+    store.q_norm = part.q_norm;
+    store.k_norm = part.k_norm;
+    append(team, store);
+    team.barrier();
+    if (!call_.queries || team.id() != 0) return;
+    const std::size_t width = static_cast<std::size_t>(queries_width(shape));
+    for (int i = 0; i < call_.num_queries; ++i) {
+      const int t = call_.query_rows[i] - flow.stretch->first;
+      if (t >= 0 && t < flow.stretch->batch.num_tokens)
+        std::memcpy(call_.queries + (flow.layer * call_.num_queries + i) * width, q + t * stride, width * 4);
+    }
+  }
+
+  // Move the rows of a stretch that somebody waits for to its front: the residual stream and the queries.
+  void keep_wanted(Team& team, int s, const LayerShape& shape) {
+    if (team.id() == 0) {
+      float* q = memory_.qkv.data();
+      const std::ptrdiff_t stride = heads_stride(shape);
+      const std::vector<int>& sources = wanted_.sources(s);
+      const int first = wanted_[s].first;
+      for (std::size_t j = 0; j < sources.size(); ++j) {
+        const int t = static_cast<int>(j), from = sources[j];
+        if (t == from) continue;
+        std::memcpy(x(first + t), x(first + from), static_cast<std::size_t>(model_.hidden) * sizeof(float));
+        std::memcpy(q + t * stride, q + from * stride, static_cast<std::size_t>(queries_width(shape)) * sizeof(float));
+      }
+    }
+    team.barrier();
+  }
+
+  void attend(Team& team, const Part& part, const Flow& flow) {
+    const LayerShape& shape = model_.layers[flow.layer].shape;
+    const Tiles made = tiles(memory_.attended, *part.reader, flow);
+    clear_share(team, made);
+    AttentionCall read;
+    read.lanes = call_.lanes;
+    read.batch = flow.stretch->batch;
+    read.shape = shape;
+    const bool low = model_.dtype == Element::kBf16 &&
+                     (call_.lanes.store == Element::kBf16 || call_.lanes.store == Element::kInt8);
+    read.compute = low ? Element::kBf16 : Element::kFloat;
+    read.scale = part.scale;
+    read.softcap = part.softcap;
+    read.sinks = part.sinks;
+    read.slopes = part.slopes;
+    read.slot_positions = call_.slot_positions;
+    read.bias = call_.bias;
+    read.bias_seq_stride = call_.bias_seq_stride;
+    read.bias_lane_stride = call_.bias_lane_stride;
+    read.q = memory_.qkv.data();
+    read.q_stride = heads_stride(shape);
+    const bool quantised = part.reader->product == Product::kInt8Int8;
+    if (quantised) {
+      read.out = memory_.wide.data();
+      read.out_stride = made.k;
+    } else {
+      read.out_tiles = &made;
+    }
+    if (call_.lse)
+      read.lse = call_.lse + (flow.layer * static_cast<std::size_t>(num_tokens_) + flow.stretch->first) * shape.num_heads;
+    attention(team, read, memory_.workspace);
+    team.barrier();
+    if (quantised) pack_wide(team, made);
+  }
+
+  void up(Team& team, const Part& part, const Flow& flow) {
+    const Tiles made = tiles(memory_.inner, *part.reader, flow);
+    clear_share(team, made);
+    const bool quantised = part.reader->product == Product::kInt8Int8;
+    const Finish finish = part.weight->gated ? (quantised ? Finish::kGate : Finish::kGateTiles)
+                                             : (quantised ? Finish::kActivate : Finish::kActivateTiles);
+    linear(team, {part.weight, &flow.input, finish, Element::kFloat, part.activation, memory_.wide.data(),
+                  static_cast<std::size_t>(made.k), &made});
+    team.barrier();
+    if (quantised) pack_wide(team, made);
+  }
+
+  void clear_share(const Team& team, const Tiles& tiles) {
+    int begin, end;
+    team.share(tiles.num_rows, &begin, &end);
+    clear_padding(tiles, begin, end);
   }
 
   void pack_wide(Team& team, const Tiles& tiles) {
@@ -170,139 +267,38 @@ class Step {
     team.barrier();
   }
 
-  // Residual += product, through a norm if the model has one there.
-  void add_branch(Team& team, const PackedWeight& weight, const Tiles& in, const float* post_norm, int first) {
-    const bool direct = post_norm == nullptr;
-    LinearArgs args = {&weight, &in, direct ? Finish::kAdd : Finish::kStore, Element::kFloat, Activation::kSilu,
-                       direct ? x(first) : memory_.branch.data(), static_cast<std::size_t>(model_.hidden), nullptr};
-    linear(team, args);
+  // Residual += product, through a norm if the part has one.
+  void add(Team& team, const Part& part, const Flow& flow) {
+    const Tiles in = tiles(part.of_attention ? memory_.attended : memory_.inner, *part.weight, flow);
+    const bool direct = !part.norm;
+    linear(team, {part.weight, &in, direct ? Finish::kAdd : Finish::kStore, Element::kFloat, Activation::kSilu,
+                  direct ? x(flow.stretch->first) : memory_.branch.data(), static_cast<std::size_t>(model_.hidden),
+                  nullptr});
     team.barrier();
     if (direct) return;
     int begin, end;
     team.share(in.num_rows, &begin, &end);
     for (int t = begin; t < end; ++t) {
       float* row = memory_.branch.data() + static_cast<std::size_t>(t) * model_.hidden;
-      kernel_.rms_norm(row, post_norm, model_.hidden, model_.eps, row);
-      kernel_.add(x(first + t), row, model_.hidden);
+      normalise(kernel_, part.norm, row, model_.hidden, row);
+      kernel_.add(x(flow.stretch->first + t), row, model_.hidden);
     }
     team.barrier();
-  }
-
-  // Move the rows of a stretch that somebody waits for to its front: the residual stream and, of `q`, the queries.
-  void keep_wanted(Team& team, int s, float* q, std::ptrdiff_t stride, int width) {
-    if (team.id() == 0) {
-      const std::vector<int>& sources = wanted_.sources(s);
-      const int first = wanted_[s].first;
-      for (std::size_t j = 0; j < sources.size(); ++j) {
-        const int t = static_cast<int>(j), from = sources[j];
-        if (t == from) continue;
-        std::memcpy(x(first + t), x(first + from), static_cast<std::size_t>(model_.hidden) * sizeof(float));
-        std::memcpy(q + t * stride, q + from * stride, static_cast<std::size_t>(width) * sizeof(float));
-      }
-    }
-    team.barrier();
-  }
-
-  // One layer over one stretch, whose keys and values go to the lanes before it looks at them; earlier stretches of the
-  // same layer are there already, and nobody looks at later ones.
-  void layer(Team& team, std::size_t index, int s) {
-    const Stretch& whole = stretches_[s];
-    const DecoderLayer& layer = model_.layers[index];
-    const LayerShape& shape = layer.shape;
-    const std::ptrdiff_t stride = layer.qkv->n;
-    float* q = memory_.qkv.data();
-    float* k = q + static_cast<std::ptrdiff_t>(shape.num_heads) * shape.k_width;
-    float* v = k + static_cast<std::ptrdiff_t>(shape.num_kv_heads) * shape.k_width;
-
-    Tiles in = normed(team, layer.attention_norm, whole);
-    linear(team, {layer.qkv, &in, Finish::kStore, Element::kFloat, Activation::kSilu, q,
-                  static_cast<std::size_t>(stride), nullptr});
-    team.barrier();
-
-    AppendCall store;
-    store.lanes = call_.lanes;
-    store.batch = whole.batch;
-    store.shape = shape;
-    store.q = q;
-    store.k = k;
-    store.v = v;
-    store.q_stride = store.k_stride = store.v_stride = stride;
-    if (layer.rope >= 0) {
-      store.rotary = 2 * static_cast<int>(model_.ropes[static_cast<std::size_t>(layer.rope)].inverse_frequency.size());
-      store.cos_sin = rotation(layer.rope) + static_cast<std::ptrdiff_t>(whole.first) * store.rotary;
-    }
-    store.q_norm = layer.q_norm;
-    store.k_norm = layer.k_norm;
-    store.eps = model_.eps;
-    append(team, store);
-    team.barrier();
-    if (call_.queries && team.id() == 0) {
-      const std::size_t width = static_cast<std::size_t>(shape.num_heads) * shape.k_width;
-      for (int i = 0; i < call_.num_queries; ++i) {
-        const int t = call_.query_rows[i] - whole.first;
-        if (t >= 0 && t < whole.batch.num_tokens)
-          std::memcpy(call_.queries + (index * call_.num_queries + i) * width, q + t * stride, width * 4);
-      }
-    }
-
-    const bool fewer = index + 1 == model_.layers.size() && wanted_.fewer();
-    if (fewer) keep_wanted(team, s, q, stride, shape.num_heads * shape.k_width);
-    const Stretch& stretch = fewer ? wanted_[s] : whole;
-    if (stretch.batch.num_tokens == 0) return;
-    const Tiles attended = of_stretch(attention_tiles_, stretch), wide = of_stretch(wide_tiles_, stretch);
-
-    AttentionCall read;
-    read.lanes = call_.lanes;
-    read.batch = stretch.batch;
-    read.shape = shape;
-    const bool low = model_.dtype == Element::kBf16 &&
-                     (call_.lanes.store == Element::kBf16 || call_.lanes.store == Element::kInt8);
-    read.compute = low ? Element::kBf16 : Element::kFloat;
-    read.scale = layer.scale;
-    read.softcap = layer.softcap;
-    read.sinks = layer.sinks;
-    read.slopes = layer.slopes;
-    read.bias = call_.bias;
-    read.bias_seq_stride = call_.bias_seq_stride;
-    read.bias_lane_stride = call_.bias_lane_stride;
-    read.q = q;
-    read.q_stride = stride;
-    const bool quantised = layer.o->product == Product::kInt8Int8;
-    if (quantised) {
-      read.out = memory_.wide.data();
-      read.out_stride = layer.o->k;
-    } else {
-      read.out_tiles = &attended;
-    }
-    if (call_.lse)
-      read.lse = call_.lse + (index * static_cast<std::size_t>(num_tokens_) + stretch.first) * shape.num_heads;
-    attention(team, read, memory_.workspace);
-    team.barrier();
-    if (quantised) pack_wide(team, attended);
-    add_branch(team, *layer.o, attended, layer.post_attention_norm, stretch.first);
-
-    in = normed(team, layer.mlp_norm, stretch);
-    const bool quantised_down = layer.down->product == Product::kInt8Int8;
-    linear(team, {layer.gate_up, &in, quantised_down ? Finish::kGate : Finish::kGateTiles, Element::kFloat,
-                  layer.activation, memory_.wide.data(), static_cast<std::size_t>(layer.down->k), &wide});
-    team.barrier();
-    if (quantised_down) pack_wide(team, wide);
-    add_branch(team, *layer.down, wide, layer.post_mlp_norm, stretch.first);
   }
 
   void output(Team& team) {
     int begin, end;
-    float* row = memory_.own_row[static_cast<std::size_t>(team.id())].data();
+    float* row = own_row(team);
     if (call_.hidden) {
       team.share(num_tokens_, &begin, &end);
       for (int t = begin; t < end; ++t)
-        kernel_.rms_norm(x(t), model_.final_norm, model_.hidden, model_.eps,
-                         call_.hidden + static_cast<std::size_t>(t) * model_.hidden);
+        normalise(kernel_, model_.final_norm, x(t), model_.hidden,
+                  call_.hidden + static_cast<std::size_t>(t) * model_.hidden);
     }
     if (!call_.num_logits) return;
     team.share(call_.num_logits, &begin, &end);
     for (int r = begin; r < end; ++r) {
-      kernel_.rms_norm(x(wanted_.row_of(call_.logit_rows[r])), model_.final_norm, model_.hidden, model_.eps, row);
+      normalise(kernel_, model_.final_norm, x(wanted_.row_of(call_.logit_rows[r])), model_.hidden, row);
       kernel_.pack_row(output_tiles_, r, row);
     }
     team.barrier();
@@ -312,6 +308,8 @@ class Step {
     team.barrier();
     for (int r = begin; r < end; ++r) {
       float* at = logits + static_cast<std::size_t>(r) * model_.vocab;
+      if (model_.logit_scale != 1)
+        for (int i = 0; i < model_.vocab; ++i) at[i] *= model_.logit_scale;
       if (model_.logit_softcap > 0)
         for (int i = 0; i < model_.vocab; ++i) at[i] = model_.logit_softcap * std::tanh(at[i] / model_.logit_softcap);
       if (call_.greedy) call_.greedy[r] = kernel_.argmax(at, model_.vocab);
@@ -325,7 +323,7 @@ class Step {
   const int num_tokens_;
   const Stretches stretches_;
   const WantedRows wanted_;
-  Tiles hidden_tiles_, attention_tiles_, wide_tiles_, output_tiles_;
+  Tiles output_tiles_;
 };
 
 }  // namespace
@@ -342,8 +340,7 @@ void prepare_steps(const DecoderModel& model, int num_tokens, StepMemory& memory
     call.num_logits = 1;
     const Step sized(model, call, memory, ThreadPool::instance().size());
   }
-  for (auto* buffer : {&memory.x, &memory.qkv, &memory.branch, &memory.wide, &memory.cos_sin}) make_pages(*buffer);
-  for (auto* buffer : {&memory.hidden_tiles, &memory.attention_tiles, &memory.wide_tiles}) make_pages(*buffer);
+  memory.make_pages();
 }
 
 void decoder_step(const DecoderModel& model, const StepCall& call, StepMemory& memory) {

@@ -153,9 +153,8 @@ void append_op(const LanesObject& lanes, const IntVector& cu_seqlens, const IntV
   call.v_stride = v_stride;
   call.cos_sin = reinterpret_cast<const float*>(cos_sin);
   call.rotary = rotary;
-  call.q_norm = reinterpret_cast<const float*>(q_norm);
-  call.k_norm = reinterpret_cast<const float*>(k_norm);
-  call.eps = eps;
+  call.q_norm = {reinterpret_cast<const float*>(q_norm), nullptr, false, eps};
+  call.k_norm = {reinterpret_cast<const float*>(k_norm), nullptr, false, eps};
   ThreadPool::instance().run([&](Team& team) { append(team, call); });
 }
 

@@ -88,13 +88,15 @@ struct PackedWeight {
   size_t panel_bytes() const { return panel_rows() * panel_row_bytes(product); }
 };
 
-enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 enum class Finish : int {
   kStore = 0,  // y[t, n] = value, in `element`
   kAdd = 1,    // y[t, n] += value, float32
   kGate = 2,   // y[t, j] = activation(gate_j) * up_j, j < n / 2, in `element`
   kGateTiles = 3,  // the same into `tiles` (of any product but kInt8Int8)
+  kActivate = 4,   // y[t, n] = activation(value), in `element`
+  kActivateTiles = 5,  // the same into `tiles`, as kGateTiles
 };
 
 struct LinearArgs {
@@ -105,7 +107,7 @@ struct LinearArgs {
   Activation activation;
   void* y;
   size_t y_stride;     // elements between rows
-  const Tiles* tiles;  // kGateTiles; cut into tiles as `x` is
+  const Tiles* tiles;  // kGateTiles, kActivateTiles; cut into tiles as `x` is
 };
 
 // A reader of one lane: `columns` are arena addresses in granules of 128 bytes; slot s lives in column s / P.
@@ -141,7 +143,8 @@ struct AttendArgs {
   int lane_end;           // slots from here on hold no values
   float softcap;          // 0: none; scores are then natural, else in units of log 2
   const float* slope;     // [rows] ALiBi slope (natural units) or null
-  const int32_t* position;// [rows] slot of the query itself, with slope
+  const int32_t* position;// [rows] slot of the query itself, with slope; with slot_position the position of its token
+  const int32_t* slot_position;  // [slots] positions of the tokens in them, or null: slots are as far apart as tokens
   const float* bias;      // [slots] natural units, or null
   float* peak;            // [rows] out, running maximum in units of log 2
   float* total;           // [rows] out
@@ -171,6 +174,8 @@ struct Kernels {
   void (*scaled)(Element from, const void* x, float by, Element to, void* y, size_t n);  // y = x * by; y may be x
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  // out = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias, null for no bias
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
   void (*add)(float* x, const float* y, int n);
   void (*gate)(Activation, const float* gate, const float* up, int n, float* out);
   void (*rope)(float* head, int width, const float* cos_sin, int rotary);

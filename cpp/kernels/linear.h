@@ -12,6 +12,17 @@ using namespace kvloom;
 static inline vf activate(Activation activation, vf g) {
   if (activation == Activation::kSilu)
     return vdiv(g, vadd(vset(1.0f), vexp2(vmin(vmul(g, vset(-1.4426950409f)), vset(126.0f)))));
+  if (activation == Activation::kGelu) {
+    // max(g, 0) - |g| / 2 erfc(|g| / sqrt(2)), erfc by Abramowitz and Stegun 7.1.26 (error below 1.5e-7)
+    const vf size = vabs(g), z = vmul(size, vset(0.70710678119f));
+    const vf t = vdiv(vset(1.0f), vfma(z, vset(0.3275911f), vset(1.0f)));
+    vf p = vfma(t, vset(1.061405429f), vset(-1.453152027f));
+    p = vfma(t, p, vset(1.421413741f));
+    p = vfma(t, p, vset(-0.284496736f));
+    p = vmul(t, vfma(t, p, vset(0.254829592f)));
+    const vf power = vexp2(vmax(vmul(vmul(z, z), vset(-1.4426950409f)), vset(-126.0f)));
+    return vsub(vmax(g, vzero()), vmul(vmul(size, vset(0.5f)), vmul(p, power)));
+  }
   // GELU by tanh: g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))
   vf cubic = vmul(vmul(g, g), g);
   vf t = vtanh(vmul(vset(0.7978845608f), vfma(cubic, vset(0.044715f), g)));
@@ -154,14 +165,15 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
     }
     return;
   }
-  const int j0 = p * 16, half = w.n / 2;
-  const int columns = half - j0 < 16 ? half - j0 : 16;
+  const int width = w.gated ? 16 : kPanelColumns, outputs = w.gated ? w.n / 2 : w.n;
+  const int j0 = p * width, columns = outputs - j0 < width ? outputs - j0 : width;
   for (int m = 0; m < rows; ++m)
-    for (int v = 0; v < 16; v += W) {
+    for (int v = 0; v < width; v += W) {
       float* from = c + m * kPanelColumns + v;
-      vstore(from, vmul(activate(args.activation, vload(from)), vload(from + 16)));
+      vf value = activate(args.activation, vload(from));
+      vstore(from, w.gated ? vmul(value, vload(from + 16)) : value);
     }
-  if (args.finish == Finish::kGate) {
+  if (args.finish == Finish::kGate || args.finish == Finish::kActivate) {
     for (int m = 0; m < rows; ++m)
       convert_from_float(args.element, c + m * kPanelColumns,
                          (char*)args.y + ((size_t)(t0 + m) * args.y_stride + j0) * bytes, columns);
@@ -181,12 +193,11 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
 // Ask for the lines that `finish_tile` writes next, and reads if it adds to them: rows lie too far apart for the
 // processor to see them coming.
 static inline void ask_for_results(const LinearArgs& args, int p, int t0, int rows) {
-  const bool gated = args.finish == Finish::kGate || args.finish == Finish::kGateTiles;
-  const int column = gated ? p * 16 : p * kPanelColumns;
+  const int width = args.weight->gated ? 16 : kPanelColumns, column = p * width;
   char* at;
   size_t stride;
   int bytes;
-  if (args.finish == Finish::kGateTiles) {
+  if (args.finish == Finish::kGateTiles || args.finish == Finish::kActivateTiles) {
     bytes = activation_bytes(args.tiles->product);
     const int elements = args.tiles->slice_elements;
     at = args.tiles->row(t0, column / elements) + column % elements * bytes;
@@ -196,7 +207,7 @@ static inline void ask_for_results(const LinearArgs& args, int p, int t0, int ro
     at = (char*)args.y + ((size_t)t0 * args.y_stride + column) * bytes;
     stride = args.y_stride * bytes;
   }
-  const int last = (gated ? 16 : kPanelColumns) * bytes - 1;
+  const int last = width * bytes - 1;
   for (int m = 0; m < rows; ++m, at += stride)
     for (int i = 0; i <= last; i += 64) prefetch_to_write(at + i);
 }

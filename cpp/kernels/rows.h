@@ -21,6 +21,34 @@ static void rms_norm(const float* x, const float* weight, int n, float eps, floa
   for (; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
+static void layer_norm(const float* x, const float* weight, const float* bias, int n, float eps, float* out) {
+  vf sums = vzero(), sums2 = vzero();
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    sums = vadd(sums, vload(x + i));
+    sums2 = vadd(sums2, vload(x + i + W));
+  }
+  float total = vsum(vadd(sums, sums2));
+  for (; i < n; ++i) total += x[i];
+  const float mean = total / (float)n;
+  const vf shift = vset(mean);
+  vf squares = vzero(), squares2 = vzero();
+  for (i = 0; i + 2 * W <= n; i += 2 * W) {
+    vf a = vsub(vload(x + i), shift), b = vsub(vload(x + i + W), shift);
+    squares = vfma(a, a, squares);
+    squares2 = vfma(b, b, squares2);
+  }
+  total = vsum(vadd(squares, squares2));
+  for (; i < n; ++i) total += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / __builtin_sqrtf(total / (float)n + eps);
+  const vf s = vset(scale);
+  for (i = 0; i + W <= n; i += W) {
+    vf y = vmul(vmul(vsub(vload(x + i), shift), s), vload(weight + i));
+    vstore(out + i, bias ? vadd(y, vload(bias + i)) : y);
+  }
+  for (; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.0f);
+}
+
 static void add(float* x, const float* y, int n) {
   int i = 0;
   for (; i + W <= n; i += W) vstore(x + i, vadd(vload(x + i), vload(y + i)));

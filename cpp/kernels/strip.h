@@ -97,8 +97,14 @@ static inline void finish_scores(const AttendArgs& args, const Strip& strip, int
   }
   if (args.slope) {
     float slope = args.slope[row] * kLog2E;
-    int distance = strip.begin - args.position[row];
-    for (int j = 0; j < n; ++j) s[j] += slope * (float)(distance + j);
+    if (args.slot_position) {
+      const int32_t* token = args.slot_position + strip.begin;
+      const int held = args.lane_end - strip.begin < n ? args.lane_end - strip.begin : n;
+      for (int j = 0; j < held; ++j) s[j] += slope * (float)(token[j] - args.position[row]);
+    } else {
+      int distance = strip.begin - args.position[row];
+      for (int j = 0; j < n; ++j) s[j] += slope * (float)(distance + j);
+    }
   }
   int low = args.first[row] > args.slot_begin ? args.first[row] : args.slot_begin;
   int high = args.last[row] < args.slot_end ? args.last[row] : args.slot_end;

@@ -9,7 +9,7 @@ namespace KVLOOM_ISA {
 extern const kvloom::Kernels table;
 const kvloom::Kernels table = {
     KVLOOM_NAME, linear, group_sums, int4_fit, pack_row, convert_to_float, convert_from_float,
-    convert_scaled, rms_norm, add, gate, rope,
+    convert_scaled, rms_norm, layer_norm, add, gate, rope,
     write_slot, attend, join, mass, argmax, read_probe, flop_probe,
 };
 }  // namespace KVLOOM_ISA

@@ -53,7 +53,6 @@ class Life:
             query_scale=first.scale,
             inverse_frequencies=[None if x.theta is None else torch.from_numpy(x.theta) for x in layers],
             output_weight=lambda layer: torch.from_numpy(layers[layer].w_o).float(),
-            shows_layer_inputs=True,
             token_kinds=lambda: KINDS,
             replay_instruction=lambda hint: [5, *hint],
         )

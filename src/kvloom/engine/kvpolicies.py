@@ -40,7 +40,6 @@ class KVPolicies:
             inverse_frequencies=[model.inverse_frequencies(i) for i in range(model.config.num_layers)],
             output_weight=model.output_weight,
             max_position=model.config.max_position,
-            shows_layer_inputs=model.shows_layer_inputs,
             token_kinds=token_kinds,
             replay_instruction=replay_instruction,
         )

@@ -1,6 +1,7 @@
 """CompiledModel: weights packed once for the CPU kernels, which run a whole step in one call."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,9 +11,13 @@ from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache, Layout
 from kvloom.errors import UnsupportedError
 from kvloom.kernels import reference
-from kvloom.kernels.cpu import Lanes, LayerShape, LayerWeights, PackedWeight, StepDecoder, linear
+from kvloom.kernels.cpu import Lanes, LayerShape, StepDecoder, linear
+from kvloom.kernels.cpu.elements import ACTIVATION
+from kvloom.models.compiled_weights import CompiledWeights
+from kvloom.models.lowering import lower_input, lower_layer, lower_output
 from kvloom.models.model import StepOutput, StepWanted
-from kvloom.models.rope import inverse_frequencies
+from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, Part, Up
+from kvloom.models.rope import amplitudes, inverse_frequencies
 from kvloom.spec.decoder import DecoderConfig, RopeConfig
 from kvloom.spec.packing import products_of
 
@@ -23,46 +28,34 @@ BLOCK_SLOTS = 16
 """Blocks must hold a multiple of this many tokens."""
 
 
+HEAD_DIMS = range(16, 385, 16)
+"""Head sizes that the kernels take."""
+
+
 def unsupported(config: DecoderConfig, block_size: int) -> list[str]:
-    """Return every reason why the CPU kernels cannot run `config`; [] means that they can."""
+    """Return every reason why the CPU kernels cannot run `config`: what they lack of its parts; [] means nothing."""
+    parts = [part for index in range(config.num_layers) for part in lower_layer(config, index)]
+    activations = dict.fromkeys(part.activation for part in parts if isinstance(part, Up))
+    known = ", ".join(ACTIVATION)
     reasons = []
-    if config.head_dim % 16 or config.head_dim > 384:
+    if config.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
-    if config.activation not in ("silu", "gelu_tanh"):
-        reasons.append(f"activation {config.activation!r} is not one of silu, gelu_tanh")
-    reasons += [reason for applies, reason in _mathematics(config) if applies]
+    reasons += [f"activation {name!r} is not one of {known}" for name in activations if name not in ACTIVATION]
+    if any(isinstance(part, AddExperts) for part in parts):
+        reasons.append("it has a mixture of experts")
     if block_size % BLOCK_SLOTS:
         reasons.append(f"block_size is {block_size}; the kernels take multiples of {BLOCK_SLOTS}")
     return reasons
 
 
-def _mathematics(config: DecoderConfig) -> list[tuple[bool, str]]:
-    """Return pairs of (whether it applies to `config`, why the kernels cannot run it)."""
-    ropes = [layer.rope for layer in config.layers if layer.rope is not None]
-    uneven = any(rope.amplitude != 1.0 and rope.rotary is not None for rope in ropes)
-    return [
-        (config.norm != "rms", "it has LayerNorms; the kernels have RMSNorm"),
-        (config.embed_norm, "it has a norm after the embedding"),
-        (config.parallel_residual, "attention and MLP are parallel"),
-        (not config.gated, "the MLP has no gate"),
-        (config.mlp_bias, "the MLP has biases"),
-        (config.experts is not None, "it has a mixture of experts"),
-        (config.learned_positions, "positions are learned"),
-        (config.qkv_clip is not None, "q, k and v are clipped"),
-        (config.logit_scale != 1.0, "logits are scaled"),
-        (any(rope.depends_on_length for rope in ropes), "its rotary embedding depends on the length of a text"),
-        (uneven, "heads are rotated in part, with an amplitude"),
-    ]
-
-
 class CompiledModel:
     """A decoder whose weights exist once, packed, and whose steps are single calls (see `Model`).
 
-    `tensors` are the canonical weights in any order, not kept: each is packed and let go as soon as its layer is
-    complete, so that loading needs one layer beside the packed model. `quantization` "int8" stores all weights in int8
-    with a scale per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs of a row, and
-    embedding and output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and output layer
-    in `dtype`; None changes nothing.
+    `tensors` are the canonical weights in any order, not kept: each is packed and let go as soon as those that it is
+    joined with are there, so that loading needs one product beside the packed model. `quantization` "int8" stores all
+    weights in int8 with a scale per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs
+    of a row, and embedding and output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and
+    output layer in `dtype`; None changes nothing. A table of learned positions stays in `dtype`.
     """
 
     def __init__(
@@ -77,26 +70,27 @@ class CompiledModel:
             raise UnsupportedError("CPU kernels", reasons)
         self.name = "cpu"
         self.layout: Layout = "cpu"
-        self.shows_layer_inputs = False
         self.config = config
         self.device = torch.device("cpu")
-        self._product, self._output_product = products_of(PRODUCT_OF[dtype], quantization)
-        self._packed: dict[str, PackedWeight] = {}
-        self._vectors: dict[str, torch.Tensor] = {}
-        self._pack_all(tensors)
-        self._output = self._packed.get("lm_head", self._packed["embed"])
-        self._decoder = StepDecoder(
-            self._packed["embed"],
-            self._output,
-            self._vectors["final_norm"],
-            config.norm_eps,
-            bf16=dtype == torch.bfloat16,
-            embedding_scale=float(torch.tensor(config.embedding_scale, dtype=dtype)),
-            logit_softcap=config.logit_softcap or 0.0,
+        product, output_product = products_of(PRODUCT_OF[dtype], quantization)
+        self._weights = CompiledWeights(
+            config, tensors, product=product, output_product=output_product, table_product=PRODUCT_OF[dtype]
         )
-        self._theta: list[torch.Tensor] = []
-        self._rope_of: list[int] = []
+        first = lower_input(config)
+        self._decoder = StepDecoder(
+            self._weights.embedding,
+            bf16=dtype == torch.bfloat16,
+            embedding_scale=float(torch.tensor(first.scale, dtype=dtype)),
+            positions=self._weights.positions,
+            embedding_norm=self._weights.norm(first.norm),
+        )
+        self._ropes: list[RopeConfig] = []  # the distinct ones; a model has one or two
+        self._frequencies_of = lru_cache(maxsize=4096)(self._own_frequencies)
         self._add_layers()
+        last = lower_output(config)
+        norm = self._weights.norm(last.norm)
+        assert norm is not None
+        self._decoder.set_output(self._weights.output, norm, last.scale, last.softcap or 0.0)
         self._lanes: Lanes | None = None
         self._end: NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._seen_table: NDArray[np.int32] | None = None
@@ -105,82 +99,41 @@ class CompiledModel:
 
     # ---- loading --------------------------------------------------------------------------------------------------
 
-    def _pack_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Pack every weight; vectors of norms and sinks are kept as they are."""
-        pending: dict[str, torch.Tensor] = {}
-        before = ""
-        for name, tensor in tensors:
-            if name in ("embed", "lm_head"):
-                self._packed[name] = PackedWeight(tensor.contiguous(), self._output_product)
-                continue
-            if name.endswith(("norm", "sinks")):
-                self._vectors[name] = tensor.clone()
-                continue
-            layer = name.rpartition(".")[0] + "."
-            if layer != before:
-                self._pack_layer(before, pending)
-                before = layer
-            pending[name] = tensor
-        for index in range(self.config.num_layers):
-            self._pack_layer(f"layers.{index}.", pending)
-        assert not pending, f"unknown weights: {sorted(pending)}"
-
-    def _pack_layer(self, at: str, pending: dict[str, torch.Tensor]) -> None:
-        """Pack the products of one layer if all their parts are pending; removes them from `pending`."""
-        config = self.config
-        parts: dict[str, tuple[str, ...]] = {
-            "qkv": ("q", "k", "v"),
-            "o": ("o",),
-            "gate_up": ("gate", "up"),
-            "down": ("down",),
-        }
-        biases = {"qkv": config.attention_bias, "o": config.output_bias}
-        needed = [n for names in parts.values() for n in names]
-        needed += [f"{n}_bias" for product, there in biases.items() if there for n in parts[product]]
-        if any(at + name not in pending for name in needed):
-            return
-        for product, names in parts.items():
-            matrices = [pending.pop(at + n) for n in names]
-            weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0].contiguous()
-            bias = torch.cat([pending.pop(f"{at}{n}_bias").float() for n in names]) if biases.get(product) else None
-            self._packed[at + product] = PackedWeight(weight, self._product, gated=product == "gate_up", bias=bias)
-
     def _add_layers(self) -> None:
-        config = self.config
-        ropes: list[RopeConfig] = []  # the distinct ones; a model has one or two
+        config, width = self.config, self.config.head_dim
         offsets = config.kv_spec(BLOCK_SLOTS, "fp32").lane_offset
-        heads, lanes, width = config.num_heads, config.num_kv_heads, config.head_dim
+        for layer in config.layers:
+            if layer.rope is not None and layer.rope not in self._ropes:
+                self._ropes.append(layer.rope)
+                self._decoder.add_rope(inverse_frequencies(layer.rope, width), amplitudes(layer.rope, width))
         for index, layer in enumerate(config.layers):
-            at = f"layers.{index}."
-            rope = -1
-            if layer.rope is not None:
-                if layer.rope not in ropes:
-                    ropes.append(layer.rope)
-                    self._theta.append(inverse_frequencies(layer.rope, width))
-                    self._decoder.add_rope(self._theta[-1], layer.rope.amplitude)
-                rope = ropes.index(layer.rope)
-            self._rope_of.append(rope)
-            self._decoder.add_layer(
-                LayerWeights(
-                    shape=LayerShape(heads, lanes, width, width, offsets[index], layer.window or 0),
-                    qkv=self._packed[at + "qkv"],
-                    o=self._packed[at + "o"],
-                    gate_up=self._packed[at + "gate_up"],
-                    down=self._packed[at + "down"],
-                    attention_norm=self._vectors[at + "attn_norm"],
-                    mlp_norm=self._vectors[at + "mlp_norm"],
-                    post_attention_norm=self._vectors.get(at + "post_attn_norm"),
-                    post_mlp_norm=self._vectors.get(at + "post_mlp_norm"),
-                    q_norm=self._vectors.get(at + "q_norm"),
-                    k_norm=self._vectors.get(at + "k_norm"),
-                    sinks=self._vectors.get(at + "sinks"),
-                    slopes=torch.tensor(config.slopes) if config.slopes else None,
-                    rope=rope,
-                    softcap=config.score_softcap or 0.0,
-                    scale=config.query_scale,
-                    activation=config.activation,
-                )
-            )
+            shape = LayerShape(config.num_heads, config.num_kv_heads, width, width, offsets[index], layer.window or 0)
+            self._decoder.add_layer(shape)
+            for part in lower_layer(config, index):
+                self._add_part(part)
+
+    def _add_part(self, part: Part) -> None:
+        decoder, weights = self._decoder, self._weights
+        match part:
+            case Norm():
+                norm = weights.norm(part.norm)
+                assert norm is not None
+                decoder.add_norm(norm)
+            case Heads():
+                decoder.add_heads(weights.product(part.product))
+            case Append():
+                rope = -1 if part.rope is None else self._ropes.index(part.rope)
+                decoder.add_append(weights.norm(part.q_norm), weights.norm(part.k_norm), rope, part.clip or 0.0)
+            case Attend():
+                slopes = torch.tensor(part.slopes) if part.slopes else None
+                decoder.add_attend(part.scale, part.softcap or 0.0, weights.vector(part.sinks), slopes)
+            case Up():
+                decoder.add_up(weights.product(part.product), part.activation)
+            case Add():
+                product, norm = weights.product(part.product), weights.norm(part.norm)
+                decoder.add_product(product, of_attention=part.of_attention, norm=norm)
+            case AddExperts():
+                raise AssertionError("refused by `unsupported`")
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -201,6 +154,7 @@ class CompiledModel:
         lse, rows = None, wanted.query_rows
         if wanted.lse and rows is not None:
             lse = np.empty((config.num_layers, batch.num_tokens, config.num_heads), np.float32)
+        norms = np.empty((config.num_layers, batch.num_tokens), np.float32) if wanted.input_norms else None
         self._decoder.step(
             lanes,
             batch.token_ids,
@@ -215,6 +169,9 @@ class CompiledModel:
             queries=queries,
             lse=lse,
             bias=self._bias(batch, cache),
+            input_norms=norms,
+            frequencies=self._frequencies(batch),
+            slot_positions=self._slot_positions(batch, cache),
         )
         return StepOutput(
             greedy=greedy.tolist(),
@@ -223,6 +180,7 @@ class CompiledModel:
             queries=None
             if queries is None
             else torch.from_numpy(queries).view(*queries.shape[:2], config.num_heads, config.head_dim),
+            input_norms=None if norms is None else torch.from_numpy(norms),
             lse=None if lse is None or rows is None else torch.from_numpy(lse.take(rows, axis=1)),
         )
 
@@ -248,11 +206,29 @@ class CompiledModel:
             self._seen_segments = cache.lanes.segments.version
         rows = batch.sequences
         self._end[rows] = cache.lanes.begin[rows] + cache.lanes.held[rows]
-        if self.config.slopes and any(int(row) in cache.lanes.positions for row in rows):
-            raise UnsupportedError(
-                "CPU kernels", ["ALiBi counts distances in slots there, and these lanes have lost tokens"]
-            )
         return self._lanes
+
+    def _slot_positions(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.int64] | None:
+        """Return where the positions of lanes that lost tokens lie [rows, 2], for ALiBi; None where slots tell them."""
+        held = cache.lanes.positions
+        lossy = [int(row) for row in batch.sequences if int(row) in held] if self.config.slopes else []
+        if not lossy:
+            return None
+        found = np.zeros((len(self._end), 2), np.int64)
+        for row in lossy:
+            found[row] = held[row].ctypes.data, held[row].shape[1]
+        return found
+
+    def _frequencies(self, batch: AttentionBatch) -> NDArray[np.float32] | None:
+        """Return theta [ropes, B, D / 2] of each sequence, None where it depends on no length."""
+        if batch.length_class is None or not any(rope.depends_on_length for rope in self._ropes):
+            return None
+        classes = batch.length_class.tolist()
+        return np.stack([[self._frequencies_of(rope, own) for own in classes] for rope in range(len(self._ropes))])
+
+    def _own_frequencies(self, rope: int, length_class: int) -> NDArray[np.float32]:
+        theta: NDArray[np.float32] = inverse_frequencies(self._ropes[rope], self.config.head_dim, length_class).numpy()
+        return theta
 
     def _bias(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.float32] | None:
         """Return what is added to scores [sequences, lanes, slots] where tokens were merged, None for nothing."""
@@ -269,22 +245,25 @@ class CompiledModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [N, vocab] float32 of normalised hidden states (see `Model`)."""
         out = torch.empty(len(hidden), self.config.vocab_size)
-        linear(hidden.contiguous(), self._output, out=out)
+        linear(hidden.contiguous(), self._weights.output, out=out)
+        if self.config.logit_scale != 1.0:
+            out *= self.config.logit_scale
         cap = self.config.logit_softcap
         return out if cap is None else reference.softcap(out, cap)
 
     def inverse_frequencies(self, layer: int, length_class: int = 0) -> torch.Tensor | None:
-        """Return theta [D / 2] of the layer's rope, which is of one length class here (see `Model`)."""
-        rope = self._rope_of[layer]
-        return None if rope < 0 else self._theta[rope]
+        """Return theta [D / 2] of the layer's rope for texts of `length_class`, None without rope (see `Model`)."""
+        rope = self.config.layers[layer].rope
+        return None if rope is None else inverse_frequencies(rope, self.config.head_dim, length_class)
 
     def output_weight(self, layer: int) -> torch.Tensor:
         """Return W_O [hidden, H * D] in float32 as the kernels see it (see `Model`)."""
-        packed = self._packed[f"layers.{layer}.o"]
+        parts = lower_layer(self.config, layer)
+        [o] = [part.product for part in parts if isinstance(part, Add) and part.of_attention]
+        packed = self._weights.product(o)
         return torch.stack([packed.row(i) for i in range(packed.shape[0])])
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights (see `Model`)."""
-        norms = sum(w.numel() * w.element_size() for w in self._vectors.values())
-        return norms + sum(packed.num_bytes for packed in self._packed.values())
+        return self._weights.num_bytes

@@ -1,6 +1,7 @@
-"""Decoder: one transformer decoder for all families; the differences are data in `DecoderConfig`."""
+"""Decoder: the definition of every model, which executes the parts of its layers one by one in torch."""
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from kvloom.attention.backend import NO_TERMS, AttentionBackend, ScoreTerms
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
-from kvloom.models.mlp import experts, mlp
+from kvloom.models.lowering import lower_input, lower_layer, lower_output
+from kvloom.models.mlp import ACTIVATIONS, experts
+from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, NormSpec, ProductSpec, Up
 from kvloom.models.rope import amplitudes, cos_sin, inverse_frequencies
 from kvloom.spec.decoder import DecoderConfig, RopeConfig
 
@@ -18,6 +21,32 @@ QueryObserver = Callable[[int, torch.Tensor], None]
 """Called once a layer with its number and the rotated queries [T, H, D], when K and V of the batch are in the lanes."""
 
 Rotations = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Memory(Protocol):
+    """Where keys and values of earlier tokens are, and those of this step go."""
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep k and v [T, G, D] of the step's tokens."""
+
+    def attend(self, layer: int, q: torch.Tensor, scale: float, terms: ScoreTerms) -> torch.Tensor:
+        """Return attention [T, H, D] of q [T, H, D] over what is kept, the step's own tokens included."""
+
+
+class LaneMemory:
+    """The lanes of a cache, through an attention backend."""
+
+    def __init__(self, batch: AttentionBatch, cache: KVCache, backend: AttentionBackend) -> None:
+        self._batch, self._cache, self._backend = batch, cache, backend
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v into the lanes of `layer` (see `Memory`)."""
+        self._backend.append(layer, k, v, self._batch, self._cache)
+
+    def attend(self, layer: int, q: torch.Tensor, scale: float, terms: ScoreTerms) -> torch.Tensor:
+        """Return attention over the lanes of `layer` (see `Memory`)."""
+        given = () if terms is NO_TERMS else (terms,)
+        return self._backend.attend(layer, q, scale, self._batch, self._cache, *given)
 
 
 class Decoder:
@@ -31,22 +60,24 @@ class Decoder:
         self.dtype = self.embed.dtype
         self.device = self.embed.device
         self.lm_head = weights.get("lm_head", self.embed)
+        self._input, self._output = lower_input(config), lower_output(config)
+        self._layers = [lower_layer(config, index) for index in range(config.num_layers)]
         # Gemma rounds sqrt(hidden) to the dtype of its embeddings before multiplying.
-        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
+        self.embedding_scale = float(torch.tensor(self._input.scale, dtype=self.dtype))
         self._ropes: list[RopeConfig] = []  # the distinct ones; a model has one or two
         for layer in config.layers:
             if layer.rope is not None and layer.rope not in self._ropes:
                 self._ropes.append(layer.rope)
-        self._rope_of = [self._ropes.index(layer.rope) if layer.rope is not None else None for layer in config.layers]
         self._amplitude = [amplitudes(rope, config.head_dim).to(self.device) for rope in self._ropes]
-        self._terms = [self._terms_of(layer) for layer in range(config.num_layers)]
+        attends = [part for parts in self._layers for part in parts if isinstance(part, Attend)]
+        self._terms = {part: self._terms_of(part) for part in attends}
 
-    def _terms_of(self, layer: int) -> ScoreTerms:
-        config, sinks = self.config, self.weights.get(f"layers.{layer}.sinks")
-        slopes = torch.tensor(config.slopes, device=self.device) if config.slopes else None
-        if config.score_softcap is None and slopes is None and sinks is None:
+    def _terms_of(self, part: Attend) -> ScoreTerms:
+        slopes = torch.tensor(part.slopes, device=self.device) if part.slopes else None
+        sinks = None if part.sinks is None else self.weights[part.sinks]
+        if part.softcap is None and slopes is None and sinks is None:
             return NO_TERMS
-        return ScoreTerms(config.score_softcap, slopes, sinks)
+        return ScoreTerms(part.softcap, slopes, sinks)
 
     def inverse_frequencies(self, layer: int, length_class: int = 0) -> torch.Tensor | None:
         """Return theta [D / 2] of the layer's rope for texts of `length_class`, None without rope."""
@@ -75,38 +106,80 @@ class Decoder:
 
         `input_observer` is shown the input [T, hidden] of each layer.
         """
-        config = self.config
+        ids = torch.from_numpy(batch.token_ids).to(self.device, torch.int64)
         positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
-        x = self._embedded(batch, positions)
-        rotations = self._rotations(batch, positions)
-        for layer in range(config.num_layers):
+        rotations = self._rotations(positions, batch)
+        memory = LaneMemory(batch, cache, backend)
+        return self.hidden_states(ids, positions, rotations, memory, observer, input_observer)
+
+    def hidden_states(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rotations: Rotations,
+        memory: Memory,
+        observer: QueryObserver | None = None,
+        input_observer: QueryObserver | None = None,
+    ) -> torch.Tensor:
+        """Return the final hidden states [T, hidden], normalised, of tokens ids [T] at positions [T], both int64."""
+        x = self._embedded(ids, positions)
+        for layer in range(self.config.num_layers):
             if input_observer is not None:
                 input_observer(layer, x)
-            normal = self._norm(x, f"layers.{layer}.attn_norm")
-            out = self._attention(layer, normal, rotations, batch, cache, backend, observer)
-            if config.parallel_residual:
-                if not config.shared_norm:
-                    normal = self._norm(x, f"layers.{layer}.mlp_norm")
-                x = x + out + self._mlp(layer, normal)
-            else:
-                x = x + out
-                x = x + self._mlp(layer, self._norm(x, f"layers.{layer}.mlp_norm"))
-        return self._norm(x, "final_norm")
+            x = self._layer(layer, x, rotations, memory, observer)
+        return self._norm(x, self._output.norm)
 
-    def _embedded(self, batch: AttentionBatch, positions: torch.Tensor) -> torch.Tensor:
+    def _layer(
+        self, layer: int, x: torch.Tensor, rotations: Rotations, memory: Memory, observer: QueryObserver | None
+    ) -> torch.Tensor:
+        """Return the output [T, hidden] of a layer; x is its input."""
+        config = self.config
+        normal = attended = inner = q = k = v = x  # each is made by the part before the one that reads it
+        for part in self._layers[layer]:
+            match part:
+                case Norm():
+                    normal = self._norm(x, part.norm)
+                case Heads():
+                    q, k, v = self._products(normal, part.product)
+                    q = q.view(-1, config.num_heads, config.head_dim)
+                    k, v = (t.view(-1, config.num_kv_heads, config.head_dim) for t in (k, v))
+                case Append():
+                    if part.clip is not None:
+                        q, k, v = (t.clamp(-part.clip, part.clip) for t in (q, k, v))
+                    q, k = self._norm(q, part.q_norm), self._norm(k, part.k_norm)
+                    if part.rope is not None:
+                        turn = rotations[self._ropes.index(part.rope)]
+                        q, k = (reference.apply_rope(t, *turn) for t in (q, k))
+                    memory.append(layer, k, v)
+                    if observer is not None:
+                        observer(layer, q)
+                case Attend():
+                    attended = memory.attend(layer, q, part.scale, self._terms[part]).flatten(1)
+                case Up():
+                    first, *rest = self._products(normal, part.product)
+                    inner = ACTIVATIONS[part.activation](first)
+                    inner = inner * rest[0] if rest else inner
+                case Add():
+                    [out] = self._products(attended if part.of_attention else inner, part.product)
+                    x = x + self._norm(out, part.norm)
+                case AddExperts():
+                    x = x + self._norm(experts(normal, self.weights, part.at, config), part.norm)
+        return x
+
+    def _embedded(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the input [T, hidden] of the first layer."""
-        x = F.embedding(torch.from_numpy(batch.token_ids).to(self.device, torch.int64), self.embed)
-        if self.config.embedding_scale != 1.0:
+        x = F.embedding(ids, self.embed)
+        if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        if self.config.learned_positions:
+        if self._input.learned:
             x = x + F.embedding(positions, self.weights["positions"])
-        return self._norm(x, "embed_norm") if self.config.embed_norm else x
+        return self._norm(x, self._input.norm)
 
-    def _rotations(self, batch: AttentionBatch, positions: torch.Tensor) -> Rotations:
+    def _rotations(self, positions: torch.Tensor, batch: AttentionBatch | None = None) -> Rotations:
         """Return cosines and sines [T, D / 2] of every rope; each sequence is rotated by what its length asks for."""
         found: Rotations = []
         for rope, amplitude in zip(self._ropes, self._amplitude, strict=True):
-            if rope.depends_on_length and batch.length_class is not None:
+            if rope.depends_on_length and batch is not None and batch.length_class is not None:
                 thetas = [inverse_frequencies(rope, self.config.head_dim, int(n)) for n in batch.length_class]
                 counts = torch.from_numpy(np.diff(batch.cu_seqlens_q).astype(np.int64))
                 theta = torch.stack(thetas).repeat_interleave(counts, dim=0)
@@ -119,52 +192,24 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [N, vocab] in float32 of normalised hidden states [N, hidden]."""
         logits = F.linear(hidden, self.lm_head).float()
-        if self.config.logit_scale != 1.0:
-            logits = logits * self.config.logit_scale
-        cap = self.config.logit_softcap
+        if self._output.scale != 1.0:
+            logits = logits * self._output.scale
+        cap = self._output.softcap
         return logits if cap is None else reference.softcap(logits, cap)
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        if self.config.norm == "rms":
-            return reference.rms_norm(x, self.weights[name], self.config.norm_eps)
-        return reference.layer_norm(x, self.weights[name], self.weights.get(f"{name}_bias"), self.config.norm_eps)
+    def _norm(self, x: torch.Tensor, norm: NormSpec | None) -> torch.Tensor:
+        """Return the norm of x [..., D] over its last dimension, x itself where there is none."""
+        if norm is None:
+            return x
+        weight = self.weights[norm.weight]
+        if not norm.centred:
+            return reference.rms_norm(x, weight, norm.eps)
+        bias = self.weights[f"{norm.weight}_bias"] if norm.biased else None
+        return reference.layer_norm(x, weight, bias, norm.eps)
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self.weights[name], self.weights.get(f"{name}_bias"))
-
-    def _attention(
-        self,
-        layer: int,
-        normal: torch.Tensor,
-        rotations: Rotations,
-        batch: AttentionBatch,
-        cache: KVCache,
-        backend: AttentionBackend,
-        observer: QueryObserver | None,
-    ) -> torch.Tensor:
-        """Return what attention adds to the residual [T, hidden], from its normalised input; mutates the lanes."""
-        config, at = self.config, f"layers.{layer}."
-        q, k, v = (self._linear(normal, at + name) for name in "qkv")
-        if config.qkv_clip is not None:
-            q, k, v = (t.clamp(-config.qkv_clip, config.qkv_clip) for t in (q, k, v))
-        q = q.view(-1, config.num_heads, config.head_dim)
-        k, v = (t.view(-1, config.num_kv_heads, config.head_dim) for t in (k, v))
-        if config.qk_norm:
-            q, k = self._norm(q, at + "q_norm"), self._norm(k, at + "k_norm")
-        rope = self._rope_of[layer]
-        if rope is not None:
-            q, k = (reference.apply_rope(t, *rotations[rope]) for t in (q, k))
-        backend.append(layer, k, v, batch, cache)
-        if observer is not None:
-            observer(layer, q)
-        terms = self._terms[layer]
-        given = () if terms is NO_TERMS else (terms,)
-        out = backend.attend(layer, q, config.query_scale, batch, cache, *given)
-        out = self._linear(out.flatten(1), at + "o")
-        return self._norm(out, at + "post_attn_norm") if config.sandwich_norm else out
-
-    def _mlp(self, layer: int, normal: torch.Tensor) -> torch.Tensor:
-        """Return what the MLP adds to the residual [T, hidden], from its normalised input."""
-        at = f"layers.{layer}."
-        out = (experts if self.config.layers[layer].routed else mlp)(normal, self.weights, at, self.config)
-        return self._norm(out, at + "post_mlp_norm") if self.config.sandwich_norm else out
+    def _products(self, x: torch.Tensor, product: ProductSpec) -> list[torch.Tensor]:
+        """Return x [T, in] times each matrix of the product."""
+        return [
+            F.linear(x, self.weights[name], self.weights[f"{name}_bias"] if product.biased else None)
+            for name in product.weights
+        ]

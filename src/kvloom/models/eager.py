@@ -16,7 +16,6 @@ class EagerModel:
         self.decoder = decoder
         self.backend = backend
         self.name = backend.name
-        self.shows_layer_inputs = True
         self.layout: Layout = "rows"
         self.config = decoder.config
         self.device = decoder.device

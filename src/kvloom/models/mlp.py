@@ -1,4 +1,4 @@
-"""The MLPs of a decoder layer: gated or plain, and mixtures of experts."""
+"""Activations, and the mixture of experts of a decoder layer."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,14 +15,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activations by the name that a `DecoderConfig` has for them."""
 
 Weights = Mapping[str, torch.Tensor]
-
-
-def mlp(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:
-    """Return the MLP [T, hidden] of x [T, hidden] with the weights below `at`: gated, or plain."""
-    act = ACTIVATIONS[config.activation]
-    up = F.linear(x, weights[at + "up"], weights.get(at + "up_bias"))
-    inner = act(F.linear(x, weights[at + "gate"], weights.get(at + "gate_bias"))) * up if config.gated else act(up)
-    return F.linear(inner, weights[at + "down"], weights.get(at + "down_bias"))
 
 
 def experts(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:

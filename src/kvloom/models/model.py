@@ -24,7 +24,7 @@ class StepWanted:
     hidden       all final hidden states are wanted
     query_rows   tokens whose rotated queries are wanted in every layer; Q of them
     lse          the log-sum-exps of those rows are wanted, from models that have them
-    input_norms  the norm of every token's input to every layer is wanted (only where `shows_layer_inputs`)
+    input_norms  the norm of every token's input to every layer is wanted
     """
 
     logit_rows: Rows
@@ -60,7 +60,6 @@ class Model(Protocol):
     layout: Layout
     config: DecoderConfig
     device: torch.device
-    shows_layer_inputs: bool
 
     @property
     def num_bytes(self) -> int:

@@ -12,9 +12,9 @@ from kvloom.policies.tokenkinds import TokenKinds
 class ModelFacts:
     """Query heads, query scale, rope per layer (theta [D / 2] or None) and output projections W_O [hidden, H * D].
 
-    `max_position` is the longest text that the model was made for. `shows_layer_inputs` says that it can hand out norms
-    of each layer's input. Two come from the tokenizer, None without one: `token_kinds()`, and
-    `replay_instruction(hint)`, the token ids that ask to repeat the text (from the tokens `hint` on; [] for its start).
+    `max_position` is the longest text that the model was made for. Two come from the tokenizer, None without
+    one: `token_kinds()`, and `replay_instruction(hint)`, the token ids that ask to repeat the text (from the tokens
+    `hint` on; [] for its start).
     """
 
     num_query_heads: int
@@ -22,6 +22,5 @@ class ModelFacts:
     inverse_frequencies: Sequence[torch.Tensor | None]
     output_weight: Callable[[int], torch.Tensor]
     max_position: int = 1 << 31
-    shows_layer_inputs: bool = False
     token_kinds: Callable[[], TokenKinds] | None = None
     replay_instruction: Callable[[Sequence[int]], list[int]] | None = None

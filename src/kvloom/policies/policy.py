@@ -93,8 +93,6 @@ class Policy:
             reasons.append("layers share the lanes of other layers; evicting from those is not supported")
         if needs.token_kinds and model.token_kinds is None:
             reasons.append(f"{name} tells special tokens and punctuation apart; this engine has no tokenizer")
-        if needs.layer_inputs and not model.shows_layer_inputs:
-            reasons.append(f"{name} weighs by the input of each layer, which only the eager backend shows")
         if needs.replay:
             reasons += self._replay_refusals(prompt_tokens, model)
         return reasons

@@ -1,7 +1,7 @@
 """The CPU kernels: C++ over lanes, packed weights and whole decoder steps. No torch inside; pointers go in."""
 
 from kvloom.kernels.cpu.attention import Lanes, LayerShape, append, attention, key_mass, key_mass_of_layers
-from kvloom.kernels.cpu.decoder import LayerWeights, StepDecoder
+from kvloom.kernels.cpu.decoder import NormWeights, StepDecoder
 from kvloom.kernels.cpu.linear import PRODUCTS, PackedWeight, linear
 from kvloom.kernels.cpu.machine import (
     available_isas,
@@ -18,7 +18,7 @@ __all__ = [
     "PRODUCTS",
     "Lanes",
     "LayerShape",
-    "LayerWeights",
+    "NormWeights",
     "PackedWeight",
     "StepDecoder",
     "append",

@@ -1,6 +1,8 @@
 """StepDecoder: a whole decoder step, token ids in and logits out, in one call of the extension."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,79 +19,89 @@ Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer. Norm vectors are float32 [hidden] ([k_width] for q and k), ready to multiply.
+class NormWeights:
+    """A norm ready to multiply: `weight` [D] float32, RMSNorm or, if `centred`, LayerNorm with a `bias` [D] or None."""
 
-    qkv [(H + G) Dk + G Dv, hidden]; o [hidden, H Dv]; gate_up gated [2 I, hidden]; down [hidden, I]. `rope` is an index
-    that `add_rope` returned, -1 for none; `activation` is "silu" or "gelu_tanh".
-    """
-
-    shape: LayerShape
-    qkv: PackedWeight
-    o: PackedWeight
-    gate_up: PackedWeight
-    down: PackedWeight
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    post_attention_norm: torch.Tensor | None = None
-    post_mlp_norm: torch.Tensor | None = None
-    q_norm: torch.Tensor | None = None
-    k_norm: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
-    slopes: torch.Tensor | None = None
-    rope: int = -1
-    scale: float = 1.0
-    softcap: float = 0.0
-    activation: str = "silu"
+    weight: torch.Tensor
+    eps: float
+    centred: bool = False
+    bias: torch.Tensor | None = None
 
 
 class StepDecoder:
     """Embedding, layers and output product over packed weights; steps packed batches of prefill chunks and decodes.
 
-    The residual stream and all sums are float32. `bf16` lets attention multiply in bf16 over bf16 and int8 blocks.
-    `embedding` and `output` [vocab, hidden] may be the same object. Not to be stepped by two threads at once.
+    Layers are built of fused parts, in the order in which a step is to execute them: `add_layer`, then its parts. The
+    residual stream and all sums are float32. `bf16` lets attention multiply in bf16 over bf16 and int8 blocks.
+    `embedding` [vocab, hidden] is multiplied by `embedding_scale`; a row of `positions` [P, hidden] is added to it, and
+    `embedding_norm` normalises it, where these are given. Not to be stepped by two threads at once.
     """
 
     def __init__(
         self,
         embedding: PackedWeight,
-        output: PackedWeight,
-        final_norm: torch.Tensor,
-        eps: float,
         *,
         bf16: bool,
         embedding_scale: float = 1.0,
-        logit_softcap: float = 0.0,
+        positions: PackedWeight | None = None,
+        embedding_norm: NormWeights | None = None,
     ) -> None:
         self.vocab, self.hidden = embedding.shape
         self._decoder = _ext.Decoder(
-            self.hidden, self.vocab, eps, embedding_scale, logit_softcap, bf16, embedding.packed, output.packed,
-            _floats(final_norm),
+            self.hidden, self.vocab, bf16, embedding.packed, embedding_scale,
+            None if positions is None else positions.packed, _norm(embedding_norm),
         )  # fmt: skip
 
-    def add_rope(self, inverse_frequencies: torch.Tensor, amplitude: float = 1.0) -> int:
-        """Add a rotary embedding, theta [R] float32 in radians per position; returns its index."""
-        return self._decoder.add_rope(_floats(inverse_frequencies), amplitude)
+    def set_output(self, output: PackedWeight, norm: NormWeights, scale: float = 1.0, softcap: float = 0.0) -> None:
+        """Have logits be `output` [vocab, hidden], the embedding or another, times the norm, times `scale`, capped."""
+        self._build(self._decoder.set_output, output.packed, _norm(norm), scale, softcap)
 
-    def add_layer(self, layer: LayerWeights) -> None:
-        """Add the next layer; raises InvalidInputError where a shape does not fit."""
-        optional = {
-            name: None if vector is None else _floats(vector)
-            for name, vector in (
-                ("post_attention_norm", layer.post_attention_norm),
-                ("post_mlp_norm", layer.post_mlp_norm),
-                ("q_norm", layer.q_norm),
-                ("k_norm", layer.k_norm),
-                ("sinks", layer.sinks),
-                ("slopes", layer.slopes),
-            )
-        }
+    def add_rope(self, inverse_frequencies: torch.Tensor, amplitudes: torch.Tensor) -> int:
+        """Add a rotary embedding, theta [R] radians per position and what multiplies its cosines and sines [R]."""
+        index: int = self._build(self._decoder.add_rope, _floats(inverse_frequencies), _floats(amplitudes))
+        return index
+
+    def add_layer(self, shape: LayerShape) -> None:
+        """Begin the next layer; raises InvalidInputError if the last one has a part that nothing reads."""
+        self._build(self._decoder.add_layer, tuple(shape))
+
+    def add_norm(self, norm: NormWeights) -> None:
+        """Normalise the residual stream for the product of the part behind."""
+        self._build(self._decoder.add_norm, _norm(norm))
+
+    def add_heads(self, product: PackedWeight) -> None:
+        """Make q, k and v: product [(H + G) Dk + G Dv, hidden]."""
+        self._build(self._decoder.add_heads, product.packed)
+
+    def add_append(
+        self, q_norm: NormWeights | None = None, k_norm: NormWeights | None = None, rope: int = -1, clip: float = 0.0
+    ) -> None:
+        """Bound q, k, v by `clip` (0: not), norm heads [Dk], rotate by `rope` (-1: not), write k and v to the lanes."""
+        self._build(self._decoder.add_append, _norm(q_norm), _norm(k_norm), rope, clip)
+
+    def add_attend(
+        self,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
+    ) -> None:
+        """Attend over the lanes: scores times `scale`, capped by `softcap` (0: not), sinks [H] and ALiBi slopes [H]."""
+        vectors = (None if vector is None else _floats(vector) for vector in (sinks, slopes))
+        self._build(self._decoder.add_attend, *vectors, scale, softcap)
+
+    def add_up(self, product: PackedWeight, activation: str) -> None:
+        """Make the inside of an MLP: activation(gate) * up of a gated product [2 I, hidden], else activation(up)."""
+        self._build(self._decoder.add_up, product.packed, ACTIVATION[activation])
+
+    def add_product(self, product: PackedWeight, *, of_attention: bool, norm: NormWeights | None = None) -> None:
+        """Add to the residual stream: product [hidden, H Dv] of what attention made, or [hidden, I] of the inside."""
+        self._build(self._decoder.add_product, product.packed, of_attention, _norm(norm))
+
+    @staticmethod
+    def _build(call: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            self._decoder.add_layer(
-                tuple(layer.shape), layer.qkv.packed, layer.o.packed, layer.gate_up.packed, layer.down.packed,
-                _floats(layer.attention_norm), _floats(layer.mlp_norm), rope=layer.rope, scale=layer.scale,
-                softcap=layer.softcap, activation=ACTIVATION[layer.activation], **optional,
-            )  # fmt: skip
+            return call(*arguments)
         except ValueError as error:
             raise InvalidInputError(str(error)) from error
 
@@ -114,20 +126,26 @@ class StepDecoder:
         queries: NDArray[np.float32] | None = None,
         lse: NDArray[np.float32] | None = None,
         bias: NDArray[np.float32] | None = None,
+        input_norms: NDArray[np.float32] | None = None,
+        frequencies: NDArray[np.float32] | None = None,
+        slot_positions: NDArray[np.int64] | None = None,
     ) -> None:
         """Process ids [T] at positions [T] of B sequences (cu_seqlens [B + 1], rows seq_rows [B] of the lane table).
 
         The lanes' `end` already counts the new tokens; their K and V are written. For the tokens logit_rows [R]:
         `logits` [R, vocab] and `greedy` [R] (first arg max) are filled if given; `hidden` [T, hidden] receives the
         normed final states; `queries` [L, Q, H Dk] the rotated, unscaled queries of tokens query_rows [Q]; `lse`
-        [L, T, H] the log-sum-exp of every row. `bias` [num_seqs, num_lanes, slots] is added to scores.
+        [L, T, H] the log-sum-exp of every row; `input_norms` [L, T] the 2-norm of the stream before each layer.
+        `bias` [num_seqs, num_lanes, slots] is added to scores. `frequencies` [ropes, B, R] replace those of the ropes.
+        `slot_positions` [num_seqs, 2] are, by row of the lane table, the address of int32 positions [lanes, S] of the
+        tokens in the slots and S, or zeros where slots are as far apart as their tokens: for ALiBi.
         Raises InvalidInputError if ids, rows or lane bounds do not fit.
         """
         follow_torch()
         try:
             self._decoder.step(
                 lanes.view, ids, positions, cu_seqlens, seq_rows, logit_rows, logits, greedy, hidden, query_rows,
-                queries, lse, bias,
+                queries, lse, bias, input_norms, frequencies, slot_positions,
             )  # fmt: skip
         except ValueError as error:
             raise InvalidInputError(str(error)) from error
@@ -136,3 +154,9 @@ class StepDecoder:
 def _floats(x: torch.Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = x.detach().to(torch.float32).contiguous().numpy()
     return array
+
+
+def _norm(norm: NormWeights | None) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, bool, float] | None:
+    if norm is None:
+        return None
+    return _floats(norm.weight), None if norm.bias is None else _floats(norm.bias), norm.centred, norm.eps

@@ -14,8 +14,8 @@ STORE_ELEMENT.register("bf16", 1)
 STORE_ELEMENT.register("fp16", 2)
 STORE_ELEMENT.register("int8", 3)
 
-ACTIVATION = {"silu": 0, "gelu_tanh": 1}
-"""Code of each gated activation."""
+ACTIVATION = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+"""Code of each activation."""
 
 
 def element_of(x: torch.Tensor, name: str) -> int:

@@ -1,0 +1,68 @@
+// What a decoder's layers are made of: a flat list of fused parts, each a small struct, that a step goes through in order.
+//
+//   one after the other   norm heads append attend add   norm up add
+//   in parallel           norm heads append attend       norm up     add add
+//
+// `norm` makes the input of the product behind it from the residual stream, `heads` makes q, k and v of it, `append`
+// writes k and v to the lanes, `attend` and `up` make the input of the product of the `add` that reads them, and `add`
+// adds that product to the stream. Another order of the same parts is another kind of layer.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "norm.h"
+#include "weight.h"
+
+namespace kvloom {
+
+enum class PartKind : int { kNorm, kHeads, kAppend, kAttend, kUp, kAdd };
+
+struct Part {
+  PartKind kind = PartKind::kNorm;
+  const PackedWeight* weight = nullptr;  // kHeads [(H + G) k_width + G v_width, hidden], kUp (gated or not), kAdd
+  const PackedWeight* reader = nullptr;  // kNorm, kAttend, kUp: the product that reads what this part makes
+  Norm norm;                             // kNorm; kAdd: of the product before it is added, if there is one
+  // kAppend
+  Norm q_norm, k_norm;
+  float clip = 0;
+  int rope = -1;  // index of its rotary embedding, -1: none
+  // kAttend
+  float scale = 1, softcap = 0;
+  const float* sinks = nullptr;   // [H] or null
+  const float* slopes = nullptr;  // [H] or null
+  // kUp
+  Activation activation = Activation::kSilu;
+  // kAdd: the product of what attention made, not of what `up` made
+  bool of_attention = false;
+};
+
+// Parts [first, last) of the model's, over lanes of one shape.
+struct DecoderLayer {
+  LayerShape shape;
+  int first = 0, last = 0;
+};
+
+struct Rope {
+  std::vector<float> inverse_frequency;  // [rotary / 2] radians per position
+  std::vector<float> amplitude;          // [rotary / 2], multiplies cosines and sines
+};
+
+struct DecoderModel {
+  int hidden = 0;
+  int vocab = 0;
+  Element dtype = Element::kFloat;  // kBf16: attention multiplies in bf16 where the store allows it
+  const PackedWeight* embedding = nullptr;  // [vocab, hidden]
+  float embedding_scale = 1;
+  const PackedWeight* position_table = nullptr;  // [positions, hidden], a row of which is added to each embedding; or null
+  Norm embedding_norm;
+  std::vector<DecoderLayer> layers;
+  std::vector<Part> parts;
+  std::vector<Rope> ropes;
+  Norm final_norm;
+  const PackedWeight* output = nullptr;  // [vocab, hidden]; the same object as the embedding if tied
+  float logit_scale = 1;
+  float logit_softcap = 0;
+};
+
+}  // namespace kvloom

@@ -1,0 +1,99 @@
+"""CompiledWeights: the products and vectors of a decoder, each packed once for the CPU kernels."""
+
+from collections.abc import Iterable
+
+import torch
+
+from kvloom.kernels.cpu import NormWeights, PackedWeight
+from kvloom.models.lowering import lower_layer
+from kvloom.models.parts import Add, Heads, NormSpec, ProductSpec, Up
+from kvloom.spec.decoder import DecoderConfig
+
+
+class CompiledWeights:
+    """Canonical `tensors`, which are not kept: each product is packed as soon as its matrices are there.
+
+    Layers multiply in `product`, embedding and output layer in `output_product`; the table of positions is added to
+    embeddings, so that it is held in `table_product`, that of the model's dtype.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        product: str,
+        output_product: str,
+        table_product: str,
+    ) -> None:
+        self._product = product
+        self._packed: dict[ProductSpec, PackedWeight] = {}
+        self._tables: dict[str, PackedWeight] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        tables = {"embed": output_product, "lm_head": output_product, "positions": table_product}
+        parts = [part for index in range(config.num_layers) for part in lower_layer(config, index)]
+        reader = {
+            name: part for part in parts if isinstance(part, (Heads, Up, Add)) for name in _names(part.product)
+        }  # of each tensor
+        pending: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors:
+            if name in tables:
+                self._tables[name] = PackedWeight(tensor.contiguous(), tables[name])
+            elif name in reader:
+                pending[name] = tensor
+                self._pack(reader[name].product, isinstance(reader[name], Up), pending)
+            else:  # norms and sinks
+                self._vectors[name] = tensor.clone()
+        assert not pending, f"unknown weights: {sorted(pending)}"
+
+    def _pack(self, product: ProductSpec, inner: bool, pending: dict[str, torch.Tensor]) -> None:
+        """Pack a product if all its tensors are pending; removes them from `pending`."""
+        if not all(name in pending for name in _names(product)):
+            return
+        matrices = [pending.pop(name) for name in product.weights]
+        weight = torch.cat(matrices) if len(matrices) > 1 else matrices[0].contiguous()
+        biases = [pending.pop(f"{name}_bias").float() for name in product.weights if product.biased]
+        bias = torch.cat(biases) if biases else None
+        gated = inner and len(matrices) == 2
+        self._packed[product] = PackedWeight(weight, self._product, gated=gated, bias=bias)
+
+    @property
+    def embedding(self) -> PackedWeight:
+        """The embedding [vocab, hidden]."""
+        return self._tables["embed"]
+
+    @property
+    def output(self) -> PackedWeight:
+        """The output layer [vocab, hidden], the embedding where that serves."""
+        return self._tables.get("lm_head", self.embedding)
+
+    @property
+    def positions(self) -> PackedWeight | None:
+        """The table of learned positions [positions, hidden], None where there is none."""
+        return self._tables.get("positions")
+
+    def product(self, spec: ProductSpec) -> PackedWeight:
+        """Return a product of a layer."""
+        return self._packed[spec]
+
+    def vector(self, name: str | None) -> torch.Tensor | None:
+        """Return the vector of that name, None for None."""
+        return None if name is None else self._vectors[name]
+
+    def norm(self, spec: NormSpec | None) -> NormWeights | None:
+        """Return a norm, None for None."""
+        if spec is None:
+            return None
+        bias = self._vectors[f"{spec.weight}_bias"] if spec.biased else None
+        return NormWeights(self._vectors[spec.weight], spec.eps, spec.centred, bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights, tied ones once."""
+        vectors = sum(w.numel() * w.element_size() for w in self._vectors.values())
+        return vectors + sum(packed.num_bytes for packed in (*self._packed.values(), *self._tables.values()))
+
+
+def _names(product: ProductSpec) -> list[str]:
+    """Return the names of all tensors of a product."""
+    return [*product.weights, *(f"{name}_bias" for name in product.weights if product.biased)]

@@ -1,0 +1,118 @@
+"""The fused parts that every decoder is made of; `lowering` makes a short flat list of them for each layer. Torch-free.
+
+The residual stream x [T, hidden] goes from part to part. A `Norm` makes the input of the product behind it, `Heads`
+makes q, k and v of that input, `Append` writes k and v to the lanes, `Attend` and `Up` make what a later `Add`
+multiplies and adds to x. Attention and MLP one after the other, or in parallel, are two orders of the same parts::
+
+    Norm Heads Append Attend Add   Norm Up Add
+    Norm Heads Append Attend       Norm Up     Add Add
+
+An executor goes through the list; what it cannot execute is its whole list of limits. Weights are named as a family
+names them; the bias of a weight is `NAME_bias`.
+"""
+
+from dataclasses import dataclass
+
+from kvloom.spec.decoder import RopeConfig
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A norm with the weight of that name: RMSNorm, or LayerNorm if `centred`, which may be `biased`."""
+
+    weight: str
+    eps: float
+    centred: bool = False
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class ProductSpec:
+    """A product with the matrices of these names, their rows one below the other; `biased` if they all have biases."""
+
+    weights: tuple[str, ...]
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Embed:
+    """x = rows of the embedding times `scale`, plus rows of the table of positions if `learned`, through `norm`."""
+
+    scale: float
+    learned: bool
+    norm: NormSpec | None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The input of the next product = the norm of x."""
+
+    norm: NormSpec
+
+
+@dataclass(frozen=True)
+class Heads:
+    """q [T, H, D], k and v [T, G, D] = the product of the input."""
+
+    product: ProductSpec
+
+
+@dataclass(frozen=True)
+class Append:
+    """Bound q, k and v by `clip`, norm each head of q and k, turn them by `rope`; k and v go to the lanes."""
+
+    clip: float | None
+    q_norm: NormSpec | None
+    k_norm: NormSpec | None
+    rope: RopeConfig | None
+
+
+@dataclass(frozen=True)
+class Attend:
+    """What attention over the lanes makes of q: scores times `scale`, and the terms of `attention.backend.ScoreTerms`.
+
+    `sinks` is the name of a weight [H], None where there are none.
+    """
+
+    scale: float
+    softcap: float | None
+    slopes: tuple[float, ...]
+    sinks: str | None
+
+
+@dataclass(frozen=True)
+class Up:
+    """The inside of an MLP: activation(gate) * up where the product has two matrices, else activation(up)."""
+
+    product: ProductSpec
+    activation: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """x += the product, through `norm` if there is one: of what `Attend` made if `of_attention`, else `Up`."""
+
+    product: ProductSpec
+    of_attention: bool
+    norm: NormSpec | None
+
+
+@dataclass(frozen=True)
+class AddExperts:
+    """x += the mixture of experts of the input, through `norm` if there is one; its weights' names begin with `at`."""
+
+    at: str
+    norm: NormSpec | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Logits = the product of the norm of x, times `scale`, bounded by `softcap`."""
+
+    norm: NormSpec
+    scale: float
+    softcap: float | None
+
+
+Part = Norm | Heads | Append | Attend | Up | Add | AddExperts
+"""What a layer is made of."""
