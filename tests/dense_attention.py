@@ -63,8 +63,10 @@ class DenseBackend:
                     (k[i, head].clone(), v[i, head].clone(), int(batch.positions[i])) for i in range(start, end)
                 ]
 
-    def attend(self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: object) -> torch.Tensor:
-        """Return softmax over the visible entries, one lane at a time."""
+    def attend(
+        self, layer: int, q: torch.Tensor, scale: float, batch: AttentionBatch, cache: object, terms: object = None
+    ) -> torch.Tensor:
+        """Return softmax over the visible entries, one lane at a time; distances are those of the config's ALiBi."""
         config = self.dense.config
         window = config.layers[layer].window
         group = config.num_heads // config.num_kv_heads
@@ -78,7 +80,10 @@ class DenseBackend:
                 position = torch.tensor([entry[2] for entry in entries])[None, :]
                 seen = (position <= at) if window is None else (position <= at) & (position > at - window)
                 for h in range(head * group, (head + 1) * group):
-                    scores = (q[start:end, h].double() @ k.T * scale).masked_fill(~seen, -torch.inf)
+                    scores = q[start:end, h].double() @ k.T * scale
+                    if config.slopes:
+                        scores -= config.slopes[h] * (at - position)
+                    scores = scores.masked_fill(~seen, -torch.inf)
                     out[start:end, h] = (torch.softmax(scores, dim=-1) @ v).to(q.dtype)
         return out
 

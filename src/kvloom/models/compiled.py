@@ -19,6 +19,7 @@ from kvloom.models.model import StepOutput, StepWanted
 from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, Part, Up
 from kvloom.models.rope import amplitudes, inverse_frequencies
 from kvloom.spec.decoder import DecoderConfig, RopeConfig
+from kvloom.spec.packedmodel import HEAD_DIMS
 from kvloom.spec.packing import products_of
 
 PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -26,10 +27,6 @@ PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 BLOCK_SLOTS = 16
 """Blocks must hold a multiple of this many tokens."""
-
-
-HEAD_DIMS = range(16, 385, 16)
-"""Head sizes that the kernels take."""
 
 
 def unsupported(config: DecoderConfig, block_size: int) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from kvloom.spec.layer import Attention, Experts, FeedForward, Latent, LayerSpec, Mixer, Mlp
+from kvloom.spec.layer import Attention, Experts, FeedForward, Latent, LayerSpec, Mixer
 from kvloom.spec.model import ModelSpec
 from kvloom.spec.packing import FLOAT_BYTES, PACKINGS, Matrix, Packing, products_of
 
@@ -13,7 +13,7 @@ HEAD_DIMS = range(16, 385, 16)
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model whose `layers` and `vocabulary` (embedding and output head) are packed so; norms stay in float32.
+    """A model whose `layers`, `vocabulary` (embedding and output head) and `tables` are packed so; norms are float32.
 
     Bytes are those of the engine, padding included, unless there are `obstacles`: then they are an estimate.
     """
@@ -21,6 +21,7 @@ class PackedModel:
     model: ModelSpec
     layers: Packing
     vocabulary: Packing
+    tables: Packing
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -32,7 +33,6 @@ class PackedModel:
     def obstacles(self) -> tuple[str, ...]:
         """Every reason in the model's shape why the kernels do not run it, and their packing is not known."""
         found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
-        found += ["it has tables beside the embedding"] * bool(self.model.table_params)
         found += ["the output head has a bias"] * self.model.head_bias
         return tuple(dict.fromkeys(found))
 
@@ -53,7 +53,8 @@ class PackedModel:
         model = self.model
         small = sum(_small_params(layer, model.hidden_size) for layer in model.layers) + model.other_params
         vectors = FLOAT_BYTES * (small - model.table_params + (model.vocab_size if model.head_bias else 0))
-        tables = model.table_params * self.vocabulary.bits // 8
+        rows = -(-model.table_params // model.hidden_size)
+        tables = self.tables.held_bytes(Matrix(rows, model.hidden_size)) if rows else 0
         layers = sum(self.layers.held_bytes(matrix) for matrix in self.matrices)
         return self.embedding_bytes + self.head_bytes + layers + vectors + tables
 
@@ -82,7 +83,7 @@ class PackedModel:
 def packed_model(model: ModelSpec, native: str, quantization: str | None) -> PackedModel:
     """Return `model` as it is packed where `native` stores its dtype, the same object for the same question."""
     layers, vocabulary = products_of(native, quantization)
-    return PackedModel(model, PACKINGS[layers], PACKINGS[vocabulary])
+    return PackedModel(model, PACKINGS[layers], PACKINGS[vocabulary], PACKINGS[native])
 
 
 def _matrices(layer: LayerSpec, hidden: int) -> list[Matrix]:
@@ -134,8 +135,6 @@ def _obstacles(layer: LayerSpec) -> list[str]:
         "attention has a gate": mixer.gated,
         "layers share keys and values": layer.source is not None or not mixer.owns_kv,
         "it has a mixture of experts": isinstance(mlp, Experts),
-        "the MLP has no gate": isinstance(mlp, Mlp) and mlp.matrices != 3,
-        "the MLP has biases": isinstance(mlp, Mlp) and (mlp.up_bias or mlp.down_bias),
         "layers have matrices beside attention and MLP": layer.extra_params > 0,
     }
     return [reason for reason, there in applies.items() if there]
