@@ -14,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.bpe_merges import merges_of_vocab
+from kvloom.models.gguf_ends import end_token_ids
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.models.gguf_tokenizer import tokenizer_of_gguf
 from kvloom.models.spelling import byte_alphabet
@@ -90,7 +91,7 @@ def byte_gguf(path, merges=("Ċ Ċ", "1 2"), extra=(), **values):
     """Write a small byte-level tokenizer with the tokens that `merges` make, and `extra` (token, type)."""
     tokens = list(byte_alphabet()) + [merge.replace(" ", "") for merge in merges] + [token for token, _ in extra]
     types = [1] * (256 + len(merges)) + [kind for _, kind in extra]
-    return gguf_tokenizer(path, "gpt2", tokens, types, merges=list(merges), **values)
+    return gguf_tokenizer(path, "gpt2", tokens, types, merges=list(merges), **{"pre": "gpt-2", **values})
 
 
 def spelled(tokenizer, text):
@@ -202,6 +203,52 @@ def test_an_unknown_cut_of_the_text_is_refused_not_guessed(tmp_path):
         tokenizer_from_gguf(byte_gguf(tmp_path / "t.gguf", pre="smolm"))
 
 
+def without_pre(path, **values):
+    """Write a byte-level tokenizer that does not say how text is cut."""
+    return gguf_tokenizer(path, "gpt2", [*byte_alphabet(), "12"], merges=["1 2"], **values)
+
+
+@pytest.mark.parametrize("values", [{}, {"pre": "default"}, {"architecture": "qwen2"}])
+def test_a_file_that_does_not_say_how_text_is_cut_is_refused(tmp_path, values):
+    with pytest.raises(UnsupportedError, match=r"does not say how text is cut.*--tokenizer"):
+        tokenizer_from_gguf(without_pre(tmp_path / "t.gguf", **values))
+
+
+def test_gpt2_itself_is_cut_as_gpt2_where_its_file_does_not_say(tmp_path):
+    assert spelled(tokenizer_from_gguf(without_pre(tmp_path / "t.gguf", architecture="gpt2")), "a12") == ["a", "12"]
+
+
+def test_a_sentencepiece_file_without_roles_has_the_usual_ones(tmp_path):
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    file = gguf_tokenizer(tmp_path / "t.gguf", "llama", words, [2, 3, 3] + [6] * 256 + [1], [0.0] * len(words))
+    tokenizer = tokenizer_from_gguf(file, eos_token_ids=end_token_ids(file.metadata))
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert (tokenizer.encode("a")[0], tokenizer.eos_token_ids) == (1, (2,))
+
+
+ENDS = [
+    # tokens beside their types, metadata, the tokens that end an answer
+    ([("<|im_start|>", 3), ("<|im_end|>", 3), ("<|endoftext|>", 3)], {"eos": 2}, {"<|im_end|>", "<|endoftext|>"}),
+    ([("<|begin_of_text|>", 3), ("<|end_of_text|>", 3), ("<|eom_id|>", 3), ("<|eot_id|>", 3)], {"eos": 1},
+     {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}),
+    ([("<|end|>", 4), ("<|user|>", 3), ("<s>", 3)], {}, {"<|end|>"}),
+    ([("</s>", 3), ("<eos>", 3)], {}, {"</s>", "<eos>"}),
+    ([("<eos>", 3), ("</s>", 4), ("<end_of_turn>", 3)], {"eos": 0}, {"<eos>", "<end_of_turn>"}),
+    ([("<|return|>", 3), ("<|call|>", 3), ("<|end|>", 3)], {}, {"<|return|>", "<|call|>"}),
+    ([("stop", 1), ("over", 1), ("out", 1)], {"eos": 0, "eot": 1, "eom": 2}, {"stop", "over", "out"}),
+    ([("a", 1), ("b", 3)], {}, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "roles", "ends"), ENDS, ids=[tokens[0][0] for tokens, _, _ in ENDS])
+def test_an_answer_ends_at_every_token_whose_role_or_name_says_so(tmp_path, tokens, roles, ends):
+    file = byte_gguf(tmp_path / "t.gguf", extra=tokens, **{f"{key}_token_id": 258 + at for key, at in roles.items()})
+    tokenizer = tokenizer_from_gguf(file)
+    found = {tokenizer.id_to_token(token) for token in end_token_ids(file.metadata)}
+    assert found == ends
+    assert {tokenizer.token_to_id(token) for token in ends} <= tokenizer.special_ids
+
+
 def test_an_unknown_kind_of_tokenizer_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="'bert'"):
         tokenizer_from_gguf(gguf_tokenizer(tmp_path / "t.gguf", "bert", ["a"]))
@@ -229,7 +276,7 @@ def test_a_chat_template_in_the_file_is_used(tmp_path):
 def test_a_contradictory_tokenizer_is_a_checkpoint_error(tmp_path, change, message):
     if "merges" in change:
         tokens = [*byte_alphabet(), "ĊĊ"]
-        file = gguf_tokenizer(tmp_path / "t.gguf", "gpt2", tokens, merges=list(change["merges"]))
+        file = gguf_tokenizer(tmp_path / "t.gguf", "gpt2", tokens, merges=list(change["merges"]), pre="gpt-2")
     else:
         file = byte_gguf(tmp_path / "t.gguf", **change)
     with pytest.raises(CheckpointError, match=message):

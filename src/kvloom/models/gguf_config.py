@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from kvloom.errors import CheckpointError, UnsupportedError
+from kvloom.models.gguf_ends import end_token_ids
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.spec.families import FamilyConfig
 
@@ -33,8 +34,7 @@ def config_of_gguf(file: GGUFFile, family: FamilyConfig) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["attention_bias"] = bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(shapes))
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    config["eos_token_id"] = [token for token in ends if token is not None]
+    config["eos_token_id"] = end_token_ids(metadata)
     config["rope_scaling"] = _rope_scaling(file, prefix, config)
     family.from_gguf(config, shapes)
     _check_widths(file, prefix, config, family)
@@ -80,7 +80,15 @@ def _rope_scaling(file: GGUFFile, prefix: str, config: dict[str, Any]) -> dict[s
     if "rope_freqs.weight" in file.shapes:
         return _llama3_scaling(file, config)
     original = file.metadata.get(prefix + "rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in file.shapes:
+    divisors = {"rope_factors_short.weight", "rope_factors_long.weight"}
+    if missing := divisors - set(file.shapes) if divisors & set(file.shapes) else set():
+        raise CheckpointError(
+            f"{file.path} has no tensor {min(missing)!r} beside its counterpart; fetch the model again"
+        )
+    if divisors <= set(file.shapes):
+        if not original:
+            key = f"{prefix}rope.scaling.original_context_length"
+            raise UnsupportedError(str(file.path), [f"it has rotary divisors of short and long texts, but no {key}"])
         config["original_max_position_embeddings"] = original
         return {
             "rope_type": "longrope",

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.bpe_merges import merges_of_vocab
 from kvloom.models.cache_dir import cache_dir, write_atomically
+from kvloom.models.gguf_ends import CONTROL_TOKEN, is_end
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.registry import nearest
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Part of the key of converted tokenizers: raise it when the conversion gives other results than before."""
 
 _PREFIX = "tokenizer.ggml."
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_UNKNOWN, _USER_DEFINED, _UNUSED, _BYTE = 2, 4, 5, 6
 _SPACE = "\u2581"
 
 _LLAMA3_SPLIT = (
@@ -82,6 +84,15 @@ def tokenizer_of_gguf(file: GGUFFile) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def roles_in_gguf(file: GGUFFile, names: Sequence[str]) -> list[str | None]:
+    """Return the token that has each of the roles `names` (bos, eos, unknown, padding), None where none has.
+
+    Raises `CheckpointError` as `tokenizer_of_gguf` does.
+    """
+    facts = _Facts(file)
+    return [facts.token(name) for name in names]
+
+
 def convert(file: GGUFFile) -> tokenizers.Tokenizer:
     """Return the tokenizer of `file`, converted from its metadata; errors as in `tokenizer_of_gguf`."""
     facts = _Facts(file)
@@ -113,6 +124,7 @@ class _Facts:
     def __init__(self, file: GGUFFile) -> None:
         self.path: Path = file.path
         self._metadata = file.metadata
+        self.architecture: str = file.metadata["general.architecture"]
         self.tokens: list[str] = self._strings("tokens") or []
         if not self.tokens:
             raise CheckpointError(f"{self.path} has no tokenizer ({_PREFIX}tokens is missing); fetch the model again")
@@ -135,10 +147,18 @@ class _Facts:
     def token(self, name: str) -> str | None:
         index = self.value(f"{name}_token_id")
         if index is None:
-            return None
+            return self._usual(name)
         if not isinstance(index, int) or not 0 <= index < len(self.tokens):
             raise CheckpointError(f"{self.path}: {name} token is {index!r}, but there are {len(self.tokens)} tokens")
         return self.tokens[index]
+
+    def _usual(self, name: str) -> str | None:
+        """Return the token with a role that a sentencepiece file leaves out, if it is where such files have it."""
+        usual = {"unknown": ("<unk>", 0), "bos": ("<s>", 1), "eos": ("</s>", 2)}.get(name)
+        if self.value("model") != "llama" or usual is None:
+            return None
+        token, index = usual
+        return token if self.tokens[index : index + 1] == [token] else None
 
     def rules(self) -> list[tuple[str, str]]:
         pairs = [tuple(merge.split(" ")) for merge in self.merges or ()]
@@ -156,7 +176,17 @@ class _Facts:
 
 def _byte_level(facts: _Facts) -> tokenizers.Tokenizer:
     """Byte-level BPE (Radford et al. 2019), with the cut of the text that the merges were learned on."""
-    name = facts.value("pre") or "gpt-2"
+    name = facts.value("pre")
+    if name in (None, "default"):
+        if facts.architecture != "gpt2":
+            raise UnsupportedError(
+                f"the tokenizer of {facts.path}",
+                [
+                    f"it does not say how text is cut ({_PREFIX}pre is {name!r}), and a guess would give other tokens "
+                    "than the model knows; give the original model's tokenizer with --tokenizer, or a newer file"
+                ],
+            )
+        name = "gpt-2"
     if name not in _PRE_TOKENIZERS:
         hint = nearest(str(name), list(_PRE_TOKENIZERS))
         raise UnsupportedError(f"the tokenizer of {facts.path}", [f"it cuts text in the way {name!r}, unknown{hint}"])
@@ -182,7 +212,7 @@ def _sentencepiece(facts: _Facts, gemma: bool) -> tokenizers.Tokenizer:
         tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in facts.tokens]
         facts.vocab = {token: index for index, token in enumerate(tokens)}
     scores = facts.numbers("scores")
-    whole = {_UNKNOWN, _CONTROL, _UNUSED, _BYTE}
+    whole = {_UNKNOWN, CONTROL_TOKEN, _UNUSED, _BYTE}
     if facts.merges:
         rules = facts.rules()
     else:
@@ -208,10 +238,10 @@ def _sentencepiece(facts: _Facts, gemma: bool) -> tokenizers.Tokenizer:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, facts: _Facts) -> None:
     """Mark the tokens that are matched whole in a text: control tokens are special, the user's own are not."""
-    named = {facts.token(name) for name in ("bos", "eos", "eot", "padding")}
+    named = {facts.token(name) for name in ("bos", "eos", "eot", "eom", "padding")}
     special, plain = [], []
     for token, kind in zip(facts.tokens, facts.types, strict=True):
-        if kind == _CONTROL or token in named:
+        if kind == CONTROL_TOKEN or token in named or is_end(token, kind):
             special.append(AddedToken(token, normalized=False, special=True))
         elif kind == _USER_DEFINED and token in facts.vocab:
             plain.append(AddedToken(token, normalized=False))

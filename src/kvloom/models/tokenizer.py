@@ -129,19 +129,14 @@ class Tokenizer:
 
 def tokenizer_from_gguf(file: "GGUFFile", eos_token_ids: Iterable[int] = ()) -> Tokenizer:
     """Return the tokenizer of a GGUF file; errors as in `tokenizer_of_gguf`."""
-    from kvloom.models.gguf_tokenizer import tokenizer_of_gguf  # with it comes all that reads GGUF files
+    from kvloom.models.gguf_tokenizer import roles_in_gguf, tokenizer_of_gguf  # with it comes all that reads GGUF files
 
     backend = tokenizer_of_gguf(file)
-    special = {}
-    for name, key in zip(SPECIAL_NAMES, ("bos", "eos", "unknown", "padding"), strict=True):
-        index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        token = backend.id_to_token(index) if isinstance(index, int) else None
-        if token is not None:
-            special[name] = token
+    special = dict(zip(SPECIAL_NAMES, roles_in_gguf(file, ("bos", "eos", "unknown", "padding")), strict=True))
     template = file.metadata.get("tokenizer.chat_template")
     return Tokenizer(
         backend,
-        special_tokens=special,
+        special_tokens={name: token for name, token in special.items() if token is not None},
         eos_token_ids=eos_token_ids,
         chat_template=template if isinstance(template, str) else None,
     )
