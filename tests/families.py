@@ -45,6 +45,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 VARIANTS = {
     "llama": ("Llama", {}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, linear": ("Llama", rope("linear", factor=3.0)),
     "llama, llama3": ("Llama", rope("llama3", **LLAMA3)),
     "llama, yarn": ("Llama", rope("yarn", **YARN)),

@@ -111,7 +111,6 @@ def test_a_model_type_is_enough_when_architectures_are_missing():
         (LLAMA, {"rope_scaling": {"rope_type": "mrope", "factor": 4}}, "'mrope'"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"hidden_act": "relu"}, "hidden_act 'relu'"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias"),
         (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
@@ -125,7 +124,7 @@ def test_what_cannot_run_is_refused_by_name(raw, changes, reason):
 
 def test_all_reasons_of_a_refusal_come_together():
     with pytest.raises(UnsupportedError) as refusal:
-        config_of(LLAMA, hidden_act="relu", mlp_bias=True, rope_scaling={"type": "mrope"})
+        config_of(LLAMA, hidden_act="relu", quantization_config={"quant_method": "awq"}, rope_scaling={"type": "mrope"})
     assert len(refusal.value.reasons) == 3
 
 

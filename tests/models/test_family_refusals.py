@@ -27,8 +27,8 @@ def refused(architecture, **entries):
 @pytest.mark.parametrize(
     ("architecture", "entries", "reasons"),
     [
-        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "mrope"}, "hidden_act": "relu", "mlp_bias": True},
-         ["'mrope'", "hidden_act 'relu'", "mlp_bias"]),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "mrope"}, "hidden_act": "relu"},
+         ["'mrope'", "hidden_act 'relu'"]),
         ("MistralForCausalLM", {"rope_scaling": {"rope_type": "yarn"}, "sliding_window": -3},
          ["sliding_window is -3"]),
         ("LlamaForCausalLM", {"head_dim": 9, "rope_scaling": {"rope_type": "dynamic"}},

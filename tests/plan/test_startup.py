@@ -9,7 +9,6 @@ import pytest
 
 from families import VARIANTS, decoder_of, oracle_of
 from kvloom import LLM
-from kvloom.engine.modelspec import model_spec
 from kvloom.engine.startup import engine_figures
 from kvloom.errors import DoesNotFitError
 from kvloom.plan.memory import Memory
@@ -18,6 +17,7 @@ from kvloom.plan.source import find_model
 from kvloom.plan.startup import ASSUMED, start_figures
 from kvloom.spec.hardware import find_device
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.shape import model_spec
 from kvloom.spec.store import SLAB_BYTES
 from policies.small import GEMMA, LLAMA, greedy, prompt_of, small_engine
 from serving import make_model
@@ -34,7 +34,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_loaded_model_is_planned_as_its_files_are(variant, tmp_path):
     decoder, planned = decoder_of(oracle_of(variant), tmp_path), find_model(str(tmp_path))
-    loaded = model_spec(decoder.config, "x", "float32", 4 * planned.num_params)
+    loaded = model_spec(decoder.config, "x", "float32")
     asked = Question(planned, find_device("cpu"), 300, 20, 4, dtype="float32")
     again = Question(loaded, asked.device, 300, 20, 4, dtype="float32")
     assert again.whole_kv == asked.whole_kv
@@ -92,7 +92,7 @@ def test_a_server_says_it_in_one_line_as_it_starts(tiny_folder):
 @pytest.mark.parametrize("decoder", [LLAMA, GEMMA])
 def test_the_longest_request_that_it_names_is_admitted_and_a_block_more_is_not(decoder, policy):
     engine = small_engine(decoder, slabs=1, max_num_batched_tokens=256, max_model_len=decoder.config.max_position)
-    spec = model_spec(decoder.config, "x", "float32", 1)
+    spec = model_spec(decoder.config, "x", "float32")
     asked = Question(spec, find_device("cpu"), 1000, 100, policy=PolicySpec.parse(policy), dtype="float32", chunk=256)
     longest = start_figures(asked, SLAB_BYTES)["longest_request"]
     asks = None if policy == "full" else policy

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
-from kvloom.spec.packedmodel import packed_model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_bytes.json").read_text(encoding="utf-8"))
 
@@ -18,8 +17,6 @@ def bytes_of(name):
         "parameters": spec.num_params,
         "active parameters": spec.active_params,
         "weights": spec.stored_weight_bytes(spec.dtype),
-        "weights, packed": packed_model(spec, "bf16", None).num_bytes,
-        "weights, packed in int8": packed_model(spec, "bf16", "int8").num_bytes,
         "state": spec.state_bytes,
     }
     if spec.kv_layers:

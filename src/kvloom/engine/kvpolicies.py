@@ -79,13 +79,8 @@ class KVPolicies:
         config = self.runner.model.config
         if not (policy.needs.watches_queries or policy.needs.replay):
             return []
-        terms = {"a softcap": config.score_softcap is not None, "ALiBi": bool(config.slopes), "sinks": config.sinks}
         name = policy.spec.selector.name
-        return [
-            f"{name} scores by softmax(q.k), and scores of this model have {term}"
-            for term, there in terms.items()
-            if there
-        ]
+        return [f"{name} scores by softmax(q.k), and scores of this model have {term}" for term in config.score_terms]
 
     def start(self, policy: Policy | None, sequence: Sequence) -> None:
         """Put `policy` in charge of the first sequence of a request; nothing for None."""

@@ -3,11 +3,11 @@
 from typing import Any
 
 from kvloom.engine.llm import LLM
-from kvloom.engine.modelspec import model_spec
 from kvloom.plan.question import Question
 from kvloom.plan.startup import start_figures
 from kvloom.spec.hardware import find_device
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.shape import model_spec
 
 
 def engine_figures(llm: LLM) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def engine_figures(llm: LLM) -> dict[str, Any]:
     model, cache = llm.engine.runner.model, llm.engine.cache
     output = llm.max_model_len // 8
     asked = Question(
-        model_spec(model.config, llm.model, llm.dtype, model.num_bytes),
+        model_spec(model.config, llm.model, llm.dtype, weight_bytes=model.num_bytes, source="the loaded model"),
         find_device("cpu"),
         llm.max_model_len - output,
         output,

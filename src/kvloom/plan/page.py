@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvloom.plan.explain import TOPICS
-from kvloom.spec.architectures import ARCHITECTURES
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
+from kvloom.spec.config_json import understood
 from kvloom.spec.format import bits_per_element, runs, store_format, store_names
 from kvloom.spec.hardware import DEVICES
 from kvloom.spec.hypothetical import Hypothesis
@@ -106,7 +106,7 @@ def _windows(spec: ModelSpec) -> str:
 def names() -> str:
     """Return what the planner understands, and its topics."""
     return (
-        f"Architectures (`model_type`): {', '.join(f'`{name}`' for name in ARCHITECTURES)}.\n\n"
+        f"Architectures (`model_type`): {', '.join(f'`{name}`' for name in understood())}.\n\n"
         f"Topics of `--explain`: {', '.join(f'`{name}`' for name in TOPICS)}."
     )
 

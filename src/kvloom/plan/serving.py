@@ -16,11 +16,6 @@ from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import SLAB_BYTES
 
-PLANNED_FAMILIES = frozenset(
-    {"phi", "qwen3_next", "gemma", "gemma3n_text", "gemma3n", "deepseek_v2", "deepseek_v3", "mamba"}
-)
-"""Values of `model_type` whose bytes are known and whose models do not run yet."""
-
 SERVED_NAMES = frozenset({"smollm2"})
 """Names under which `kvloom serve` fetches a model itself; other names are those of the hub."""
 
@@ -29,17 +24,15 @@ SERVED_DTYPES = ("bfloat16", "float16", "float32")
 SCORES_BY_ATTENTION = frozenset({"h2o", "tova", "scissorhands", "snapkv", "expected", "kvzip", "fastgen"})
 """Selectors that compute attention from queries and keys, which is the model's own only where nothing else is in it."""
 
-UNLIKE_ATTENTION = frozenset({"gemma2", "bloom", "mpt", "gpt_oss"})
-"""Values of `model_type` whose scores have a softcap, ALiBi or sinks beside q.k."""
-
 
 def serve_refusals(asked: Question) -> list[str]:
     """Return every reason why `kvloom serve` of this version cannot serve `asked`; [] when it can."""
     model, reasons = asked.model, []
     if not model.exact:
         reasons.append("the model is hypothetical")
-    if model.family in PLANNED_FAMILIES:
+    elif model.decoder is None:
         reasons.append(f"architecture {model.family!r} does not run yet")
+    reasons += model.refused
     if model.weight_format is not None:
         reasons.append(f"weights in {model.weight_format.name} do not run yet")
     if asked.dtype not in SERVED_DTYPES:
@@ -63,8 +56,9 @@ def policy_refusals(asked: Question) -> list[str]:
     if not policy.evicts or not model.kv_layers:
         return reasons
     name = policy.selector.name
-    if name in SCORES_BY_ATTENTION and model.family in UNLIKE_ATTENTION:
-        reasons.append(f"{name} scores by softmax(q.k), and the scores of {model.family} have more in them")
+    if name in SCORES_BY_ATTENTION and model.decoder is not None:
+        reasons += [f"{name} scores by softmax(q.k), and scores of this model have {term}"
+                    for term in model.decoder.score_terms]
     if any(kv.source is not None for kv in model.layer_kv):
         reasons.append("layers share the lanes of other layers, from which nothing can be evicted")
     skipped = policy.selector.get("skip_layers")

@@ -1,4 +1,7 @@
-"""Which architectures are understood: a reader of config.json fields for each `model_type`."""
+"""Architectures that are planned and do not run: a reader of config.json fields for each `model_type`.
+
+Of those that run, the shape follows from the family's config (`kvloom.spec.families`).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -99,29 +102,8 @@ def windows(config: Config, num_layers: int, pattern: Callable[[int], bool] | No
     return [window if is_local else None for is_local in local]
 
 
-def _llama_like(qkv_bias: bool = False, qk_norm: bool = False, windowed: bool = False) -> Reader:
-    def read(config: Config) -> ModelSpec:
-        hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
-        bias = config.flag("attention_bias", False)
-        mixer = attention(config, qkv_bias=qkv_bias or bias, out_bias=bias)
-        if qk_norm:
-            mixer = attention(config, qkv_bias=bias, out_bias=bias, extra_params=2 * mixer.head_dim)
-        found = windows(config, count) if windowed else [None] * count
-        mlp_bias = config.flag("mlp_bias", False)
-        mlp = Mlp(config.number("intermediate_size"), up_bias=mlp_bias, down_bias=mlp_bias)
-        layers = [LayerSpec(mixer, _routed(config, i) or mlp, w, norm_params=2 * hidden) for i, w in enumerate(found)]
-        return build(config, layers, hidden)
-
-    return read
-
-
 def _routed(config: Config, layer: int) -> Experts | None:
-    """Return the experts of a Mixtral- or Qwen-MoE-like layer, or None where the layer is dense."""
-    if config.fields["model_type"] == "mixtral":
-        return Experts(config.number("num_local_experts"), config.number("num_experts_per_tok"),
-                       config.number("intermediate_size"))
-    if config.fields["model_type"] not in ("qwen3_moe", "qwen3_next"):
-        return None
+    """Return the experts of a layer of a Qwen mixture, or None where the layer is dense."""
     step = config.number("decoder_sparse_step", default=1)
     if layer in (config.fields.get("mlp_only_layers") or []) or (layer + 1) % step:
         return None
@@ -130,28 +112,10 @@ def _routed(config: Config, layer: int) -> Experts | None:
                    config.number("moe_intermediate_size"), shared or 0, shared_gate=shared is not None)
 
 
-def _qwen2(config: Config) -> ModelSpec:
-    count = config.number("num_hidden_layers")
-    fields = dict(config.fields)
-    if not config.flag("use_sliding_window", False):
-        fields["sliding_window"], fields["layer_types"] = None, None
-    elif fields.get("layer_types") is None:
-        first = config.number("max_window_layers", default=count)
-        fields["layer_types"] = [_WINDOWED[0] if i >= first else _WINDOWED[1] for i in range(count)]
-    qwen2 = config.fields["model_type"] == "qwen2"
-    return _llama_like(qkv_bias=qwen2, qk_norm=not qwen2, windowed=True)(Config(fields, config.name))
-
-
 def _gemma(config: Config) -> ModelSpec:
-    family = str(config.fields["model_type"]).removesuffix("_text")
     hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
-    head_dim = config.number("head_dim", default=256)
-    every = {"gemma2": 2, "gemma3": config.number("sliding_window_pattern", default=6)}.get(family)
-    found = windows(config, count, lambda i: bool((i + 1) % every)) if every else [None] * count
-    mixer = attention(config, head_dim=head_dim, extra_params=2 * head_dim if family == "gemma3" else 0)
-    norms = (2 if family == "gemma" else 4) * hidden
-    mlp = Mlp(config.number("intermediate_size"))
-    layers = [LayerSpec(mixer, mlp, w, norm_params=norms) for w in found]
+    mixer = attention(config, head_dim=config.number("head_dim", default=256))
+    layers = [LayerSpec(mixer, Mlp(config.number("intermediate_size")), norm_params=2 * hidden)] * count
     return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True))
 
 
@@ -201,107 +165,12 @@ def _deepseek(config: Config) -> ModelSpec:
     return build(config, layers, hidden)
 
 
-def _gpt_oss(config: Config) -> ModelSpec:
-    hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
-    found = windows(config, count, lambda i: i % 2 == 0)
-    mixer = attention(config, qkv_bias=True, out_bias=True, extra_params=config.number("num_attention_heads"))
-    experts = config.number("num_local_experts")
-    mlp = Experts(experts, config.number("num_experts_per_tok", "experts_per_token"),
-                  config.number("intermediate_size"), bias=True, router_params=experts)
-    return build(config, [LayerSpec(mixer, mlp, w, norm_params=2 * hidden) for w in found], hidden)
-
-
 def _phi(config: Config) -> ModelSpec:
     hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
     mixer = attention(config, qkv_bias=True, out_bias=True)
     mlp = Mlp(config.number("intermediate_size"), matrices=2, up_bias=True, down_bias=True)
     layers = [LayerSpec(mixer, mlp, norm_params=2 * hidden) for _ in range(count)]
     return build(config, layers, hidden, other_params=2 * hidden, head_bias=True)
-
-
-def _gpt2(config: Config) -> ModelSpec:
-    hidden, count, heads = config.number("n_embd"), config.number("n_layer"), config.number("n_head")
-    if hidden % heads:
-        raise InvalidInputError(f"n_embd {hidden} of {config.name} is not divisible by {heads} heads")
-    mqa = config.fields["model_type"] == "gpt_bigcode" and config.flag("multi_query", True)
-    mixer = Attention(heads, 1 if mqa else heads, hidden // heads, qkv_bias=True, out_bias=True)
-    mlp = Mlp(config.number("n_inner", default=4 * hidden), matrices=2, up_bias=True, down_bias=True)
-    table = config.number("n_positions", default=1024) * hidden
-    layers = [LayerSpec(mixer, mlp, norm_params=4 * hidden) for _ in range(count)]
-    return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True),
-                 other_params=2 * hidden + table, table_params=table)
-
-
-def _smollm3(config: Config) -> ModelSpec:
-    """SmolLM3: every fourth layer has no positions; those are the ones that may have a window."""
-    count = config.number("num_hidden_layers")
-    interval = config.number("no_rope_layer_interval", default=4)
-    rotates = config.fields.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(count)]
-    fields = dict(config.fields)
-    if not config.flag("use_sliding_window", False) or fields.get("sliding_window") is None:
-        fields["sliding_window"], fields["layer_types"] = None, None
-    elif fields.get("layer_types") is None:
-        fields["layer_types"] = [_WINDOWED[1] if rotated else _WINDOWED[0] for rotated in rotates]
-    return _llama_like(windowed=True)(Config(fields, config.name))
-
-
-def _glm(config: Config) -> ModelSpec:
-    """GLM-4: Llama with biases of q, k and v alone."""
-    fields = {**config.fields, "attention_bias": False}
-    return _llama_like(qkv_bias=config.flag("attention_bias", True))(Config(fields, config.name))
-
-
-def _gpt_neox(config: Config) -> ModelSpec:
-    hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
-    bias = config.flag("attention_bias", True)
-    mixer = attention(config, num_kv_heads=config.number("num_attention_heads"), qkv_bias=bias, out_bias=bias)
-    mlp = Mlp(config.number("intermediate_size"), matrices=2, up_bias=True, down_bias=True)
-    layers = [LayerSpec(mixer, mlp, norm_params=4 * hidden) for _ in range(count)]
-    return build(config, layers, hidden, other_params=2 * hidden)
-
-
-def _falcon(config: Config) -> ModelSpec:
-    hidden = config.number("hidden_size", "n_embed")
-    count = config.number("num_hidden_layers", "n_layer")
-    heads = config.number("num_attention_heads", "n_head")
-    grouped = config.flag("new_decoder_architecture", False)
-    kv_heads = config.number("num_kv_heads", "n_head_kv", default=heads) if grouped else (
-        1 if config.flag("multi_query", True) else heads)
-    bias = config.flag("bias", False)
-    mixer = Attention(heads, kv_heads, hidden // heads, qkv_bias=bias, out_bias=bias)
-    mlp = Mlp(config.number("ffn_hidden_size", default=4 * hidden), matrices=2, up_bias=bias, down_bias=bias)
-    two = not config.flag("parallel_attn", True)
-    if grouped:
-        two = config.number("num_ln_in_parallel_attn", default=2) == 2
-    layers = [LayerSpec(mixer, mlp, norm_params=(4 if two else 2) * hidden) for _ in range(count)]
-    return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True),
-                 other_params=2 * hidden)
-
-
-def _bloom(config: Config) -> ModelSpec:
-    hidden = config.number("hidden_size", "n_embed")
-    count, heads = config.number("n_layer", "num_hidden_layers"), config.number("n_head", "num_attention_heads")
-    if hidden % heads:
-        raise InvalidInputError(f"hidden_size {hidden} of {config.name} is not divisible by {heads} heads")
-    mixer = Attention(heads, heads, hidden // heads, qkv_bias=True, out_bias=True)
-    mlp = Mlp(4 * hidden, matrices=2, up_bias=True, down_bias=True)
-    layers = [LayerSpec(mixer, mlp, norm_params=4 * hidden) for _ in range(count)]
-    return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True),
-                 other_params=4 * hidden)
-
-
-def _mpt(config: Config) -> ModelSpec:
-    hidden, count, heads = config.number("d_model"), config.number("n_layers"), config.number("n_heads")
-    if hidden % heads:
-        raise InvalidInputError(f"d_model {hidden} of {config.name} is not divisible by {heads} heads")
-    if not config.flag("no_bias", True):
-        raise InvalidInputError(f"{config.name} is an MPT with biases, which is not understood; no_bias must be true")
-    inner = config.fields.get("attn_config")
-    kv_heads = inner.get("kv_n_heads") if isinstance(inner, Mapping) else None
-    mixer = Attention(heads, heads if kv_heads is None else int(kv_heads), hidden // heads)
-    mlp = Mlp(config.number("expansion_ratio", default=4) * hidden, matrices=2)
-    layers = [LayerSpec(mixer, mlp, norm_params=2 * hidden) for _ in range(count)]
-    return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True))
 
 
 def _qwen3_next(config: Config) -> ModelSpec:
@@ -345,12 +214,7 @@ def _mamba(config: Config) -> ModelSpec:
 
 
 for _name, _reader in (
-    ("llama", _llama_like()), ("smollm3", _smollm3), ("glm", _glm), ("mistral", _llama_like(windowed=True)),
-    ("mixtral", _llama_like(windowed=True)), ("phi3", _llama_like(windowed=True)), ("phi", _phi),
-    ("qwen2", _qwen2), ("qwen3", _qwen2), ("qwen3_moe", _qwen2), ("qwen3_next", _qwen3_next),
-    ("gemma", _gemma), ("gemma2", _gemma), ("gemma3_text", _gemma), ("gemma3", _gemma),
-    ("gemma3n_text", _gemma3n), ("gemma3n", _gemma3n), ("deepseek_v2", _deepseek), ("deepseek_v3", _deepseek),
-    ("gpt_oss", _gpt_oss), ("gpt2", _gpt2), ("gpt_bigcode", _gpt2), ("gpt_neox", _gpt_neox), ("falcon", _falcon),
-    ("bloom", _bloom), ("mpt", _mpt), ("mamba", _mamba),
+    ("gemma", _gemma), ("gemma3n_text", _gemma3n), ("gemma3n", _gemma3n), ("deepseek_v2", _deepseek),
+    ("deepseek_v3", _deepseek), ("phi", _phi), ("qwen3_next", _qwen3_next), ("mamba", _mamba),
 ):  # fmt: skip
     ARCHITECTURES.register(_name, _reader)

@@ -1,14 +1,17 @@
-"""config.json -> ModelSpec, one reader per architecture. What is not understood is refused, never guessed."""
+"""config.json -> ModelSpec. What is not understood is refused, never guessed."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.registry import nearest
 from kvloom.spec.architectures import ARCHITECTURES, Config
+from kvloom.spec.families import FAMILY_CONFIGS, family_of_type
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec, WeightFormat
+from kvloom.spec.shape import model_spec
 
 _QUANTISED = {
     "mxfp4": WeightFormat("mxfp4", 4.25, "experts"),
@@ -21,37 +24,54 @@ TEXT_CONFIG_FAMILIES = frozenset({"gemma3", "gemma3n"})
 
 
 def spec_from_config(config: Mapping[str, Any], name: str, source: str = "") -> ModelSpec:
-    """Return the shape that a parsed config.json describes.
+    """Return the shape that a parsed config.json describes: of a family that runs, as its decoder; else as a reader.
 
-    Raises `UnsupportedError` for an architecture that no reader understands and `InvalidInputError` for values
-    that contradict each other.
+    Raises `UnsupportedError` for an architecture that is not understood, `CheckpointError` and `InvalidInputError` for
+    values that are malformed or contradict each other.
     """
     family = config.get("model_type")
     if not isinstance(family, str):
         raise InvalidInputError(f"the config of {name} names no model_type; is it the config.json of a language model?")
     notes: list[str] = []
-    inner = config
-    if family in TEXT_CONFIG_FAMILIES and isinstance(config.get("text_config"), Mapping):
-        inner = {"model_type": f"{family}_text", **config["text_config"]}
-        inner.setdefault("torch_dtype", config.get("torch_dtype", config.get("dtype")))
-        inner.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", True))
-        if isinstance(config.get("quantization_config"), Mapping):
-            inner["quantization_config"] = config["quantization_config"]
-        notes.append("text decoder only; vision and audio towers are not counted")
-    elif family not in ARCHITECTURES:
-        raise UnsupportedError(f"cannot plan {name}", [_why_unknown(family, config)])
-    reader = ARCHITECTURES.get(family)
-    read = Config(inner, name)
-    spec = reader(read)
-    dtype = inner.get("dtype") or inner.get("torch_dtype") or "bfloat16"
-    dtype = str(dtype).removeprefix("torch.")
+    inner = _text_config(config, family, notes)
+    stored = inner.get("dtype") or inner.get("torch_dtype")
+    if stored is None:
+        notes.append("the config names no dtype; bfloat16 assumed")
+    dtype = str(stored or "bfloat16").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise InvalidInputError(f"the config of {name} has dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
-    if inner.get("dtype") is None and inner.get("torch_dtype") is None:
-        notes.append("the config names no dtype; bfloat16 assumed")
-    weights = _weight_format(inner, name)
-    changes = {"dtype": dtype, "source": source, "weight_format": weights, "notes": (*spec.notes, *notes)}
-    return ModelSpec(**{**spec.__dict__, **changes})
+    spec = _shape(inner, name, family, dtype)
+    return replace(spec, source=source, weight_format=_weight_format(inner, name), notes=(*spec.notes, *notes))
+
+
+def _text_config(config: Mapping[str, Any], family: str, notes: list[str]) -> Mapping[str, Any]:
+    """Return the entries of the text decoder, which is all that is counted of a multimodal model."""
+    if family not in TEXT_CONFIG_FAMILIES or not isinstance(config.get("text_config"), Mapping):
+        return config
+    inner = {"model_type": f"{family}_text", **config["text_config"]}
+    inner.setdefault("torch_dtype", config.get("torch_dtype", config.get("dtype")))
+    inner.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", True))
+    if isinstance(config.get("quantization_config"), Mapping):
+        inner["quantization_config"] = config["quantization_config"]
+    notes.append("text decoder only; vision and audio towers are not counted")
+    return inner
+
+
+def _shape(config: Mapping[str, Any], name: str, family: str, dtype: str) -> ModelSpec:
+    """Return the shape by the family's config, or by a reader where none of the families that run is meant."""
+    known = family_of_type(family)
+    if known is not None:
+        decoder, refused = known.shape(config)
+        return model_spec(decoder, name, dtype, family=family, refused=refused)
+    if family not in ARCHITECTURES:
+        raise UnsupportedError(f"cannot plan {name}", [_why_unknown(family, config)])
+    return replace(ARCHITECTURES.get(family)(Config(config, name)), dtype=dtype)
+
+
+def understood() -> list[str]:
+    """Return every `model_type` that can be planned, those that run first."""
+    running = [model_type for _, family in FAMILY_CONFIGS.items() for model_type in family.model_types]
+    return [*running, *ARCHITECTURES]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,7 +89,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _why_unknown(family: str, config: Mapping[str, Any]) -> str:
-    known = list(ARCHITECTURES)
+    known = understood()
     if "vision_config" in config or "image_size" in config or "patch_size" in config:
         return f"architecture {family!r} is a vision model; a plan needs a language model with a decoder"
     if config.get("is_encoder_decoder"):

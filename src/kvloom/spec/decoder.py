@@ -18,7 +18,7 @@ class RopeConfig:
 
     base: float
     kind: str = "default"
-    scaling: dict[str, float] = field(default_factory=dict)
+    scaling: dict[str, float] = field(default_factory=dict, hash=False)
     rotary: int | None = None
     divisors: tuple[tuple[float, ...], ...] = ()
 
@@ -135,6 +135,12 @@ class DecoderConfig:
     def rotary(self) -> int:
         """Rotated elements of a head, of all layers that rotate; the head size where none does."""
         return next((r.rotary for r in (layer.rope for layer in self.layers) if r and r.rotary), self.head_dim)
+
+    @property
+    def score_terms(self) -> tuple[str, ...]:
+        """What attention scores have in them beside q.k: a softcap, ALiBi, sinks."""
+        terms = {"a softcap": self.score_softcap is not None, "ALiBi": bool(self.slopes), "sinks": self.sinks}
+        return tuple(term for term, there in terms.items() if there)
 
     def length_class(self, num_tokens: int) -> int:
         """Return the class of a request that may have `num_tokens` in all (`RopeConfig.length_class`)."""

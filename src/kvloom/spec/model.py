@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from kvloom.errors import InvalidInputError
+from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec, Recurrent
 
@@ -31,7 +32,8 @@ class ModelSpec:
     `table_params` is the part of them that is looked up, never multiplied as a whole. `head_bias` adds a bias to
     the output head. `weight_bytes` are those of the files as loaded in `dtype`, `file_bytes` those on disk, both None
     when no file was read. `exact` tells whether the weights follow from a known architecture; those of a
-    hypothetical model are an estimate.
+    hypothetical model are an estimate. `decoder` is what the engine would run, None for an architecture that does not
+    run; `refused` is every reason in the config itself why the engine would not load it.
     """
 
     name: str
@@ -52,6 +54,8 @@ class ModelSpec:
     weight_bytes: int | None = None
     file_bytes: int | None = None
     notes: tuple[str, ...] = field(default=())
+    decoder: DecoderConfig | None = None
+    refused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:

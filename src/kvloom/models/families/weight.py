@@ -212,6 +212,9 @@ GATED_MLP: tuple[Weight, ...] = (
     per_layer("gate", "mlp.gate_proj.weight", "ffn_gate.weight", up),
     per_layer("up", "mlp.up_proj.weight", "ffn_up.weight", up),
     per_layer("down", "mlp.down_proj.weight", "ffn_down.weight", down),
+    per_layer("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias", rows_of(up), mlp_biased),
+    per_layer("up_bias", "mlp.up_proj.bias", "ffn_up.bias", rows_of(up), mlp_biased),
+    per_layer("down_bias", "mlp.down_proj.bias", "ffn_down.bias", hidden, mlp_biased),
 )
 """The gated MLP as most families name it."""
 

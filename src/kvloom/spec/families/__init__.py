@@ -28,7 +28,7 @@ for _family in (
 ):  # fmt: skip
     FAMILY_CONFIGS.register(_family.name, _family)
 
-__all__ = ["FAMILY_CONFIGS", "FamilyConfig", "family_of_config", "family_of_gguf"]
+__all__ = ["FAMILY_CONFIGS", "FamilyConfig", "family_of_config", "family_of_gguf", "family_of_type"]
 
 
 def family_of_config(raw: Mapping[str, Any]) -> FamilyConfig:
@@ -50,6 +50,11 @@ def family_of_config(raw: Mapping[str, Any]) -> FamilyConfig:
     if raw.get("auto_map"):
         reasons.append("it needs code from the checkpoint (auto_map), which kvloom never runs")
     raise UnsupportedError(f"the architecture {wanted!r}", reasons)
+
+
+def family_of_type(model_type: str) -> FamilyConfig | None:
+    """Return the family whose configs have this `model_type`, or None."""
+    return next((family for _, family in FAMILY_CONFIGS.items() if model_type in family.model_types), None)
 
 
 def family_of_gguf(architecture: str, has_experts: bool = False) -> FamilyConfig:

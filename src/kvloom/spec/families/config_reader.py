@@ -83,11 +83,20 @@ class ConfigReader:
             if self.get(key):
                 self.refuse(f"{key} {self.get(key)!r}")
 
-    def finish(self) -> None:
-        """Raise `CheckpointError` for malformed entries, else `UnsupportedError` for refused ones, else nothing."""
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """What was refused so far."""
+        return tuple(self._refused)
+
+    def check_entries(self) -> None:
+        """Raise `CheckpointError` naming all missing and malformed entries, if there are any."""
         if self._wrong:
             raise CheckpointError(
                 f"the config of this {self.family} model is malformed: {'; '.join(self._wrong)}. Fetch the model again"
             )
+
+    def finish(self) -> None:
+        """Raise `CheckpointError` for malformed entries, else `UnsupportedError` for refused ones, else nothing."""
+        self.check_entries()
         if self._refused:
             raise UnsupportedError(f"this {self.family} model cannot run here", self._refused)

@@ -76,8 +76,7 @@ class FamilyConfig:
         `UnsupportedError` for what kvloom cannot run, and `InvalidInputError` for overrides that nothing reads, each
         with all its reasons.
         """
-        text = raw.get("text_config")
-        merged = {**raw, **text} if isinstance(text, dict) else dict(raw)
+        merged = _text(raw)
         overrides = dict(overrides or {})
         if "rope_scaling" in overrides and isinstance(merged.get("rope_parameters"), dict):
             stored = merged.pop("rope_parameters")  # the newer entry for the same thing, which would win
@@ -87,11 +86,7 @@ class FamilyConfig:
         quantized = reader.get("quantization_config") or {}
         if quantized and (not isinstance(quantized, dict) or quantized.get("quant_method") not in self.quantizations):
             reader.refuse(f"quantization_config {quantized!r}")
-        config = self.configure(reader)
-        if config.num_heads % config.num_kv_heads:
-            reader.wrong("num_attention_heads", f"a multiple of {config.num_kv_heads} KV heads", config.num_heads)
-        if config.head_dim % 2:
-            reader.wrong("head_dim", "an even number", config.head_dim)
+        config = self._configured(reader)
         reader.finish()
         unread = sorted(set(overrides) - reader.read - _NAMES)
         if unread:
@@ -100,3 +95,27 @@ class FamilyConfig:
                 f"{nearest(unread[0], sorted(reader.read))}; leave it out"
             )
         return config
+
+    def shape(self, raw: Mapping[str, Any]) -> tuple[DecoderConfig, tuple[str, ...]]:
+        """Return what a config.json describes, and every reason in it why kvloom cannot run it.
+
+        How its weights are quantised is not asked. Raises `CheckpointError` for malformed entries.
+        """
+        reader = ConfigReader(self.name, _text(raw), dict(self.defaults))
+        config = self._configured(reader)
+        reader.check_entries()
+        return config, reader.refused
+
+    def _configured(self, reader: ConfigReader) -> DecoderConfig:
+        config = self.configure(reader)
+        if config.num_heads % config.num_kv_heads:
+            reader.wrong("num_attention_heads", f"a multiple of {config.num_kv_heads} KV heads", config.num_heads)
+        if config.head_dim % 2:
+            reader.wrong("head_dim", "an even number", config.head_dim)
+        return config
+
+
+def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of the text model: those of a nested `text_config` win."""
+    text = raw.get("text_config")
+    return {**raw, **text} if isinstance(text, dict) else dict(raw)

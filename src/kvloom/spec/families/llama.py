@@ -10,7 +10,6 @@ from kvloom.spec.families.skeleton import skeleton
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
-    reader.refuse_if_set("mlp_bias")
     window = None if reader.get(_WINDOW) is None else reader.integer(_WINDOW)
     return skeleton(reader, "llama", [window] * reader.integer("num_hidden_layers"))
 

@@ -14,7 +14,10 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "ge
 
 def head_dim(reader: ConfigReader) -> int:
     """Return the size of a head: as given, else hidden size over heads."""
-    return reader.integer("head_dim", max(1, reader.integer("hidden_size") // reader.integer("num_attention_heads")))
+    hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    if reader.get("head_dim") is None and hidden_size % num_heads:
+        reader.wrong("hidden_size", f"a multiple of {num_heads} heads, as there is no head_dim", hidden_size)
+    return reader.integer("head_dim", max(1, hidden_size // num_heads))
 
 
 def layer_windows(reader: ConfigReader, is_windowed: Callable[[int], bool]) -> list[int | None]:
@@ -82,6 +85,7 @@ def skeleton(
         "tie_embeddings": reader.flag("tie_word_embeddings"),
         "attention_bias": reader.flag("attention_bias"),
         "output_bias": reader.flag("attention_bias"),
+        "mlp_bias": reader.flag("mlp_bias"),
         "eos_token_ids": reader.token_ids("eos_token_id"),
         "bos_token_id": next(iter(reader.token_ids("bos_token_id")), None),
     }

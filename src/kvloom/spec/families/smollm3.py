@@ -22,7 +22,6 @@ def _rotates(reader: ConfigReader) -> list[bool]:
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
-    reader.refuse_if_set("mlp_bias")
     rotates = _rotates(reader)
     windowed = reader.flag("use_sliding_window") and reader.get("sliding_window") is not None
     config = skeleton(reader, "smollm3", layer_windows(reader, lambda i: windowed and not rotates[i]))
