@@ -89,7 +89,7 @@ def test_a_type_that_cannot_be_read_is_named_and_does_not_stop_the_file_from_ope
 def test_a_file_that_ends_too_early_is_a_checkpoint_error_wherever_it_ends(small, tmp_path):
     whole = small.read_bytes()
     data_bytes = 3 * 64 // 32 * 34  # the last tensor; what follows it is padding
-    end = GGUFFile(small)._tensors["b.weight"].offset + data_bytes
+    end = GGUFFile(small).header.tensors["b.weight"].offset + data_bytes
     part = tmp_path / "part.gguf"
     for length in {*range(0, end, 13), *range(24), end - 1}:
         part.write_bytes(whole[:length])
@@ -102,7 +102,7 @@ def test_a_file_that_ends_too_early_is_a_checkpoint_error_wherever_it_ends(small
 def test_a_file_that_is_cut_off_after_it_was_opened_is_a_checkpoint_error(small):
     file = GGUFFile(small)
     with small.open("r+b") as cut:
-        cut.truncate(file._tensors["b.weight"].offset + 5)
+        cut.truncate(file.header.tensors["b.weight"].offset + 5)
     with pytest.raises(CheckpointError, match="cut off"):
         file.read("b.weight", torch.float32)
 

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.bpe_merges import merges_of_vocab
-from kvloom.models.gguf_ends import end_token_ids
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.models.gguf_tokenizer import tokenizer_of_gguf
 from kvloom.models.spelling import byte_alphabet
 from kvloom.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from kvloom.spec.gguf_ends import end_token_ids
 
 TEXTS = [
     "Hello world",

@@ -8,7 +8,8 @@ import pytest
 from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError, UnsupportedError
 from kvloom.spec.catalogue import catalogue_entry, catalogue_spec
 from kvloom.spec.config_json import read_config, spec_from_config
-from kvloom.spec.gguf_metadata import config_from_gguf, read_gguf
+from kvloom.spec.gguf_config import spec_of_gguf
+from kvloom.spec.gguf_header import TENSOR_TYPES, GGUFHeader
 from kvloom.spec.hardware import find_device
 from kvloom.spec.hypothetical import Hypothesis, attention_variants
 from kvloom.spec.safetensors_header import read_header, read_weight_files
@@ -85,10 +86,11 @@ def write_gguf(path, arch="llama", **values):
 
 def test_a_gguf_file_gives_shape_and_exact_tensor_bytes(tmp_path):
     write_gguf(tmp_path / "m.gguf", **{"attention.head_count_kv": [2, 2]})
-    metadata = read_gguf(tmp_path / "m.gguf")
-    assert metadata.tensor_bytes == 50 * 64 * 2 + 96 * 64 // 32 * 34
-    assert metadata.num_elements == 50 * 64 + 96 * 64
-    spec = spec_from_config(config_from_gguf(metadata, "m"), "m")
+    header = GGUFHeader(tmp_path / "m.gguf")
+    assert header.num_bytes == 50 * 64 * 2 + 96 * 64 // 32 * 34
+    assert header.num_elements == 50 * 64 + 96 * 64
+    spec = spec_of_gguf(header, "m")
+    assert (spec.weight_bytes, spec.file_bytes) == (2 * header.num_elements, header.num_bytes)
     assert spec.kv_spec(16, "bf16").bytes_per_token == 2 * 2 * 2 * 16 * 2
     assert (spec.vocab_size, spec.tie_embeddings, spec.max_position) == (50, True, 128)
 
@@ -98,19 +100,37 @@ def test_a_gguf_file_that_was_cut_off_says_so(tmp_path):
     write_gguf(path)
     path.write_bytes(path.read_bytes()[:150])
     with pytest.raises(CheckpointError, match="truncated"):
-        read_gguf(path)
+        GGUFHeader(path)
 
 
 def test_a_file_that_is_no_gguf_says_so(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 and more")
     with pytest.raises(CheckpointError, match="not a GGUF file"):
-        read_gguf(tmp_path / "m.gguf")
+        GGUFHeader(tmp_path / "m.gguf")
 
 
 def test_an_unknown_gguf_architecture_is_refused(tmp_path):
     write_gguf(tmp_path / "m.gguf", arch="lama")
     with pytest.raises(UnsupportedError, match="did you mean 'llama'"):
-        config_from_gguf(read_gguf(tmp_path / "m.gguf"), "m")
+        spec_of_gguf(GGUFHeader(tmp_path / "m.gguf"), "m")
+
+
+def test_a_gguf_file_of_latent_attention_is_planned(tmp_path):
+    facts = {"attention.q_lora_rank": 12, "attention.kv_lora_rank": 16, "rope.dimension_count": 4, "expert_count": 8,
+             "attention.key_length": 12, "attention.value_length": 8, "expert_used_count": 2, "expert_shared_count": 1,
+             "expert_feed_forward_length": 16, "leading_dense_block_count": 1}  # fmt: skip
+    write_gguf(tmp_path / "m.gguf", arch="deepseek2", **facts)
+    spec = spec_of_gguf(GGUFHeader(tmp_path / "m.gguf"), "m")
+    assert spec.kv_spec(16, "bf16").bytes_per_token == 2 * (16 + 4) * 2
+    assert spec.decoder is None
+
+
+def test_blocks_of_every_tensor_type_have_the_sizes_of_the_gguf_package():
+    gguf = pytest.importorskip("gguf")
+    sizes = {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
+    assert {number: TENSOR_TYPES[number] for number in sizes if number in TENSOR_TYPES} == {
+        number: size for number, size in sizes.items() if number in TENSOR_TYPES
+    }
 
 
 @pytest.mark.parametrize(
@@ -120,21 +140,28 @@ def test_an_unknown_gguf_architecture_is_refused(tmp_path):
         ({"model_type": "vit", "image_size": 224}, UnsupportedError, "vision model"),
         ({"model_type": "t5", "is_encoder_decoder": True}, UnsupportedError, "encoder"),
         ({"model_type": None}, InvalidInputError, "names no model_type"),
-        ({"num_key_value_heads": 3}, InvalidInputError, "not divisible by 3 KV heads"),
-        ({"num_attention_heads": 7, "num_key_value_heads": 7}, InvalidInputError, "not divisible by 7 heads"),
-        ({"num_hidden_layers": -2}, InvalidInputError, "num_hidden_layers of m is -2"),
-        ({"num_hidden_layers": "2"}, InvalidInputError, "num_hidden_layers of m is '2'"),
-        ({"hidden_size": None}, InvalidInputError, "has no hidden_size"),
+        ({"num_key_value_heads": 3}, CheckpointError, "num_attention_heads is 4, expected a multiple of 3 KV heads"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, CheckpointError, "expected a multiple of 7 heads"),
+        ({"num_hidden_layers": -2}, CheckpointError, "num_hidden_layers is -2, expected a positive integer"),
+        ({"num_hidden_layers": "2"}, CheckpointError, "num_hidden_layers is '2'"),
+        ({"hidden_size": None}, CheckpointError, "hidden_size is missing"),
+        ({"model_type": "phi", "hidden_size": None}, InvalidInputError, "has no hidden_size"),
         ({"torch_dtype": "float12"}, InvalidInputError, "float12"),
         ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedError, "'hqq' is not understood"),
-        ({"model_type": "gemma3_text", "layer_types": ["chunked"] * 2}, InvalidInputError, "'chunked'"),
-        ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, InvalidInputError, "each of 2 layers"),
+        ({"model_type": "gemma3n_text", "layer_types": ["chunked"] * 2}, InvalidInputError, "'chunked'"),
+        ({"model_type": "gemma3_text", "layer_types": ["full_attention"]}, CheckpointError, "a list of 2 names"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused_with_the_reason(change, error, words):
     with pytest.raises(error) as caught:
         spec_from_config({**LLAMA, **change}, "m")
     assert words in str(caught.value)
+
+
+def test_what_a_family_cannot_run_is_planned_with_every_reason():
+    spec = spec_from_config({**LLAMA, "model_type": "gemma3_text", "use_bidirectional_attention": True,
+                             "layer_types": ["chunked"] * 2}, "m")  # fmt: skip
+    assert spec.refused == ("use_bidirectional_attention True", "layers of type 'chunked'")
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "\x00"])

@@ -162,15 +162,15 @@ def open_checkpoint(
 
 
 def _open_gguf(name: str, path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
-    from kvloom.models.gguf_config import config_of_gguf
     from kvloom.models.gguf_file import GGUFFile
+    from kvloom.spec.gguf_config import config_of_gguf
 
     file = GGUFFile(path)
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path} does not say its architecture; fetch the model again")
     family = family_of_gguf(architecture, bool(file.metadata.get(f"{architecture}.expert_count")))
-    config = family.read(config_of_gguf(file, family), overrides)
+    config = family.read(config_of_gguf(file.header, family), overrides)
     names = {name: name for name in file.shapes if name not in _HARMLESS_GGUF}
     return Checkpoint(name, path, FAMILIES.get(family.name), config, {}, file, names)
 

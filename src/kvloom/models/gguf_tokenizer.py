@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.bpe_merges import merges_of_vocab
 from kvloom.models.cache_dir import cache_dir, write_atomically
-from kvloom.models.gguf_ends import CONTROL_TOKEN, is_end
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.registry import nearest
+from kvloom.spec.gguf_ends import CONTROL_TOKEN, is_end
 
 CONVERTER_VERSION = 3
 """Part of the key of converted tokenizers: raise it when the conversion gives other results than before."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from kvloom.errors import CheckpointError
+from kvloom.spec.safetensors_header import INDEX, read_header, weight_map
 
 if TYPE_CHECKING:
     import torch
 
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _READABLE = frozenset({"F64", "F32", "F16", "BF16"})
 _MAPPED_BYTES = 32 << 20
@@ -35,11 +34,15 @@ class SafetensorsFolder:
         self._types: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
         self._read_bytes = 0  # from the maps in `_open`
-        index = path / _INDEX
-        for shard in self._shards_of_index(index) if index.is_file() else [self._single_file()]:
+        indexed = weight_map(path)
+        for shard in (
+            [self._single_file()] if indexed is None else [path / name for name in sorted(set(indexed.values()))]
+        ):
             self._read_header(shard)
-        if index.is_file():
-            self._compare(index)
+        absent = sorted(set(indexed or ()) - set(self._shapes))
+        if absent:
+            named = f"{path / INDEX} names tensors that no shard has"
+            raise CheckpointError(f"{named}: {', '.join(absent)}; fetch them again")
 
     def _single_file(self) -> Path:
         files = sorted(self.path.glob("*.safetensors"))
@@ -48,46 +51,16 @@ class SafetensorsFolder:
         if len(files) == 1:
             return files[0]
         if files:
-            raise CheckpointError(f"{self.path} has {len(files)} safetensors files but no {_INDEX}; add the index")
+            raise CheckpointError(f"{self.path} has {len(files)} safetensors files but no {INDEX}; add the index")
         pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in self.path.glob(pattern)]
         hint = f" ({pickled[0]} is pickled and is never opened: convert it to safetensors)" if pickled else ""
         raise CheckpointError(f"{self.path} has no safetensors file{hint}")
 
-    def _weight_map(self, index: Path) -> dict[str, str]:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {str(name): str(shard) for name, shard in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not an index of safetensors files: {error}") from error
-        outside = sorted({shard for shard in names.values() if Path(shard).name != shard})
-        if outside:
-            raise CheckpointError(f"{index} names files outside its folder: {', '.join(outside)}")
-        return names
-
-    def _shards_of_index(self, index: Path) -> list[Path]:
-        shards = [self.path / shard for shard in sorted(set(self._weight_map(index).values()))]
-        missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
-            raise CheckpointError(f"{self.path} lacks {', '.join(missing)}; fetch the model again")
-        return shards
-
     def _read_header(self, shard: Path) -> None:
-        try:
-            with safe_open(shard, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (the handle is not a mapping)
-                    entry = file.get_slice(name)
-                    if name in self._shard_of:
-                        raise CheckpointError(f"tensor {name!r} is in {self._shard_of[name].name} and in {shard.name}")
-                    self._shard_of[name] = shard
-                    self._shapes[name] = tuple(entry.get_shape())
-                    self._types[name] = entry.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} is truncated or damaged ({error}); delete it and fetch it again") from error
-
-    def _compare(self, index: Path) -> None:
-        absent = sorted(set(self._weight_map(index)) - set(self._shapes))
-        if absent:
-            raise CheckpointError(f"{index} names tensors that no shard has: {', '.join(absent)}; fetch them again")
+        for name, (kind, shape, _) in read_header(shard).items():
+            if name in self._shard_of:
+                raise CheckpointError(f"tensor {name!r} is in {self._shard_of[name].name} and in {shard.name}")
+            self._shard_of[name], self._shapes[name], self._types[name] = shard, shape, kind
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from kvloom.errors import ModelNotFoundError
 from kvloom.spec.catalogue import catalogue_spec, find_in_catalogue
 from kvloom.spec.config_json import read_config, spec_from_config
-from kvloom.spec.gguf_metadata import config_from_gguf, read_gguf
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 from kvloom.spec.safetensors_header import read_weight_files
 
@@ -65,11 +64,10 @@ def from_folder(folder: Path, name: str) -> ModelSpec:
 
 def from_gguf(path: Path) -> ModelSpec:
     """Return the shape of a GGUF file; its weights count as dequantised to bfloat16, which is how they run."""
-    metadata = read_gguf(path)
-    spec = spec_from_config(config_from_gguf(metadata, path.stem), path.stem, str(path))
-    note = f"the file stores {metadata.tensor_bytes} bytes of weights; they run dequantised"
-    return replace(spec, weight_bytes=metadata.num_elements * DTYPE_BYTES[spec.dtype],
-                   file_bytes=metadata.tensor_bytes, notes=(*spec.notes, note))
+    from kvloom.spec.gguf_config import spec_of_gguf
+    from kvloom.spec.gguf_header import GGUFHeader
+
+    return spec_of_gguf(GGUFHeader(path), path.stem)
 
 
 def cached_snapshot(repository: str) -> Path | None:

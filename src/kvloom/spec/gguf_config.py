@@ -1,19 +1,25 @@
-"""The config.json that a GGUF file's metadata stand for."""
+"""The config.json that a GGUF file's metadata stand for, and the shape of its model. Torch-free."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kvloom.errors import CheckpointError, UnsupportedError
-from kvloom.models.gguf_ends import end_token_ids
-from kvloom.models.gguf_file import GGUFFile
-from kvloom.spec.families import FamilyConfig
+from kvloom.spec.config_json import spec_from_config
+from kvloom.spec.families import FamilyConfig, family_of_gguf
+from kvloom.spec.families.family import GGUF_CONFIG_KEYS
+from kvloom.spec.gguf_ends import end_token_ids
+from kvloom.spec.gguf_header import GGUFHeader
+from kvloom.spec.model import DTYPE_BYTES, ModelSpec
+from kvloom.spec.shape import model_spec
 
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
 
-def config_of_gguf(file: GGUFFile, family: FamilyConfig) -> dict[str, Any]:
+def config_of_gguf(file: GGUFHeader, family: FamilyConfig) -> dict[str, Any]:
     """Return what the model's config.json would say, from metadata and tensors of the file.
 
     Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts in a family that has
@@ -33,6 +39,7 @@ def config_of_gguf(file: GGUFFile, family: FamilyConfig) -> dict[str, Any]:
     config["vocab_size"] = shapes["token_embd.weight"][0]
     config["tie_word_embeddings"] = "output.weight" not in shapes
     config["attention_bias"] = bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(shapes))
+    config["mlp_bias"] = "blk.0.ffn_down.bias" in shapes
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     config["eos_token_id"] = end_token_ids(metadata)
     config["rope_scaling"] = _rope_scaling(file, prefix, config)
@@ -41,14 +48,14 @@ def config_of_gguf(file: GGUFFile, family: FamilyConfig) -> dict[str, Any]:
     return config
 
 
-def _single(values: np.ndarray[Any, Any], key: str, file: GGUFFile) -> Any:
+def _single(values: np.ndarray[Any, Any], key: str, file: GGUFHeader) -> Any:
     distinct = np.unique(values)
     if distinct.size != 1:
         raise UnsupportedError(str(file.path), [f"{key} differs between layers"])
     return distinct[0].item()
 
 
-def _check_widths(file: GGUFFile, prefix: str, config: dict[str, Any], family: FamilyConfig) -> None:
+def _check_widths(file: GGUFHeader, prefix: str, config: dict[str, Any], family: FamilyConfig) -> None:
     """Note in `config` which part of a head is rotated, where the family knows parts; refuse other inequalities."""
     reasons = []
     if file.metadata.get(prefix + "expert_count", 0) and not family.gguf_experts:
@@ -73,7 +80,7 @@ def _head_dim(config: dict[str, Any]) -> int:
     return int(config.get("hidden_size", 0)) // max(1, int(config.get("num_attention_heads", 1)))
 
 
-def _rope_scaling(file: GGUFFile, prefix: str, config: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFHeader, prefix: str, config: dict[str, Any]) -> dict[str, Any] | None:
     kind = file.metadata.get(prefix + "rope.scaling.type", "none")
     factor = file.metadata.get(prefix + "rope.scaling.factor")
     legacy = file.metadata.get(prefix + "rope.scale_linear")
@@ -92,8 +99,8 @@ def _rope_scaling(file: GGUFFile, prefix: str, config: dict[str, Any]) -> dict[s
         config["original_max_position_embeddings"] = original
         return {
             "rope_type": "longrope",
-            "short_factor": file.read_array("rope_factors_short.weight").tolist(),
-            "long_factor": file.read_array("rope_factors_long.weight").tolist(),
+            "short_factor": file.floats("rope_factors_short.weight").tolist(),
+            "long_factor": file.floats("rope_factors_long.weight").tolist(),
             "attention_factor": file.metadata.get(prefix + "rope.scaling.attn_factor"),
         }
     if kind == "yarn":
@@ -109,13 +116,13 @@ def _rope_scaling(file: GGUFFile, prefix: str, config: dict[str, Any]) -> dict[s
     return {"rope_type": "linear", "factor": legacy} if legacy else None
 
 
-def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(file: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
     """Recognise, in the divisors of each frequency, the llama3 kind with the constants of every released model.
 
     Low frequencies are divided by the factor, high ones by 1, and those between are interpolated; the file holds
     only the divisors, so any other curve is refused.
     """
-    divisors = file.read_array("rope_freqs.weight")
+    divisors = file.floats("rope_freqs.weight")
     head_dim, base = _head_dim(config), float(config.get("rope_theta", 10000.0))
     factor = float(divisors.max())
     low, high = _LLAMA3_SCALING["low_freq_factor"], _LLAMA3_SCALING["high_freq_factor"]
@@ -126,3 +133,64 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     if divisors.size != head_dim // 2 or not np.allclose(divisors, expected, rtol=1e-4):
         raise UnsupportedError(str(file.path), ["the divisors of its rotary frequencies fit no supported kind"])
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3_SCALING}
+
+
+def spec_of_gguf(header: GGUFHeader, name: str) -> ModelSpec:
+    """Return the shape of the model in a GGUF file; its weights count as dequantised to bfloat16, as they run.
+
+    Raises `UnsupportedError` for an architecture that is not understood, and as `config_of_gguf` does.
+    """
+    arch = str(header.metadata.get("general.architecture"))
+    reader = PLANNED.get(arch)
+    if reader is not None:
+        spec = spec_from_config(reader(header), name, str(header.path))
+    else:
+        family = family_of_gguf(arch, bool(header.metadata.get(f"{arch}.expert_count")))
+        config, refused = family.shape(config_of_gguf(header, family))
+        spec = model_spec(config, name, "bfloat16", source=str(header.path), refused=refused)
+    note = f"the file stores {header.num_bytes} bytes of weights; they run dequantised"
+    num_bytes = header.num_elements * DTYPE_BYTES[spec.dtype]
+    return replace(spec, weight_bytes=num_bytes, file_bytes=header.num_bytes, notes=(*spec.notes, note))
+
+
+def _planned(header: GGUFHeader, model_type: str) -> dict[str, Any]:
+    """Return the entries that every config.json has, from the metadata of an architecture that is planned only."""
+    found = {name: _entry(header, key) for key, name in GGUF_CONFIG_KEYS.items()}
+    found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
+    found["vocab_size"] = header.shapes.get("token_embd.weight", (None,))[0]
+    tied = "output.weight" not in header.shapes
+    return {**found, "model_type": model_type, "dtype": "bfloat16", "tie_word_embeddings": tied}
+
+
+def _entry(header: GGUFHeader, key: str) -> Any:
+    name = f"{header.metadata['general.architecture']}.{key}"
+    value = header.metadata.get(name)
+    return _single(value, name, header) if isinstance(value, np.ndarray) else value
+
+
+def _gemma(header: GGUFHeader) -> dict[str, Any]:
+    return _planned(header, "gemma")
+
+
+def _deepseek2(header: GGUFHeader) -> dict[str, Any]:
+    def of(*keys: str) -> Any:
+        return next((value for value in (_entry(header, key) for key in keys) if value is not None), None)
+
+    rope = of("rope.dimension_count")
+    return {
+        **_planned(header, "deepseek_v2"),
+        "q_lora_rank": of("attention.q_lora_rank"),
+        "kv_lora_rank": of("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": of("attention.key_length_mla", "attention.key_length") - rope,
+        "v_head_dim": of("attention.value_length_mla", "attention.value_length"),
+        "n_routed_experts": of("expert_count"),
+        "num_experts_per_tok": of("expert_used_count"),
+        "n_shared_experts": of("expert_shared_count"),
+        "moe_intermediate_size": of("expert_feed_forward_length"),
+        "first_k_dense_replace": of("leading_dense_block_count"),
+    }
+
+
+PLANNED: dict[str, Callable[[GGUFHeader], dict[str, Any]]] = {"gemma": _gemma, "deepseek2": _deepseek2}
+"""Architectures of GGUF files that are planned and do not run, with what makes their config.json."""
