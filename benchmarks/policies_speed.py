@@ -64,7 +64,7 @@ class Contestant:
             max_position=first.max_position, eos_token_ids=(), kv_policy=policy,
         )  # fmt: skip
         self.scoring = 0.0
-        for owner, name in ((self.engine.evictions, "evict"), (self.engine.runner, "_show_queries")):
+        for owner, name in ((self.engine.evictions, "evict"), (self.engine.runner, "observe")):
             setattr(owner, name, self._timed(getattr(owner, name)))
         self.request: Request | None = None
         self.prefills: list[float] = []

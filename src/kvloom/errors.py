@@ -47,6 +47,10 @@ class DoesNotFitError(KvloomError):
     exit_code = 6
 
 
+class RequestFailedError(KvloomError):
+    """One request could not go on, whatever the others do: its numbers or the caller's own code failed."""
+
+
 class DownloadError(KvloomError):
     """A file could not be fetched: offline, interrupted, or not what its checksum says."""
 

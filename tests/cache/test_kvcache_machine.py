@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvloom.cache.kvcache import KVCache
 from kvloom.cache.prefix import PrefixChain
-from kvloom.errors import UnsupportedError
+from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
 
@@ -62,7 +62,7 @@ class Twin:
     encoded: list[set[int]] = field(default_factory=lambda: [set(), set(), set(), set()])
     published: int = 0
     needed_from: int = 0  # the windowed lane must reach back to here
-    lossy: bool = False
+    lossy_until: int = -1  # tokens there were at the last loss
 
     def grow(self, tokens: list[int]) -> None:
         self.needed_from = max(0, len(self.tokens) - (WINDOW - 1))
@@ -70,6 +70,16 @@ class Twin:
             self.tokens.append(token)
             for lane in range(4):
                 self.lanes[lane].append((*content(tuple(self.tokens), lane), len(self.tokens) - 1))
+
+    def shrink(self, number: int) -> None:
+        """Be as if the last `number` tokens had never been appended."""
+        length = len(self.tokens) - number
+        del self.tokens[length:]
+        for lane, entries in enumerate(self.lanes):
+            self.lanes[lane] = [entry for entry in entries if entry[2] < length]
+        del self.chain.digests[length // P :]
+        self.published = min(self.published, length // P)
+        self.needed_from = max(0, length - (WINDOW - 1))
 
     def fork(self) -> "Twin":
         chain = PrefixChain(self.chain.salt, list(self.chain.digests))
@@ -80,7 +90,7 @@ class Twin:
             [set(columns) for columns in self.encoded],
             self.published,
             self.needed_from,
-            self.lossy,
+            self.lossy_until,
         )
 
 
@@ -163,6 +173,37 @@ class CacheMachine(RuleBasedStateMachine):
         """Tokens are computed; where the last block is shared this writes to a copy."""
         self.grow(self.chosen(pick), tokens)
 
+    @precondition(lambda self: self.twins)
+    @rule(pick=st.integers(0, 9), number=st.integers(0, 2 * LONGEST_CHUNK))
+    def truncate(self, pick: int, number: int) -> None:
+        """The newest tokens are taken back, unless something was lost since or the window has moved too far."""
+        row = self.chosen(pick)
+        twin = self.twins[row]
+        length = len(twin.tokens) - number
+        begin = len(twin.tokens) - len(self.cache.lanes.positions_of(row, 2))
+        if length < 0 or length < twin.lossy_until or (begin and length - (WINDOW - 1) < begin):
+            before = self.cache.lanes.table[row].copy()
+            with pytest.raises(InvalidInputError, match="cannot be taken back"):
+                self.cache.lanes.truncate(row, number)
+            assert np.array_equal(self.cache.lanes.table[row], before)
+            return
+        self.cache.lanes.truncate(row, number)
+        twin.shrink(number)
+
+    @precondition(lambda self: self.twins)
+    @rule(pick=st.integers(0, 9), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=LONGEST_CHUNK))
+    def extend_and_take_back(self, pick: int, tokens: list[int]) -> None:
+        """The tokens of one step can always be taken back; what is seen, held and used is what it was."""
+        row = self.chosen(pick)
+        twin, lanes = self.twins[row], self.cache.lanes
+        held = [len(lanes.positions_of(row, lane)) for lane in UNBOUNDED]
+        if self.grow(row, tokens):
+            lanes.truncate(row, len(tokens))
+            twin.shrink(len(tokens))
+            assert [len(lanes.positions_of(row, lane)) for lane in UNBOUNDED] == held
+            own = (lanes.table[row] >= 0).sum(axis=1)
+            assert [int(own[lane]) for lane in UNBOUNDED] == [-(-count // P) for count in held]
+
     @precondition(lambda self: 0 < len(self.twins) < ROWS)
     @rule(pick=st.integers(0, 9))
     def fork(self, pick: int) -> None:
@@ -196,7 +237,8 @@ class CacheMachine(RuleBasedStateMachine):
             return
         for lane, slots in keep.items():
             twin.lanes[lane] = [twin.lanes[lane][slot] for slot in slots]
-        twin.lossy |= bool(lanes)
+        if lanes:
+            twin.lossy_until = len(twin.tokens)
 
     @precondition(lambda self: self.twins)
     @rule(pick=st.integers(0, 9), which=st.integers(0, 6), first=st.integers(0, 8), number=st.integers(1, 8))
@@ -219,6 +261,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.cache.encode(row, lanes, "int8", first, last):
             assert not self.would_fit(needs)
             return
+        twin.lossy_until = len(twin.tokens)
         for lane in lanes:
             twin.encoded[lane] |= columns
             for slot in range(first * P, last * P):

@@ -11,6 +11,7 @@ from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixIndex
+from kvloom.errors import InvalidInputError
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.store import SLAB_BYTES
 
@@ -226,6 +227,56 @@ def test_a_forked_or_adopted_sequence_that_lost_tokens_is_never_published(desk: 
     for each in (sequence, child):
         desk.lanes.publish(each, PrefixChain(), list(range(8)), 0, 2)
     assert len(desk.index) == 0
+
+
+# ---- taking tokens back ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_are_taken_back_leave_nothing_but_what_the_window_let_go(desk: Desk) -> None:
+    sequence = desk.opened(9)
+    assert desk.lanes.extend(sequence, 6)  # frees the first block of lane 2
+    desk.lanes.truncate(sequence, 6)
+    desk.check()
+    assert desk.lanes.seen[sequence] == 9 and desk.lanes.held[sequence].tolist() == [9, 9, 5]
+    assert desk.blocks(sequence) == [3, 3, 2]
+    assert desk.arena.used_bytes == 6 * BIG + 2 * HUGE
+
+
+def test_a_shared_block_that_becomes_the_last_stays_with_its_other_owner(desk: Desk) -> None:
+    sequence = desk.opened(8)
+    child = desk.lanes.fork(sequence)
+    before = desk.lanes.table[sequence].copy()
+    desk.lanes.truncate(child, 3)
+    assert (desk.lanes.table[child, 0] == before[0]).all()
+    assert desk.lanes.extend(child, 1)
+    desk.check()
+    assert desk.lanes.table[child, 0, 1] != before[0, 1] and (desk.lanes.table[sequence] == before).all()
+    assert desk.moves[-1].source.size and desk.lanes.held[child].tolist()[:2] == [6, 6]
+
+
+def test_lossy_lanes_forget_the_positions_of_what_is_taken_back(desk: Desk) -> None:
+    sequence = desk.opened(16)
+    repack(desk, sequence, [3, 10], [0, 2])
+    for number in (5, 2):
+        assert desk.lanes.extend(sequence, number)
+        desk.lanes.truncate(sequence, number)
+    assert desk.lanes.extend(sequence, 1)
+    desk.check()
+    assert desk.lanes.positions_of(sequence, 0).tolist() == [0, 1, 2, 16]
+    assert desk.lanes.positions_of(sequence, 1).tolist() == [*range(10), 16]
+
+
+def test_what_was_there_at_a_loss_and_what_the_window_needs_cannot_be_taken_back(desk: Desk) -> None:
+    sequence, windowed = desk.opened(16), desk.opened(16, step=8)
+    repack(desk, sequence, [3, 10], [0, 2])
+    assert desk.lanes.is_lossy(sequence) and not desk.lanes.is_lossy(windowed)
+    assert desk.lanes.is_lossy(desk.lanes.fork(sequence))
+    with pytest.raises(InvalidInputError, match="the first 16 must stay"):
+        desk.lanes.truncate(sequence, 1)
+    with pytest.raises(InvalidInputError, match="9 of 16 tokens cannot be taken back; the first 8 must stay"):
+        desk.lanes.truncate(windowed, 9)
+    desk.lanes.truncate(windowed, 8)
+    desk.check()
 
 
 # ---- repacking -------------------------------------------------------------------------------------------------------

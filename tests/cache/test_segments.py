@@ -16,14 +16,12 @@ def segments() -> SegmentList:
 def test_a_lane_is_native_and_open_from_the_start(segments: SegmentList) -> None:
     assert segments.of(0, 1) == [Segment(NATIVE, 0, None)]
     assert segments.is_native(0, 1) and not segments.any_encoded(0)
-    assert segments.native_from(0) == 0
 
 
 def test_sinks_and_the_end_stay_native_around_encoded_blocks(segments: SegmentList) -> None:
     segments.encode(0, 1, "int8", 2, 5)
     assert segments.of(0, 1) == [Segment(NATIVE, 0, 2), Segment("int8", 2, 5), Segment(NATIVE, 5, None)]
     assert not segments.is_native(0, 1) and segments.is_native(0, 0) and segments.is_native(1, 1)
-    assert segments.native_from(0) == 5
 
 
 def test_neighbouring_runs_of_one_store_become_one_segment(segments: SegmentList) -> None:

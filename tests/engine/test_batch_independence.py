@@ -75,7 +75,7 @@ def test_thirty_two_requests_together(family: str, kind: str, prefix: bool, alon
     check(run(together, prompts(), greedy(NEW_TOKENS)), alone)
     assert together.scheduler.num_preemptions == 0
     check(run(together, prompts(), greedy(NEW_TOKENS)), alone)  # and again, when every prompt is cached
-    assert (together.scheduler.prefix_hits > 0) == prefix
+    assert (together.scheduler.prefixes.hits > 0) == prefix
     nothing_left(together)
 
 

@@ -138,11 +138,11 @@ def test_beams_that_are_preempted_find_the_same_sequences(models):
         tight.step()
         victims = [s for s in tight.scheduler.running if s.request is request and request.forked]
         if steps % 3 == 0 and len(victims) > 1:
-            tight.scheduler._preempt(victims[-1], [])  # as when blocks are short
+            tight.scheduler.queues.preempt(victims[-1])  # as when blocks are short
         if steps % 5 == 0 and len(victims) > 2:
-            idle = [s for s in victims[:-1] if not tight.scheduler._pending(s)]
+            idle = [s for s in victims[:-1] if not tight.scheduler.capacity.pending_tokens(s)]
             if idle:
-                tight.scheduler._park(idle[0])
+                tight.scheduler.queues.park(idle[0])
         assert steps < 2000
     assert [s.output_token_ids for s in request.sequences] == [s.output_token_ids for s in expected.sequences]
     assert tight.scheduler.num_preemptions > 5

@@ -218,8 +218,8 @@ def test_a_row_gives_the_same_token_alone_and_among_others_with_any_number_of_th
         return [sequence_of([1, 2, 3], [4, 5], **chosen) for chosen in options]
 
     sampler, greedy = Sampler(()), [0] * len(options)
-    together, _ = sampler.sample(greedy, logits, sequences())
+    together = [d.token for d in sampler.draw(greedy, logits, [(s, 0) for s in sequences()])]
     for count in (1, 2):
         with threads(count):
-            alone = [sampler.sample([0], logits[[i]], [s])[0][0] for i, s in enumerate(sequences())]
+            alone = [sampler.draw([0], logits[[i]], [(s, 0)])[0].token for i, s in enumerate(sequences())]
         assert alone == together

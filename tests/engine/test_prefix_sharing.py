@@ -35,7 +35,7 @@ def test_a_shared_prefix_of_1000_tokens_is_computed_once(family: str, kind: str)
         steps.append(engine.last_step.tokens)
     assert engine.output(request).num_cached_tokens == 992  # 62 blocks of 16
     assert steps == [10] + [1] * 11
-    assert engine.scheduler.prefix_hits == 992 and engine.scheduler.prefix_queries == 1003 + 1002
+    assert engine.scheduler.prefixes.hits == 992 and engine.scheduler.prefixes.queries == 1003 + 1002
     fresh = tiny_engine(family, kind=kind, prefix=False, max_num_batched_tokens=256)
     assert request.sequences[0].output_token_ids == run(fresh, [second], greedy(12))[0]
     nothing_left(engine)

@@ -174,10 +174,10 @@ def test_thirty_two_requests_get_the_same_tokens_together_alone_reordered_shared
         by_place = dict(zip(order, outputs, strict=True))
         return [by_place[i].outputs[0].token_ids for i in range(32)]
 
-    engine.scheduler.enable_prefix_caching = False
+    engine.scheduler.prefixes.enabled = False
     alone = [smollm2.generate(prompt, params)[0].outputs[0] for prompt in asked]
     check(together(smollm2, list(range(32))))
-    engine.scheduler.enable_prefix_caching = True
+    engine.scheduler.prefixes.enabled = True
     check(together(smollm2, list(range(31, -1, -1))))
     check(together(smollm2, np.random.default_rng(0).permutation(32).tolist()))  # and now every prefix is cached
     nothing_left(engine)

@@ -164,8 +164,8 @@ def test_an_error_in_a_step_frees_everything_and_the_engine_goes_on(
     targets = {
         "step": (engine.runner.model, "step"),
         "logits of prompts": (engine.runner.model, "logits"),
-        "sample": (engine.sampler, "sample"),
-        "append": (engine, "_append"),
+        "sample": (engine.sampler, "draw"),
+        "append": (engine.answers, "append"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*targets[place], fail)

@@ -41,8 +41,8 @@ def test_a_request_preempted_before_its_first_eviction_answers_as_if_it_had_not_
     for _ in range(6):
         engine.step()
     sequence = request.sequences[0]
-    assert not engine.scheduler.is_lossy(sequence)
-    engine.scheduler._preempt(sequence, [])
+    assert not engine.scheduler.capacity.is_lossy(sequence)
+    engine.scheduler.queues.preempt(sequence)
     answer = run(engine, [request])[0][0]
     assert engine.kv_usage(request).evicted_tokens > 0 and sequence.num_preemptions == 1
     assert answer == alone(prompt, 30, policy)
@@ -54,7 +54,7 @@ def test_a_request_that_lost_tokens_is_never_preempted():
     engine.step()
     plain = engine.add(prompt_of(50), greedy(20))
     engine.step()
-    assert engine.scheduler.is_lossy(lossy.sequences[0])
+    assert engine.scheduler.capacity.is_lossy(lossy.sequences[0])
     assert engine.scheduler._victim(lossy.sequences[0]) is plain.sequences[0]
     run(engine, [lossy, plain])
 
@@ -253,7 +253,7 @@ def test_requests_may_name_the_policies_that_the_engine_allows_and_no_others():
 
 def test_the_room_for_a_replay_is_counted_at_admission():
     engine = small_engine(slabs=1)
-    tokens = engine.scheduler.capacity_bytes // (6 * engine.cache.spec.layer_block_bytes(0)) * 16
+    tokens = engine.scheduler.capacity.num_bytes // (6 * engine.cache.spec.layer_block_bytes(0)) * 16
     prompt = prompt_of(tokens - 32)
     engine.check(prompt, greedy(4), kv_policy="snapkv(budget=64)")
     with pytest.raises(DoesNotFitError):

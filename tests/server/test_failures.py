@@ -14,7 +14,7 @@ class FailingModel(RuntimeError):
 def fail_next(server, times):
     """Make the next `times` runs of the model raise."""
     runner = server.service.engine.runner
-    original, left = runner.run, [times]
+    original, left = runner.forward, [times]
 
     def run(*arguments, **options):
         if left[0]:
@@ -22,7 +22,7 @@ def fail_next(server, times):
             raise FailingModel("injected")
         return original(*arguments, **options)
 
-    runner.run = run
+    runner.forward = run
 
 
 def test_a_failing_step_fails_its_request_and_the_server_goes_on(tiny_folder):

@@ -303,6 +303,7 @@ class KVCache:
             self.arena.release(old)
         for lane in lanes:
             self.lanes.segments.encode(sequence, lane, store, first, last)
+        self.lanes.note_loss(sequence)
         return True
 
     # ---- accounting -----------------------------------------------------------------------------------------------

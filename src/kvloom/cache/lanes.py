@@ -22,6 +22,7 @@ from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixMatch
 from kvloom.cache.segments import SegmentList
 from kvloom.cache.slots import SlotValues
+from kvloom.errors import InvalidInputError
 from kvloom.spec.kv import KVSpec
 
 Ints = NDArray[np.int32]
@@ -50,6 +51,7 @@ class LaneTable:
         )  # of sequences that lost tokens in the middle
         self.log_counts: SlotValues[np.float32] = SlotValues(lanes, np.float32)  # of sequences with merged tokens
         self.peak_bytes = [0] * max_sequences  # most bytes held since `open`
+        self.lossy_until = [-1] * max_sequences  # tokens seen at the last loss, -1 where nothing was lost
         self._room = [0] * max_sequences  # tokens that fit without any bookkeeping
         self._free = list(range(max_sequences - 1, -1, -1))
         self._group_lanes = [np.asarray(group.lanes, np.int64) for group in spec.groups]
@@ -74,6 +76,7 @@ class LaneTable:
         self.seen[sequence] = 0
         self._room[sequence] = 0
         self.peak_bytes[sequence] = 0
+        self.lossy_until[sequence] = -1
         self.segments.clear(sequence)
         return sequence
 
@@ -96,6 +99,7 @@ class LaneTable:
         for array in (self.table, self.begin, self.held):
             array[child] = array[parent]
         self.seen[child] = self.seen[parent]
+        self.lossy_until[child] = self.lossy_until[parent]
         self.segments.copy(parent, child)
         self.positions.copy(parent, child)
         self.log_counts.copy(parent, child)
@@ -104,9 +108,13 @@ class LaneTable:
         self._room[parent] = self._room[child] = 0
         return child
 
-    def is_open(self, sequence: int) -> bool:
-        """Return whether `sequence` is in use."""
-        return sequence not in self._free
+    def is_lossy(self, sequence: int) -> bool:
+        """Return whether any lane holds something else than its tokens left there: evicted, merged or encoded."""
+        return self.lossy_until[sequence] >= 0
+
+    def note_loss(self, sequence: int) -> None:
+        """Note that lanes lost something now: what was seen until now can no longer be taken back."""
+        self.lossy_until[sequence] = int(self.seen[sequence])
 
     @property
     def open_sequences(self) -> list[int]:
@@ -204,6 +212,35 @@ class LaneTable:
             self.begin[sequence, members] = first
             self.held[sequence, members] -= first - old
 
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Take the newest `num_tokens` back, as if they had never been appended::
+
+            lane   | begin ............... end - num_tokens | .......... end |
+                   |               stays                    | blocks go back |
+
+        A shared last block is left to its other owners and copied before the next write. What a window has let go is
+        not brought back, so only as much can be taken back as leaves the next query all that it sees: the tokens of
+        one `extend` always can. Raises `InvalidInputError` for more, and for tokens that were there at a loss.
+        """
+        seen, size = int(self.seen[sequence]) - num_tokens, self.spec.block_size
+        bound = max(0, self.lossy_until[sequence])
+        for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
+            if group.window is not None and self.begin[sequence, members[0]]:
+                bound = max(bound, int(self.begin[sequence, members[0]]) + group.window - 1)
+        if num_tokens < 0 or seen < bound:
+            raise InvalidInputError(
+                f"{num_tokens} of {seen + num_tokens} tokens cannot be taken back; the first {bound} must stay, "
+                "because a window has moved past what comes before them, or they were there when tokens were lost"
+            )
+        self.held[sequence] -= num_tokens
+        self.seen[sequence] = seen
+        end = self.begin[sequence] + self.held[sequence]
+        row = self.table[sequence]
+        gone = (np.arange(row.shape[1]) >= -(-end // size)[:, None]) & (row >= 0)
+        self.pool.arena.release(row[gone])
+        row[gone] = -1
+        self._room[sequence] = 0
+
     def _widen(self, columns: int) -> None:
         """Make the table at least `columns` wide by doubling; rows without a sequence hold anything until `open`.
 
@@ -238,17 +275,16 @@ class LaneTable:
         index.touch(match.digests)
 
     def publish(self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int) -> None:
-        """Enter the full blocks `first .. last - 1` of an uncompressed sequence into the prefix index."""
+        """Enter the full blocks `first .. last - 1` of a sequence that has lost nothing into the prefix index."""
         size = self.spec.block_size
-        if sequence in self.positions:
-            return  # a lane that lost a token is no prefix of anything
+        if self.is_lossy(sequence):
+            return  # what is computed from lanes that lost something is no prefix of anything else
         chain.extend(tokens, size, last)
         for block in range(first, last):
             blocks: list[Addresses | None] = []
             for members in self._group_lanes:
                 addresses = self.table[sequence, members, block]
-                whole = bool((addresses >= 0).all()) and self.segments.native_from(sequence) <= block
-                blocks.append(addresses if whole else None)
+                blocks.append(addresses if (addresses >= 0).all() else None)
             self.pool.index.publish(chain, block, tokens[block * size : (block + 1) * size], blocks)
 
     # ---- compaction -----------------------------------------------------------------------------------------------
@@ -303,6 +339,7 @@ class LaneTable:
         if sequence not in self.positions:
             capacity = self.table.shape[2] * self.spec.block_size
             self.positions.start(sequence, np.arange(capacity, dtype=np.int32))  # position = slot until now
+        self.note_loss(sequence)
         self.positions.pack(sequence, kept)
         self.log_counts.pack(sequence, kept)
 

@@ -77,11 +77,6 @@ class SegmentList:
         """Return whether any block of the sequence is encoded."""
         return bool(self._encoded[sequence])
 
-    def native_from(self, sequence: int) -> int:
-        """Return the first column from which on all lanes are native."""
-        ends = [s.last or 0 for segments in self._encoded[sequence].values() for s in segments]
-        return max(ends, default=0)
-
     def encode(self, sequence: int, lane: int, store: str, first: int, last: int) -> None:
         """Note that columns `first .. last - 1`, native until now, are in `store`."""
         segments = [*self._encoded[sequence].get(lane, []), Segment(store, first, last)]

@@ -7,18 +7,18 @@ import torch
 
 from kvloom.engine.beam import BeamSearch, BeamSearchParams, Continuation
 from kvloom.engine.params import SamplingParams
+from kvloom.engine.queues import Queues
 from kvloom.engine.request import Request, Sequence, Status
-from kvloom.engine.scheduler import Scheduler
 
 
 class BeamSteps:
     """Feeds logits to beam searches and lets beams take over the lanes of their parents."""
 
     def __init__(
-        self, scheduler: Scheduler, eos_token_ids: tuple[int, ...], start_text: Callable[[Sequence], None]
+        self, queues: Queues, eos_token_ids: tuple[int, ...], start_text: Callable[[Sequence], None]
     ) -> None:
         """`start_text` gives a sequence its detokenizer, if there is one."""
-        self.scheduler = scheduler
+        self.queues = queues
         self.eos_token_ids = eos_token_ids
         self.start_text = start_text
 
@@ -41,7 +41,7 @@ class BeamSteps:
         request.beams = BeamSearch(params, request.max_tokens, frozenset(ends))
         request.sequences[0].detokenizer = None
 
-    def run(self, sequences: list[Sequence], logits: torch.Tensor) -> int:
+    def advance_all(self, sequences: list[Sequence], logits: torch.Tensor) -> int:
         """Take logits [N, V] of beams and advance each search whose beams are all there; returns tokens generated."""
         width = logits.shape[1]
         scores = torch.log_softmax(logits.float(), dim=-1)
@@ -64,7 +64,7 @@ class BeamSteps:
         chosen = self._seats(request, following)
         grown = {seat: [*found.parent.token_ids, found.token] for seat, found in chosen.items()}
         for seat, found in chosen.items():
-            self.scheduler.reparent(seat, found.parent)
+            self.queues.reparent(seat, found.parent)
         for seat, found in chosen.items():
             seat.token_ids = grown[seat]
             if seat.eviction is not None:
@@ -90,7 +90,7 @@ class BeamSteps:
         """Free all beams and put the best finished sequences in their place, best first."""
         beams, request.sequences = request.sequences, []
         for beam in beams:
-            self.scheduler.finish(beam, "stop")
+            self.queues.finish(beam, "stop")
         best = search.finished[: search.params.n]
         request.params = replace(request.params, n=len(best))
         for hypothesis in best:

@@ -8,28 +8,25 @@ from typing import Any
 import torch
 
 from kvloom.cache.kvcache import KVCache
+from kvloom.engine.admission import Admission
+from kvloom.engine.answers import Answers
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.beamsteps import BeamSteps
-from kvloom.engine.detokenizer import IncrementalDetokenizer
 from kvloom.engine.evictions import Evictions
 from kvloom.engine.kvpolicies import KVPolicies
 from kvloom.engine.logits_processors import ProcessorFactory
 from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
 from kvloom.engine.params import SamplingParams
-from kvloom.engine.request import Logprob, Request, Sequence, Status
-from kvloom.engine.runner import Runner
-from kvloom.engine.sampler import Sampler
-from kvloom.engine.scheduler import Scheduler, Work
+from kvloom.engine.request import Request, Sequence, Status
+from kvloom.engine.runner import Forward, Runner
+from kvloom.engine.sampler import Draw, Sampler
+from kvloom.engine.scheduler import Scheduler
 from kvloom.engine.stepfigures import StepFigures, Traffic
 from kvloom.engine.tokenfacts import TokenFacts
+from kvloom.engine.work import Work
 from kvloom.errors import InvalidInputError
-from kvloom.models.model import StepOutput
 from kvloom.models.tokenizer import Tokenizer
-from kvloom.policies.policy import Policy
 from kvloom.spec.store import STORES
-
-UNBOUNDED_TOKENS = 1 << 31
-"""Room of a request whose positions are counted in the cache, so that no length of the model ends it."""
 
 LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
 """Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
@@ -61,7 +58,8 @@ class Engine:
         self.max_model_len = max_model_len
         self.sampler = Sampler(eos_token_ids)
         self.processors = ProcessorFactory(tokenizer, runner.model.config.vocab_size, eos_token_ids)
-        self.beams = BeamSteps(scheduler, eos_token_ids, self._start_text)
+        self.answers = Answers(scheduler, runner.cache, tokenizer, eos_token_ids)
+        self.beams = BeamSteps(scheduler.queues, eos_token_ids, self.answers.start_text)
         self.seed = seed
         self.observer: LogitsObserver | None = None
         self.max_position = max_model_len if max_position is None else max_position
@@ -75,10 +73,18 @@ class Engine:
             replay_instruction=None if facts is None else facts.replay_instruction,
         )
         self.evictions = Evictions(runner, scheduler)
+        self.admission = Admission(
+            self.policies,
+            self.processors,
+            scheduler.capacity,
+            vocab_size=runner.model.config.vocab_size,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            max_position=self.max_position,
+        )
         self.requests: dict[str, Request] = {}
         self.num_arrived = 0
         self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
         self.num_steps = 0
         self.step_seconds = 0.0
         self.last_step = StepFigures(0, 0, 0.0, None)
@@ -92,6 +98,11 @@ class Engine:
     def num_evicted_tokens(self) -> int:
         """Tokens that policies have dropped, summed over lanes."""
         return self.evictions.evicted_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.answers.num_generated_tokens
 
     @property
     def has_work(self) -> bool:
@@ -114,13 +125,7 @@ class Engine:
 
         Raises `InvalidInputError`, `UnsupportedError` or `DoesNotFitError`, and then leaves nothing behind.
         """
-        for option, value, kind in (
-            ("request_id", "" if request_id is None else request_id, str),
-            ("cache_salt", cache_salt, str),
-            ("priority", priority, int),
-        ):
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise InvalidInputError(f"{option} must be {kind.__name__}, not {value!r}")
+        self.admission.check_options(request_id, cache_salt, priority)
         name = request_id if request_id is not None else f"request-{self.num_arrived}"
         if name in self.requests:
             raise InvalidInputError(f"request id {name!r} is in use; choose another or leave it out")
@@ -140,8 +145,8 @@ class Engine:
         )
         request.processors = self.processors.processors(params)
         self.policies.start(self.policies.policy_of(kv_policy), request.sequences[0])
-        self.scheduler.add(request)
-        self._start_text(request.sequences[0])
+        self.scheduler.queues.enqueue(request.sequences[0])
+        self.answers.start_text(request.sequences[0])
         self.num_arrived += 1
         self.num_prompt_tokens += len(request.prompt_token_ids)
         self.requests[name] = request
@@ -173,54 +178,7 @@ class Engine:
         Raises `InvalidInputError` for wrong ids and lengths, `UnsupportedError` with every reason why the policy cannot
         run, and `DoesNotFitError` when the request could not run even alone.
         """
-        policy = self.policies.policy_of(kv_policy)
-        max_tokens = self._max_tokens(prompt, params, forced, policy)
-        self.processors.processors(params)
-        if params.n > self.scheduler.max_num_seqs:
-            raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.scheduler.max_num_seqs}")
-        if policy is None:
-            self.scheduler.check_fits(len(prompt) + max_tokens, "the request")
-        else:
-            self.policies.check_policy(policy, prompt, len(prompt) + max_tokens, params.n)
-        return max_tokens
-
-    def _max_tokens(
-        self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None, policy: Policy | None
-    ) -> int:
-        vocab = self.runner.model.config.vocab_size
-        if not len(prompt):
-            raise InvalidInputError("the prompt is empty; give at least one token")
-        for token in (*prompt, *(forced or ()), *params.logit_bias, *params.stop_token_ids):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise InvalidInputError(f"{token!r} is not a token id; this model has ids 0 to {vocab - 1}")
-        longest = self.max_model_len if policy is None else self.max_position
-        room = longest - len(prompt)
-        if policy is not None and policy.cache_positions:
-            room = UNBOUNDED_TOKENS  # positions are counted in the cache: text has no end
-        if room < 1:
-            raise InvalidInputError(
-                f"the prompt has {len(prompt)} tokens; the model's length is {longest} and at least one "
-                "token is generated. Shorten the prompt or raise --max-model-len"
-            )
-        if forced is not None:
-            if not 0 < len(forced) <= room or params.n != 1:
-                raise InvalidInputError(f"a forced continuation has 1 to {room} tokens here and n=1")
-            return len(forced)
-        if params.max_tokens is None and room == UNBOUNDED_TOKENS:
-            raise InvalidInputError("a request with positions=cache has no end of its own; give max_tokens")
-        return room if params.max_tokens is None else min(params.max_tokens, room)
-
-    def _start_text(self, sequence: Sequence) -> None:
-        params = sequence.request.params
-        if self.tokenizer is not None and params.detokenize:
-            sequence.detokenizer = IncrementalDetokenizer(
-                self.tokenizer,
-                sequence.request.prompt_token_ids,
-                stop=params.stop,
-                skip_special_tokens=params.skip_special_tokens,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-            )
+        return self.admission.check_request(prompt, params, forced, kv_policy)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; returns what it had, or None when there is no such request."""
@@ -229,37 +187,37 @@ class Engine:
             return None
         for sequence in request.sequences:
             if not sequence.finished:
-                self.scheduler.finish(sequence, "abort")
+                self.scheduler.queues.finish(sequence, "abort")
         return self.output(request)
 
     def step(self) -> list[Request]:
-        """Run one iteration; returns the requests that got a token, in the order of their work.
+        """Run one iteration; returns the requests that got a token or failed, in the order of their work.
 
-        When it fails, the requests of this step are aborted, their blocks are free, and it raises.
+        A request for which no token can be chosen ends with `finish_reason` "error" and its `error` set; the others go
+        on. When the step itself fails, the requests of this step are aborted, their blocks are free, and it raises.
         """
         started = time.perf_counter()
-        work = self.scheduler.schedule()
-        if not work:
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
             return []
-        self._note_started(work)
+        self._note_started(scheduled)
         try:
-            output = self.runner.run(work, logits=self._needs_logits(work))
-            self.runner.prompt_logprobs(work, output.hidden)
-            self.scheduler.publish(work)
+            forward = self.runner.forward(scheduled, logits=self._needs_logits(scheduled))
+            draws = self._draw([(w.sequence, row) for row, w in enumerate(w for w in scheduled if w.samples)], forward)
+            work = self.answers.commit(scheduled, draws)
+            self.runner.observe(work, forward)
+            self.scheduler.prefixes.publish(work)
             traffic = Traffic(self.cache, work)
             self.evictions.evict(work)
             traffic.returned(self.cache)
-            sequences, greedy, logits = self._sampling_rows(work, output)
-            self._grow(sequences, greedy, logits)
+            draws += self._branch(draws, forward)
+            self.answers.settle(draws)
         except BaseException:
-            for item in work:
+            for item in scheduled:
                 self.abort(item.sequence.request.request_id)
             raise
-        self.num_steps += 1
-        tokens_run = sum(item.num_tokens for item in work)
-        self.last_step = StepFigures(tokens_run, len(sequences), time.perf_counter() - started, traffic)
-        self.step_seconds += self.last_step.seconds
-        return self._progressed(sequences)
+        self._count_step(scheduled, draws, time.perf_counter() - started, traffic)
+        return self._progressed(draws)
 
     def _note_started(self, work: list[Work]) -> None:
         now = time.monotonic()
@@ -272,83 +230,59 @@ class Engine:
             return True
         return any(item.samples and self.sampler.needs_logits(item.sequence) for item in work)
 
-    def _sampling_rows(
-        self, work: list[Work], output: StepOutput
-    ) -> tuple[list[Sequence], list[int], torch.Tensor | None]:
-        """Return the N sequences that get a token, their best tokens [N] and logits [N, V] if they were computed.
-
-        Forks requests whose prompt is done.
-        """
-        sequences: list[Sequence] = []
-        rows: list[int] = []
-        for row, item in enumerate(w for w in work if w.samples):
-            if item.sequence.row is None:
-                continue  # preempted by an eviction of this step: it will be computed again
-            sequences.append(item.sequence)
-            rows.append(row)
-            if not item.sequence.request.forked:
-                for child in self.scheduler.fork(item.sequence.request):
-                    self._start_text(child)
-                    sequences.append(child)
-                    rows.append(row)
-        logits = output.logits
-        if logits is not None and len(rows) != len(logits):
-            logits = logits[rows]
-        if self.observer is not None and sequences:
+    def _draw(self, rows: list[tuple[Sequence, int]], forward: Forward) -> list[Draw]:
+        """Return the next token of each sequence, by the given row of what the model returned."""
+        if not rows:
+            return []
+        sequences, numbers = [sequence for sequence, _ in rows], [row for _, row in rows]
+        logits = forward.output.logits
+        if logits is not None and numbers != list(range(len(logits))):
+            logits = logits[numbers]
+        if self.observer is not None:
             assert logits is not None
             self.observer(sequences, logits)
-        return sequences, [output.greedy[row] for row in rows], logits
+        return self.sampler.draw([forward.output.greedy[row] for row in numbers], logits, rows)
 
-    def _grow(self, sequences: list[Sequence], greedy: list[int], logits: torch.Tensor | None) -> None:
-        """Give each of N sequences its next token, and beams their next beams."""
-        beams = [row for row, sequence in enumerate(sequences) if sequence.request.beams is not None]
+    def _branch(self, draws: list[Draw], forward: Forward) -> list[Draw]:
+        """Fork requests whose prompt is done and let beams go on; returns the draws of the new sequences.
+
+        This comes after evictions, so that a prompt is evicted once for all its sequences. A beam that was preempted in
+        this step offers its tokens when it is computed again.
+        """
+        there = [d for d in draws if d.error is None]
+        there = [d for d in there if d.sequence.request.beams is None or d.sequence.row is not None]
+        children: list[tuple[Sequence, int]] = []
+        for draw in there:
+            while not draw.sequence.request.forked:
+                child = self.scheduler.queues.fork(draw.sequence.request)
+                self.answers.start_text(child)
+                children.append((child, draw.row))
+        more = self._draw(children, forward)
+        self.answers.commit([], more)
+        beams = [draw for draw in there + more if draw.error is None and draw.sequence.request.beams is not None]
         if beams:
-            assert logits is not None
-            self.num_generated_tokens += self.beams.run([sequences[row] for row in beams], logits[beams])
-            rest = [row for row, sequence in enumerate(sequences) if sequence.request.beams is None]
-            sequences, greedy, logits = [sequences[row] for row in rest], [greedy[row] for row in rest], logits[rest]
-        tokens, logprobs = self.sampler.sample(greedy, logits, sequences)
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            self._append(sequence, token, logprob)
+            assert forward.output.logits is not None
+            rows = forward.output.logits[[draw.row for draw in beams]]
+            self.answers.num_generated_tokens += self.beams.advance_all([draw.sequence for draw in beams], rows)
+        return more
 
-    def _append(self, sequence: Sequence, token: int, logprob: dict[int, Logprob] | None) -> None:
-        """Add a token to a sequence and end it if it should end."""
-        sequence.token_ids.append(token)
-        self.num_generated_tokens += 1
-        if logprob is not None:
-            sequence.logprobs.append(logprob)
-            sequence.cumulative_logprob += logprob[token].logprob
-        end = self._ending(sequence, token)
-        if end is not None:
-            if sequence.detokenizer is not None:
-                sequence.detokenizer.finish()
-            self.scheduler.finish(sequence, *end)
-
-    def _ending(self, sequence: Sequence, token: int) -> tuple[str, int | str | None] | None:
-        """Return (finish reason, stop reason) when `token` ends the sequence."""
-        params, request = sequence.request.params, sequence.request
-        count = sequence.num_output_tokens
-        stops = request.forced_token_ids is None and count > params.min_tokens - 1
-        ends = stops and (token in params.stop_token_ids or (not params.ignore_eos and token in self.eos_token_ids))
-        if sequence.detokenizer is not None and (not ends or params.include_stop_str_in_output):
-            sequence.detokenizer.append(token)
-            if sequence.detokenizer.stop_hit is not None:
-                return "stop", sequence.detokenizer.stop_hit
-        if ends:
-            return "stop", token if token in params.stop_token_ids else None
-        return ("length", None) if count >= request.max_tokens else None
+    def _count_step(self, work: list[Work], draws: list[Draw], seconds: float, traffic: Traffic) -> None:
+        self.num_steps += 1
+        self.last_step = StepFigures(sum(item.num_tokens for item in work), len(draws), seconds, traffic)
+        self.step_seconds += seconds
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         return self.sampler.eos_token_ids
 
-    def _progressed(self, sequences: list[Sequence]) -> list[Request]:
-        changed = list(dict.fromkeys(s.request for s in sequences))
+    def _progressed(self, draws: list[Draw]) -> list[Request]:
+        changed = list(dict.fromkeys(draw.sequence.request for draw in draws))
         now = time.monotonic()
         for request in changed:
-            request.timing.first_token = request.timing.first_token or now
-            request.timing.last_token = now
+            if request.error is None:
+                request.timing.first_token = request.timing.first_token or now
+                request.timing.last_token = now
             if request.finished:
                 del self.requests[request.request_id]
         return changed
@@ -370,4 +304,4 @@ class Engine:
     def _note_bytes(self, request: Request) -> None:
         for sequence in request.sequences:
             if sequence.status is Status.RUNNING:
-                self.scheduler.note_bytes(sequence)
+                self.scheduler.queues.note_bytes(sequence)

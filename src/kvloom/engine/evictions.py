@@ -5,7 +5,8 @@ import numpy as np
 from kvloom.attention.batch import AttentionBatch
 from kvloom.engine.request import Sequence
 from kvloom.engine.runner import Runner
-from kvloom.engine.scheduler import Scheduler, Work
+from kvloom.engine.scheduler import Scheduler
+from kvloom.engine.work import Work
 from kvloom.errors import DoesNotFitError
 from kvloom.models.model import StepWanted
 from kvloom.policies.eviction import Eviction

@@ -69,10 +69,10 @@ class KVPolicies:
         eviction = Eviction(policy, cache, self.facts, prompt, len(prompt))
         what = f"the request with {policy.spec}"
         if not eviction.occupancy.may_drop(num_tokens):
-            self.scheduler.check_fits(num_tokens, what)
+            self.scheduler.capacity.check_tokens(num_tokens, what)
             return
         needed = eviction.occupancy.peak_bytes(num_tokens, self.scheduler.max_num_batched_tokens, sequences)
-        self.scheduler.check_bytes(needed, num_tokens, what)
+        self.scheduler.capacity.check_bytes(needed, num_tokens, what)
 
     def _unlike_weights(self, policy: Policy) -> list[str]:
         """Return why attention weights that `policy` would compute from queries and keys are not the model's own."""

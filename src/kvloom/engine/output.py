@@ -8,7 +8,7 @@ from kvloom.engine.request import Logprob, Request, Sequence
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer so far: its text and tokens, and why it ended (`stop`, `length`, `abort`; None while it goes on)."""
+    """One answer so far: its text and tokens, and why it ended (`stop`, `length`, `abort`, `error`) if it did."""
 
     index: int
     text: str
@@ -42,7 +42,10 @@ class KVUsage:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and its answers, complete or so far; `metrics` holds the clock readings of `Timing` that there are."""
+    """A request and its answers, complete or so far; `metrics` holds the clock readings of `Timing` that there are.
+
+    `error` says why a request ended for which no token could be chosen.
+    """
 
     request_id: str
     prompt: str | None
@@ -52,6 +55,7 @@ class RequestOutput:
     kv: KVUsage
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def num_cached_tokens(self) -> int:
@@ -106,6 +110,7 @@ def output_of(request: Request, bits_per_element: float) -> RequestOutput:
         kv=kv_usage_of(request, bits_per_element),
         prompt_logprobs=request.prompt_logprobs,
         metrics={name: value for name, value in asdict(request.timing).items() if value is not None},
+        error=None if request.error is None else str(request.error),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvloom.cache.prefix import PrefixChain
 from kvloom.engine.params import SamplingParams
+from kvloom.errors import RequestFailedError
 
 if TYPE_CHECKING:
     from kvloom.engine.beam import BeamSearch
@@ -96,6 +97,7 @@ class Request:
     `forced_token_ids` makes the answer: every token goes through the decode path as if it had been sampled, and the
     request ends after the last one. `cache_salt` separates prefix caches, as does `length_class`, by which models whose
     rotary embedding depends on the length rotate its keys (`RopeConfig.length_class`). Lower `priority` runs earlier.
+    `error` says why a request ended for which no token could be chosen.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Request:
         self.cache_salt = cache_salt
         self.length_class = length_class
         self.beams: BeamSearch | None = None
+        self.error: RequestFailedError | None = None
         self.processors: list[LogitsProcessor] = []
         self.forced_token_ids = None if forced_token_ids is None else list(forced_token_ids)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (

@@ -1,6 +1,7 @@
 """Runner: turns scheduled work into one forward pass and hands out logits, a tile of rows at a time."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,11 +11,19 @@ from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.distribution import best
 from kvloom.engine.request import Logprob
-from kvloom.engine.scheduler import Work
+from kvloom.engine.work import Work
 from kvloom.models.model import Model, StepOutput, StepWanted
 
 LOGITS_TILE_BYTES = 64 << 20
 """Float32 logits held at once for prompt log-probabilities (64 rows of a 262k vocabulary)."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the model returned for some work, and how many of its newest tokens' queries each watched item has there."""
+
+    output: StepOutput
+    watched: list[tuple[Work, int]]
 
 
 class Runner:
@@ -24,10 +33,10 @@ class Runner:
         self.model = model
         self.cache = cache
 
-    def run(self, work: list[Work], *, logits: bool) -> StepOutput:
+    def forward(self, work: list[Work], *, logits: bool) -> Forward:
         """Process the tokens of `work`; one row of output for every item that samples, in order.
 
-        Policies are shown the queries that they watch. `logits` says whether the best tokens alone would do.
+        Prompt log-probabilities are appended. `logits` says that the best tokens alone would not do.
         """
         starts = np.cumsum([0, *(w.num_tokens for w in work)])
         weighs = False
@@ -52,8 +61,8 @@ class Runner:
                 lse=weighs,
             ),
         )
-        self._show_queries(watched, output)
-        return output
+        self._add_prompt_logprobs(work, output.hidden)
+        return Forward(output, watched)
 
     def _batch(self, work: list[Work], starts: NDArray[np.int32]) -> AttentionBatch:
         ids: list[int] = []
@@ -67,10 +76,13 @@ class Runner:
             length_class=np.array([w.sequence.request.length_class for w in work], np.int32),
         )
 
-    def _show_queries(self, watched: list[tuple[Work, int]], output: StepOutput) -> None:
-        """Hand each policy the queries [L, n, H, D] of its own sequence."""
-        first = 0
-        for item, count in watched:
+    def observe(self, work: list[Work], forward: Forward) -> None:
+        """Hand the policies of committed `work` the queries [L, n, H, D] of their own sequences."""
+        first, output, committed = 0, forward.output, set(map(id, work))
+        for item, count in forward.watched:
+            if id(item) not in committed:
+                first += count
+                continue
             assert output.queries is not None and item.sequence.eviction is not None and item.sequence.row is not None
             rows = slice(first, first + count)
             lse = None if output.lse is None else output.lse[:, rows]
@@ -82,7 +94,7 @@ class Runner:
         found = item.sequence.request.prompt_logprobs
         return found is not None and len(found) < len(item.sequence.request.prompt_token_ids)
 
-    def prompt_logprobs(self, work: list[Work], hidden: torch.Tensor | None) -> None:
+    def _add_prompt_logprobs(self, work: list[Work], hidden: torch.Tensor | None) -> None:
         """Append to `prompt_logprobs` of the requests that want them; the whole logits matrix never exists."""
         if hidden is None:
             return

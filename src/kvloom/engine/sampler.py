@@ -1,5 +1,7 @@
 """Sampler: logits in, one token per sequence out; no sequence's token depends on the others."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.random import Generator, Philox
@@ -9,6 +11,24 @@ from kvloom.engine.distribution import Distribution
 from kvloom.engine.occurrences import Occurrences
 from kvloom.engine.request import Logprob, Sequence
 from kvloom.engine.runner import top_logprobs
+from kvloom.errors import RequestFailedError
+
+
+@dataclass
+class Draw:
+    """The next token of a sequence, from `row` of the model's output; None for beams, and where there is an `error`.
+
+    `finite` is False when the logits are the cause of it. `end` becomes (finish reason, stop reason) when the token
+    ends the sequence.
+    """
+
+    sequence: Sequence
+    row: int
+    token: int | None = None
+    logprob: dict[int, Logprob] | None = None
+    error: RequestFailedError | None = None
+    finite: bool = True
+    end: tuple[str, int | str | None] | None = None
 
 
 class Sampler:
@@ -27,32 +47,42 @@ class Sampler:
         return not request.params.greedy or self._changes(sequence)
 
     @torch.inference_mode()
-    def sample(
-        self, greedy: list[int], logits: torch.Tensor | None, sequences: list[Sequence]
-    ) -> tuple[list[int], list[dict[int, Logprob] | None]]:
-        """Return the next token of each of N sequences, and its log-probabilities.
+    def draw(
+        self, greedy: list[int], logits: torch.Tensor | None, rows: list[tuple[Sequence, int]]
+    ) -> list[Draw]:
+        """Return the next token of each of N sequences, and its log-probabilities; `rows` become those of the draws.
 
-        `greedy` [N] are the most likely tokens; logits [N, V] float32 may be None when nobody needs them.
-        Log-probabilities are those of the raw logits. Forced tokens are taken as given.
+        `greedy` [N] are the most likely tokens, -1 where the largest logit is not finite; logits [N, V] float32 may be
+        None when nobody needs them. Log-probabilities are those of the raw logits. Forced tokens are taken as given. A
+        sequence whose token cannot be chosen gets an error; the others get their tokens.
         """
-        tokens: list[int] = []
-        found: list[dict[int, Logprob] | None] = []
-        rows = None if logits is None else logits.detach().float().cpu().numpy()
-        for row, sequence in enumerate(sequences):
-            forced, params = sequence.request.forced_token_ids, sequence.request.params
-            if forced is not None:
-                tokens.append(forced[sequence.num_output_tokens])
-            elif params.greedy and not self._changes(sequence):
-                tokens.append(greedy[row])
-            else:
-                assert rows is not None
-                tokens.append(self._choose(rows[row], sequence))
-            if params.logprobs is None:
-                found.append(None)
-            else:
-                assert rows is not None
-                found.append(top_logprobs(rows[row], tokens[row], params.logprobs))
-        return tokens, found
+        values = None if logits is None else logits.detach().float().cpu().numpy()
+        draws = []
+        for number, (sequence, row) in enumerate(rows):
+            draw = Draw(sequence, row)
+            own = None if values is None else values[number]
+            if greedy[number] < 0 or (own is not None and not np.isfinite(own.max())):
+                draw.error, draw.finite = RequestFailedError("the largest logit is not a finite number"), False
+            elif sequence.request.beams is None:
+                try:
+                    draw.token = self._token(greedy[number], own, sequence)
+                except RequestFailedError as error:
+                    draw.error = error
+                else:
+                    if sequence.request.params.logprobs is not None:
+                        assert own is not None
+                        draw.logprob = top_logprobs(own, draw.token, sequence.request.params.logprobs)
+            draws.append(draw)
+        return draws
+
+    def _token(self, greedy: int, logits: NDArray[np.float32] | None, sequence: Sequence) -> int:
+        forced = sequence.request.forced_token_ids
+        if forced is not None:
+            return forced[sequence.num_output_tokens]
+        if sequence.request.params.greedy and not self._changes(sequence):
+            return greedy
+        assert logits is not None
+        return self._choose(logits, sequence)
 
     def _choose(self, logits: NDArray[np.float32], sequence: Sequence) -> int:
         logits = self._adjusted(logits, sequence)
@@ -91,10 +121,15 @@ class Sampler:
     def _process(logits: torch.Tensor, sequence: Sequence) -> None:
         """Let the request's processors change logits [V] in place."""
         request = sequence.request
-        if request.processors and not sequence.processors:
-            sequence.processors = [processor.start() for processor in request.processors]
-        for processor in sequence.processors:
-            processor(request.prompt_token_ids, sequence.output_token_ids, logits)
+        try:
+            if request.processors and not sequence.processors:
+                sequence.processors = [processor.start() for processor in request.processors]
+            for processor in sequence.processors:
+                processor(request.prompt_token_ids, sequence.output_token_ids, logits)
+        except Exception as error:  # the caller's code
+            raise RequestFailedError(f"a logits processor raised {type(error).__name__}: {error}") from error
+        if torch.isnan(logits).any():
+            raise RequestFailedError("a logits processor left a logit that is not a number")
 
     def _forbidden(self, sequence: Sequence) -> list[int]:
         """Return the tokens that would end the sequence before `min_tokens`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvloom.cache.kvcache import KVCache
-from kvloom.engine.scheduler import Work
+from kvloom.engine.work import Work
 
 
 class Traffic:

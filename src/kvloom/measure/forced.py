@@ -78,6 +78,9 @@ def forced_scores(
         engine.observer = before
         for request in order:
             engine.abort(request.request_id)
+    for request in order:
+        if request.error is not None:
+            raise request.error
     evicted = [engine.kv_usage(request).evicted_tokens for request in order]
     means = [[statistics.fmean(column) for column in zip(*rows, strict=True)] for rows in found]
     return [Score(nll, kl, agreement, count) for (nll, kl, agreement), count in zip(means, evicted, strict=True)]

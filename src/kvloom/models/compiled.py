@@ -93,6 +93,7 @@ class CompiledModel:
         self._seen_table: NDArray[np.int32] | None = None
         self._seen_segments = 0  # their version
         self._queries: NDArray[np.float32] = np.empty(0, np.float32)
+        self._logits: NDArray[np.float32] = np.empty((0, config.vocab_size), np.float32)
 
     # ---- loading --------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ class CompiledModel:
         config, count = self.config, len(wanted.logit_rows)
         lanes = self._view(batch, cache)
         greedy = np.empty(count, np.int32)
-        logits = np.empty((count, config.vocab_size), np.float32) if wanted.logits else None
+        logits = np.empty((count, config.vocab_size), np.float32) if wanted.logits else self._memory_for_logits(count)
         hidden = np.empty((batch.num_tokens, config.hidden_size), np.float32) if wanted.hidden else None
         queries = None
         if wanted.query_rows is not None:
@@ -170,9 +171,10 @@ class CompiledModel:
             frequencies=self._frequencies(batch),
             slot_positions=self._slot_positions(batch, cache),
         )
+        greedy[~np.isfinite(logits[np.arange(count), greedy])] = -1
         return StepOutput(
             greedy=greedy.tolist(),
-            logits=None if logits is None else torch.from_numpy(logits),
+            logits=torch.from_numpy(logits) if wanted.logits else None,
             hidden=None if hidden is None else torch.from_numpy(hidden),
             queries=None
             if queries is None
@@ -180,6 +182,12 @@ class CompiledModel:
             input_norms=None if norms is None else torch.from_numpy(norms),
             lse=None if lse is None or rows is None else torch.from_numpy(lse.take(rows, axis=1)),
         )
+
+    def _memory_for_logits(self, rows: int) -> NDArray[np.float32]:
+        """Return memory for logits [rows, vocab] that nobody keeps; good until the next step."""
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self.config.vocab_size), np.float32)
+        return self._logits[:rows]
 
     def _memory_for_queries(self, rows: int) -> NDArray[np.float32]:
         """Return [L, rows, H * D] of memory that every step uses again: fresh pages would cost more than the copy."""

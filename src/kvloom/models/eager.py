@@ -50,9 +50,16 @@ class EagerModel:
         )
         logits = self.decoder.logits(hidden[torch.from_numpy(wanted.logit_rows).to(hidden.device, torch.int64)])
         return StepOutput(
-            greedy=torch.argmax(logits, dim=-1).tolist(),
+            greedy=_best_tokens(logits),
             logits=logits,
             hidden=hidden if wanted.hidden else None,
             queries=torch.stack(queries) if rows is not None else None,
             input_norms=torch.stack(inputs) if wanted.input_norms else None,
         )
+
+
+def _best_tokens(logits: torch.Tensor) -> list[int]:
+    """Return the first index of the largest of each row of logits [N, V], -1 where that is not a finite number."""
+    best = torch.argmax(logits, dim=-1)
+    found = logits.gather(-1, best[:, None])[:, 0]
+    return torch.where(torch.isfinite(found), best, -1).tolist()

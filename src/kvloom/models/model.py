@@ -39,10 +39,10 @@ class StepWanted:
 class StepOutput:
     """What `StepWanted` asked for.
 
-    greedy [N] the most likely next tokens; logits [N, vocab] float32; hidden [T, hidden], normalised; queries
-    [L, Q, H, D], rotated and unscaled, good until the next step; input_norms [L, T] float32, 2-norms of the residual
-    stream before each layer; lse [L, Q, H] float32, the log of each softmax's denominator, None where the model does
-    not hand it out.
+    greedy [N] the most likely next tokens, -1 where the largest logit is not finite; logits [N, vocab] float32;
+    hidden [T, hidden], normalised; queries [L, Q, H, D], rotated and unscaled, good until the next step; input_norms
+    [L, T] float32, 2-norms of the residual stream before each layer; lse [L, Q, H] float32, the log of each softmax's
+    denominator, None where the model does not hand it out.
     """
 
     greedy: list[int]

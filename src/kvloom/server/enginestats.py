@@ -46,7 +46,7 @@ def read_stats(engine: Engine) -> EngineStats:
     for sequence in scheduler.running:
         if sequence.row is None:
             continue
-        scheduler.note_bytes(sequence)
+        scheduler.queues.note_bytes(sequence)
         eviction = sequence.eviction
         policy = "full" if eviction is None else str(eviction.policy.spec)
         by_policy[policy] = by_policy.get(policy, 0) + sequence.kv_bytes
@@ -56,8 +56,8 @@ def read_stats(engine: Engine) -> EngineStats:
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         preemptions=scheduler.num_preemptions,
-        prefix_queries=scheduler.prefix_queries,
-        prefix_hits=scheduler.prefix_hits,
+        prefix_queries=scheduler.prefixes.queries,
+        prefix_hits=scheduler.prefixes.hits,
         prompt_tokens=engine.num_prompt_tokens,
         generation_tokens=engine.num_generated_tokens,
         steps=engine.num_steps,

@@ -53,7 +53,7 @@ class Service:
         cache_config = {
             "block_size": str(spec.block_size),
             "cache_dtype": spec.store,
-            "enable_prefix_caching": str(self.engine.scheduler.enable_prefix_caching),
+            "enable_prefix_caching": str(self.engine.scheduler.prefixes.enabled),
             "kv_cache_memory_bytes": str(self.engine.cache.arena.num_bytes),
             "max_model_len": str(self.engine.max_model_len),
         }

@@ -155,7 +155,11 @@ class ServingThread(EngineThread):
             self.metrics.progressed(ledger, now)
             if request.finished:
                 del self._ledgers[request.request_id]
-                self._tell(ledger.ticket, ledger.update(self.engine, ended=True))
+                if request.error is None:
+                    self._tell(ledger.ticket, ledger.update(self.engine, ended=True))
+                else:
+                    refusal = Refusal(500, str(request.error), code="request_failed")
+                    self._tell(ledger.ticket, Update(ledger.ticket.place, error=refusal))
                 reason = request.sequences[0].finish_reason or "stop"
                 self.metrics.ended(request, reason, self.engine.kv_usage(request))
             elif ledger.ticket.streaming:

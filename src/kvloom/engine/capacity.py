@@ -1,0 +1,92 @@
+"""Capacity: what fits into the arena, alone and beside what runs. Torch-free."""
+
+from kvloom.cache.lanes import LaneTable
+from kvloom.engine.request import Sequence
+from kvloom.errors import DoesNotFitError
+from kvloom.spec.slabs import longest_request, slabs_of_request, sure_bytes
+from kvloom.units import format_bytes
+
+
+class Capacity:
+    """Arithmetic over the arena for requests that are processed in chunks of at most `chunk` tokens."""
+
+    def __init__(self, lanes: LaneTable, chunk: int) -> None:
+        self.lanes = lanes
+        self.chunk = chunk
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of blocks, of whatever mixture of sizes, that are sure to fit into the arena once it is evacuated."""
+        return sure_bytes(self.lanes.spec, self.lanes.pool.arena.num_bytes)
+
+    def check_tokens(self, num_tokens: int, what: str) -> None:
+        """Raise `DoesNotFitError` unless one sequence of `num_tokens` fits into the empty arena, in whole slabs."""
+        needed = slabs_of_request(self.lanes.spec, num_tokens, self.chunk)
+        if needed > self.lanes.pool.arena.num_slabs:
+            self._refuse(self._peak_bytes(num_tokens), num_tokens, what)
+
+    def check_bytes(self, needed: int, num_tokens: int, what: str) -> None:
+        """Raise `DoesNotFitError` unless `needed` bytes for `num_tokens` fit into the empty arena."""
+        if needed > self.num_bytes:
+            self._refuse(needed, num_tokens, what)
+
+    def _refuse(self, needed: int, num_tokens: int, what: str) -> None:
+        arena, spec = self.lanes.pool.arena, self.lanes.spec
+        raise DoesNotFitError(
+            f"{what}: {num_tokens} tokens need {format_bytes(needed)} of KV cache; "
+            f"the arena has {format_bytes(arena.num_bytes)}, room for about "
+            f"{longest_request(spec, arena.num_bytes, self.chunk)} tokens. Shorten the prompt, "
+            "lower max_tokens, raise --kv-cache-memory-bytes or choose a policy that evicts during prefill"
+        )
+
+    def pending_tokens(self, sequence: Sequence) -> int:
+        """Return the tokens of a running sequence that the model has not seen."""
+        assert sequence.row is not None
+        return len(sequence.token_ids) - int(self.lanes.seen[sequence.row])
+
+    def is_lossy(self, sequence: Sequence) -> bool:
+        """Return whether the lanes of this sequence hold something else than its tokens left there."""
+        return sequence.row is not None and self.lanes.is_lossy(sequence.row)
+
+    def stays(self, sequence: Sequence) -> bool:
+        """Return whether a sequence may not be preempted: it is lossy, or is one of beams that may become so.
+
+        Beams wait for one another. One that had to be computed again beside others that lost tokens might never find
+        room, so all of them keep what admission set aside.
+        """
+        beam = sequence.request.beams is not None and sequence.request.forked
+        return self.is_lossy(sequence) or (beam and sequence.eviction is not None)
+
+    def has_room(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        """Return whether the rest of the prompt fits beside what running prefills and unpreemptible ones still need.
+
+        Sequences that may lose tokens cannot be preempted from then on. So that they never run short of each other,
+        all that they may come to hold must fit into the arena together, each with blocks of its own.
+        """
+        assert sequence.row is not None
+        lasting = [self._lasting_bytes(s) for s in (*running, sequence)]
+        if lasting[-1] and sum(lasting) > self.num_bytes:
+            return False
+        counted = [s for s in running if self.pending_tokens(s) > 1 or self.stays(s)]
+        needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
+        arena, index = self.lanes.pool.arena, self.lanes.pool.index
+        free = arena.num_bytes - arena.used_bytes
+        return needed <= free or needed <= free + index.idle_bytes
+
+    def _lasting_bytes(self, sequence: Sequence) -> int:
+        """Return the most bytes that a sequence which may lose tokens comes to hold; 0 for all others."""
+        eviction, request = sequence.eviction, sequence.request
+        total = len(request.prompt_token_ids) + request.max_tokens
+        if eviction is None or sequence.row is None or not eviction.occupancy.may_drop(total):
+            return 0
+        if self.is_lossy(sequence) and request.forked:
+            return eviction.future_bytes(sequence.row, total, self.chunk)
+        return eviction.occupancy.peak_bytes(total, self.chunk, 1 if request.forked else request.params.n)
+
+    def _bytes_to_come(self, sequence: Sequence) -> int:
+        assert sequence.row is not None
+        total = self._lasting_bytes(sequence) or self._peak_bytes(len(sequence.token_ids) + 1)
+        return max(0, total - self.lanes.sequence_bytes(sequence.row))
+
+    def _peak_bytes(self, num_tokens: int) -> int:
+        return self.lanes.spec.request_bytes(num_tokens, self.chunk)

@@ -1,0 +1,15 @@
+"""Work: what one sequence does in a step of the engine. Torch-free."""
+
+from dataclasses import dataclass
+
+from kvloom.engine.request import Sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """`num_tokens` tokens of `sequence`, from `start`; `samples` when its next token comes out of this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
