@@ -373,7 +373,7 @@ class LaneTable:
     def bytes_beyond(self, sequence: int, other: int) -> int:
         """Return the bytes of the blocks of `sequence` that it does not share with `other`."""
         own = (self.table[sequence] >= 0) & (self.table[sequence] != self.table[other])
-        return int((own.sum(axis=1) * self._block_bytes).sum())
+        return int(self.pool.arena.block_bytes_at(self.table[sequence][own]).sum())
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless tables, counters and windows agree."""

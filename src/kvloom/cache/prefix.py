@@ -176,6 +176,20 @@ class PrefixIndex:
                 if addresses is not None:
                     self.arena.release(addresses)
 
+    def drop_copies(self, addresses: Addresses) -> None:
+        """Let go of the groups of entries of which a block is among `addresses` and has no other owner."""
+        held = addresses[self.arena.references(addresses) == 1]
+        marked = np.zeros(len(self.arena.refs), np.bool_)
+        marked[self.arena.cell_of(held)] = True
+        for digest in list(self._entries):
+            blocks = self._entries[digest].blocks
+            for group, own in enumerate(blocks):
+                if own is not None and marked[self.arena.cell_of(own)].any():
+                    blocks[group] = None
+                    self.arena.release(own)
+            if all(own is None for own in blocks):
+                del self._entries[digest]
+
     def clear(self) -> None:
         """Forget every entry and release its blocks."""
         self.forget(list(self._entries))

@@ -12,14 +12,15 @@ from kvloom.engine.work import Work
 class Traffic:
     """Bytes of one step, taken when the model has run and before policies forget.
 
-    `read_bytes` are those of K and V that the step's sequences hold, in the native store: attention read each of them
-    at least once. `returned_bytes` are those that policies gave back to the arena.
+    `read_bytes` are those of K and V that the step's sequences hold, encoded blocks as they are stored: attention read
+    each of them at least once. `returned_bytes` are those that policies gave back to the arena.
     """
 
     def __init__(self, cache: KVCache, work: Iterable[Work]) -> None:
         rows = [item.sequence.row for item in work if item.sequence.row is not None]
         held = cache.lanes.held[rows].sum(axis=0)
-        self.read_bytes = int(np.dot(held, np.asarray(cache.spec.lane_token_bytes)))
+        encoded = sum(cache.lanes.segments.extra_bytes(row, cache.spec) for row in rows)
+        self.read_bytes = int(np.dot(held, np.asarray(cache.spec.lane_token_bytes))) + encoded
         self.returned_bytes = 0
         self._used = cache.arena.used_bytes
 
