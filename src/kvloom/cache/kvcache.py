@@ -54,12 +54,16 @@ class KVCache:
         device: torch.device | str = "cpu",
         extra_stores: Sequence[str] = ("int8",),
         layout: Layout = "rows",
+        extra_block_sizes: Sequence[int] = (),
     ) -> None:
-        """Set up an empty cache; `layout` is how tokens lie inside a block, which backend and stores must agree on."""
+        """Set up an empty cache; `layout` is how tokens lie inside a block, which backend and stores must agree on.
+
+        The arena also serves blocks of `extra_block_sizes` bytes, for other holders of its blocks (`StateTable`).
+        """
         self.spec = spec
-        sizes = {spec.layer_block_bytes(layer) for layer in range(len(spec.layers))}
-        sizes |= {spec.layer_block_bytes(layer, name) for layer in range(len(spec.layers)) for name in extra_stores}
-        self.arena = Arena(num_bytes, sizes)
+        firsts = [lanes.first for lanes in spec.sets]
+        sizes = {spec.lane_block_bytes(lane, name) for lane in firsts for name in (None, *extra_stores)}
+        self.arena = Arena(num_bytes, sizes.union(extra_block_sizes))
         self.memory = ArenaMemory(self.arena.num_bytes, torch.device(device))
         self.index = PrefixIndex(spec, self.arena)
         self.pool = BlockPool(self.arena, self.index, self.memory.copy)
@@ -73,10 +77,15 @@ class KVCache:
             LayerView(spec.lane_offset[i], kv.num_lanes, kv.k_width, kv.v_width, kv.window)
             for i, kv in enumerate(spec.layers)
         ]
-        views = [self.layers[layer] for layer in spec.lane_layer]
-        self._kinds = sorted({(view.k_width, view.v_width) for view in views})
-        self._kind_of = np.array([self._kinds.index((view.k_width, view.v_width)) for view in views])  # by lane
-        self._windowed = np.array([view.window is not None for view in views])
+        self._beside = {
+            (lanes.layer, lanes.role): LayerView(
+                lanes.first, lanes.num_lanes, lanes.k_width, lanes.v_width, lanes.window
+            )
+            for lanes in spec.sets
+        }
+        self._kinds = sorted({(lanes.k_width, lanes.v_width) for lanes in spec.sets})
+        self._kind_of = np.array([self._kinds.index((x.k_width, x.v_width)) for x in spec.lane_set])
+        self._windowed = np.array([x.window is not None for x in spec.lane_set])
 
     def _store(self, name: str, dtype: torch.dtype) -> Store:
         if self.layout == "cpu":
@@ -96,9 +105,16 @@ class KVCache:
 
     # ---- reading and writing --------------------------------------------------------------------------------------
 
-    def append(self, layer: int, sequence: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write the newest tokens k [n, G, Dk], v [n, G, Dv] of a layer; their slots were made by `lanes.extend`."""
-        view, size = self.layers[layer], self.spec.block_size
+    def view(self, layer: int, role: str | None = None) -> LayerView:
+        """Return the lanes that a layer reads, or those of `role` that it owns beside them."""
+        return self.layers[layer] if role is None else self._beside[layer, role]
+
+    def append(self, layer: int, sequence: int, k: torch.Tensor, v: torch.Tensor, role: str | None = None) -> None:
+        """Write the newest tokens k [n, G, Dk], v [n, G, Dv] of a layer; their slots were made by `lanes.extend`.
+
+        `role` names a set that the layer owns beside its own.
+        """
+        view, size = self.view(layer, role), self.spec.block_size
         lanes = slice(view.first, view.first + view.num_lanes)
         end = self.lanes.begin[sequence, lanes] + self.lanes.held[sequence, lanes]
         slots = (end[None, :] - len(k) + np.arange(len(k))[:, None]).astype(np.int64)  # [n, G]
@@ -108,7 +124,7 @@ class KVCache:
 
     def read_lane(self, sequence: int, lane: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K [held, Dk] and V [held, Dv] of a lane in slot order, decoded; raises nothing on an empty lane."""
-        kv = self.spec.layers[self.spec.lane_layer[lane]]
+        kv = self.spec.lane_set[lane]
         begin, held = int(self.lanes.begin[sequence, lane]), int(self.lanes.held[sequence, lane])
         first, last = begin // self.spec.block_size, -(-(begin + held) // self.spec.block_size)
         ks, vs = [], []
@@ -127,12 +143,14 @@ class KVCache:
         skip = begin - first * self.spec.block_size
         return torch.cat(ks)[skip : skip + held], torch.cat(vs)[skip : skip + held]
 
-    def read_layer(self, layer: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int32]]:
+    def read_layer(
+        self, layer: int, sequence: int, role: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.int32]]:
         """Return K [G, S, Dk], V [G, S, Dv] and held [G]; shorter lanes are padded with zeros at the *front*.
 
-        So slot order ends aligned: the newest token of every lane is at S - 1.
+        So slot order ends aligned: the newest token of every lane is at S - 1. `role` as in `append`.
         """
-        view = self.layers[layer]
+        view = self.view(layer, role)
         lanes = range(view.first, view.first + view.num_lanes)
         held = self.lanes.held[sequence, view.first : view.first + view.num_lanes].copy()
         uniform = bool((held == held[0]).all()) and len(set(self.lanes.begin[sequence, lanes].tolist())) == 1
@@ -237,8 +255,8 @@ class KVCache:
 
     def _widths(self, lane: int) -> tuple[int, int]:
         """Return the widths of a lane's keys and values."""
-        view = self.layers[self.spec.lane_layer[lane]]
-        return view.k_width, view.v_width
+        lanes = self.spec.lane_set[lane]
+        return lanes.k_width, lanes.v_width
 
     def _check_compactable(self, sequence: int, lanes: NDArray[np.int64]) -> None:
         """Raise unless all of `lanes` may lose tokens."""
@@ -255,56 +273,70 @@ class KVCache:
     def encode(self, sequence: int, lanes: Sequence[int], store: str, first: int, last: int) -> bool:
         """Encode the full native blocks in columns `first .. last - 1` of `lanes` in `store`, once and for all.
 
-        The 16-bit blocks are released (other owners keep theirs). False, and no change, when the new blocks cannot
-        be had now.
+        The 16-bit blocks are released. Other sequences keep theirs; the prefix index does not keep copies that nobody
+        else reads, so that encoding never raises what is in use. False, and no change, when the new blocks cannot be
+        had now.
         """
-        STORES.get(store)  # an unknown name is refused with the nearest known one
-        size = self.spec.block_size
-
-        def cost_of(lane: int) -> int:
-            return self.spec.layer_block_bytes(self.spec.lane_layer[lane], store)
-
+        self._check_encodable(sequence, lanes, store, first, last)
+        alike: dict[tuple[int, tuple[int, int]], list[int]] = {}  # lanes by block bytes and widths
+        for lane in lanes:
+            cost = self.spec.lane_block_bytes(lane, store)
+            alike.setdefault((cost, self._widths(lane)), []).append(lane)
         needs: dict[int, int] = {}
+        for (cost, _), members in alike.items():
+            needs[cost] = needs.get(cost, 0) + len(members) * (last - first)
+        if not self.pool.ensure(needs):
+            return False
+        native = [
+            self._encode_alike(sequence, np.array(members), store, range(first, last), cost)
+            for (cost, _), members in sorted(alike.items())
+        ]
+        for lane in lanes:
+            self.lanes.segments.encode(sequence, lane, store, first, last)
+        self.lanes.note_loss(sequence)
+        self.index.drop_copies(np.concatenate(native))
+        return True
+
+    def _encode_alike(
+        self, sequence: int, lanes: NDArray[np.int64], store: str, columns: range, block_bytes: int
+    ) -> Addresses:
+        """Encode the blocks in `columns` of lanes of equal widths; returns the native blocks, which were released."""
+        size, span = self.spec.block_size, slice(columns.start, columns.stop)
+        old = self.lanes.table[sequence, lanes, span].ravel()
+        fresh = self.arena.allocate(len(old), block_bytes)
+        assert fresh is not None, "the pool promised these blocks"
+        for start in range(0, len(old), ENCODED_AT_ONCE):
+            part = slice(start, start + ENCODED_AT_ONCE)
+            k, v = self.native.read(old[part], *self._widths(int(lanes[0])))
+            slots = np.tile(np.arange(size, dtype=np.int64), len(old[part]))
+            self.stores[store].write(np.repeat(fresh[part], size), slots, k.flatten(0, 1), v.flatten(0, 1))
+        self.lanes.table[sequence, lanes, span] = fresh.reshape(len(lanes), -1)
+        self.arena.release(old)
+        return old
+
+    def _check_encodable(self, sequence: int, lanes: Sequence[int], store: str, first: int, last: int) -> None:
+        """Raise unless columns `first .. last - 1` of all `lanes` are full native blocks that `store` can take."""
+        STORES.get(store)  # an unknown name is refused with the nearest known one
         if store not in self.stores or len(set(lanes)) != len(lanes):
             raise InvalidInputError(
                 f"encode takes each lane once and a store among {sorted(filter(None, self.stores))}; "
                 f"got {store!r} for lanes {list(lanes)}"
             )
+        size = self.spec.block_size
         for lane in lanes:
-            kv = self.spec.layers[self.spec.lane_layer[lane]]
-            reasons = self.stores[store].unsupported(kv.k_width, kv.v_width)
+            reasons = self.stores[store].unsupported(*self._widths(lane))
             if reasons:
                 raise UnsupportedError("encoding", reasons)
             end = int(self.lanes.begin[sequence, lane] + self.lanes.held[sequence, lane])
             if self.lanes.begin[sequence, lane] > first * size or last * size > end or first >= last:
                 raise InvalidInputError(f"columns {first}..{last - 1} of lane {lane} are not all full blocks")
-            if kv.window is not None:
+            if self._windowed[lane]:
                 raise UnsupportedError("encoding", [f"lane {lane} is windowed; small windows stay in 16 bit"])
             for segment in self.lanes.segments.of(sequence, lane):
                 if segment.store and segment.first < last and first < (segment.last or last):
                     raise UnsupportedError(
                         "encoding", [f"lane {lane} has encoded blocks there; a block is encoded once"]
                     )
-            needs[cost_of(lane)] = needs.get(cost_of(lane), 0) + last - first
-        if not self.pool.ensure(needs):
-            return False
-        kinds = [(cost_of(lane), self._widths(lane)) for lane in lanes]
-        for cost, widths in sorted(set(kinds)):
-            alike = np.array([lane for lane, kind in zip(lanes, kinds, strict=True) if kind == (cost, widths)])
-            old = self.lanes.table[sequence, alike, first:last].ravel()
-            fresh = self.arena.allocate(len(old), cost)
-            assert fresh is not None, "the pool promised these blocks"
-            for start in range(0, len(old), ENCODED_AT_ONCE):
-                part = slice(start, start + ENCODED_AT_ONCE)
-                k, v = self.native.read(old[part], *widths)
-                slots = np.tile(np.arange(size, dtype=np.int64), len(old[part]))
-                self.stores[store].write(np.repeat(fresh[part], size), slots, k.flatten(0, 1), v.flatten(0, 1))
-            self.lanes.table[sequence, alike, first:last] = fresh.reshape(len(alike), -1)
-            self.arena.release(old)
-        for lane in lanes:
-            self.lanes.segments.encode(sequence, lane, store, first, last)
-        self.lanes.note_loss(sequence)
-        return True
 
     # ---- accounting -----------------------------------------------------------------------------------------------
 

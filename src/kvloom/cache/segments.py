@@ -134,9 +134,8 @@ class SegmentList:
         """Return what the encoded blocks of a sequence cost beyond native ones (negative: they cost less)."""
         total = 0
         for lane, segments in self._encoded[sequence].items():
-            layer = spec.lane_layer[lane]
-            native = spec.layer_block_bytes(layer)
+            native = spec.lane_block_bytes(lane)
             for segment in segments:
                 assert segment.last is not None
-                total += (segment.last - segment.first) * (spec.layer_block_bytes(layer, segment.store) - native)
+                total += (segment.last - segment.first) * (spec.lane_block_bytes(lane, segment.store) - native)
         return total

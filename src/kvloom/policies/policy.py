@@ -77,7 +77,7 @@ class Policy:
     def acts_on(self, kv: KVSpec, layer: int) -> bool:
         """Return whether the policy touches this layer: it has lanes of its own, no window, and is not skipped."""
         own = kv.layers[layer]
-        return own.source is None and own.window is None and not self.rule.layer_skipped(layer)
+        return own.num_lanes > 0 and own.source is None and own.window is None and not self.rule.layer_skipped(layer)
 
     def refusals(self, kv: KVSpec, prompt_tokens: int, model: ModelFacts) -> list[str]:
         """Return every reason why this policy cannot run on such a request; [] when it can."""

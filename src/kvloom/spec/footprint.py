@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvloom.errors import InvalidInputError
 from kvloom.spec.bounds import Bounds
 from kvloom.spec.budget import pyramid_budgets
-from kvloom.spec.kv import KVSpec, LaneGroup
+from kvloom.spec.kv import ATTENTION, KVSpec, LaneGroup
 from kvloom.spec.lanestore import LaneStore, lane_store
 from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
@@ -161,12 +161,13 @@ def _parts(kv: KVSpec, policy: PolicySpec, acting: Collection[int] | None) -> li
         for whole in (True, False):
             layers = tuple(
                 layer for layer in group.layers
-                if (layer < first if acting is None or group.window else layer not in acting) is whole
+                if (group.role != ATTENTION
+                    or (layer < first if acting is None or group.window else layer not in acting)) is whole
             )  # fmt: skip
             lanes = tuple(lane for lane in group.lanes if kv.lane_layer[lane] in layers)
             if layers:
                 rule = PolicySpec(store=policy.store) if whole else policy
-                parts.append((LaneGroup(layers, lanes, group.window, group.block_bytes), rule))
+                parts.append((LaneGroup(layers, lanes, group.window, group.block_bytes, group.role), rule))
     return parts
 
 

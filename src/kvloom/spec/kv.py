@@ -10,6 +10,9 @@ from kvloom.errors import InvalidInputError
 from kvloom.spec.search import largest
 from kvloom.spec.store import SLAB_BYTES, STORES
 
+ATTENTION = "attention"
+"""Role of the lanes that attention reads, and from which policies evict."""
+
 
 @dataclass(frozen=True)
 class LayerKV:
@@ -17,6 +20,8 @@ class LayerKV:
 
     `window` counts the query itself (query i sees keys j with 0 <= i - j < window); None means all.
     `source` names an earlier layer whose lanes this layer reads instead of having its own (YOCO, Gemma 3n).
+    A layer without lanes (a recurrent one) has `num_lanes` 0. `role` says what reads the lanes, and `beside` are sets
+    of other roles that the layer owns as well (the keys of an indexer beside its latent).
     """
 
     num_lanes: int
@@ -24,23 +29,43 @@ class LayerKV:
     v_width: int
     window: int | None = None
     source: int | None = None
+    role: str = ATTENTION
+    beside: tuple["LayerKV", ...] = ()
+
+
+@dataclass(frozen=True)
+class LaneSet:
+    """Lanes `first .. first + num_lanes - 1`: those of one role that one layer owns, alike in everything."""
+
+    layer: int
+    role: str
+    first: int
+    num_lanes: int
+    k_width: int
+    v_width: int
+    window: int | None
 
 
 @dataclass(frozen=True)
 class LaneGroup:
-    """Lanes that hold the same span of tokens in blocks of the same size: they come and go together."""
+    """Lanes that hold the same span of tokens in blocks of the same size: they come and go together.
+
+    All of them have the same role.
+    """
 
     layers: tuple[int, ...]
     lanes: tuple[int, ...]
     window: int | None
     block_bytes: int
+    role: str = ATTENTION
 
 
 @dataclass(frozen=True)
 class KVSpec:
     """All lanes of a model, in the native store of its dtype, with `block_size` tokens a block.
 
-    Lanes are numbered layer by layer: layer l owns `lane_offset[l] .. lane_offset[l] + num_lanes - 1`.
+    Lanes are numbered layer by layer: layer l owns `lane_offset[l] .. lane_offset[l] + num_lanes - 1`, and those of the
+    sets beside them follow.
     """
 
     layers: tuple[LayerKV, ...]
@@ -53,7 +78,10 @@ class KVSpec:
         for index, layer in enumerate(self.layers):
             if layer.source is not None and not 0 <= layer.source < index:
                 raise InvalidInputError(f"layer {index} reads the lanes of layer {layer.source}, which is not earlier")
-            size = self.layer_block_bytes(index)
+            roles = [layer.role, *(other.role for other in layer.beside)]
+            if len(set(roles)) != len(roles) or any(o.beside or o.source is not None for o in layer.beside):
+                raise InvalidInputError(f"layer {index} has sets {roles}; each has a role of its own and nothing else")
+            size = max(self._block_bytes(lanes) for lanes in (layer, *layer.beside))
             if size > SLAB_BYTES:
                 raise InvalidInputError(
                     f"a block of {self.block_size} tokens of layer {index} needs {size} bytes; "
@@ -62,13 +90,36 @@ class KVSpec:
 
     def layer_block_bytes(self, layer: int, store: str | None = None) -> int:
         """Return the bytes of one block of one lane of `layer`, in `store` or the native one."""
-        kv = self.layers[layer]
-        return STORES.get(store or self.store).block_bytes(self.block_size, kv.k_width, kv.v_width)
+        return self._block_bytes(self.layers[layer], store)
+
+    def lane_block_bytes(self, lane: int, store: str | None = None) -> int:
+        """Return the bytes of one block of `lane`, in `store` or the native one."""
+        return self._block_bytes(self.lane_set[lane], store)
+
+    def _block_bytes(self, lanes: LayerKV | LaneSet, store: str | None = None) -> int:
+        return STORES.get(store or self.store).block_bytes(self.block_size, lanes.k_width, lanes.v_width)
+
+    @cached_property
+    def sets(self) -> tuple[LaneSet, ...]:
+        """All lane sets, in the order of their lanes: a layer's own, unless it has none, then those beside it."""
+        found: list[LaneSet] = []
+        total = 0
+        for index, layer in enumerate(self.layers):
+            own = [layer] if layer.source is None and layer.num_lanes else []
+            for kv in (*own, *layer.beside):
+                found.append(LaneSet(index, kv.role, total, kv.num_lanes, kv.k_width, kv.v_width, kv.window))
+                total += kv.num_lanes
+        return tuple(found)
+
+    @cached_property
+    def lane_set(self) -> tuple[LaneSet, ...]:
+        """The set of each lane."""
+        return tuple(lanes for lanes in self.sets for _ in range(lanes.num_lanes))
 
     @cached_property
     def lane_token_bytes(self) -> tuple[int, ...]:
         """Bytes of one token of each lane, in the native store."""
-        return tuple(self.layer_block_bytes(layer) // self.block_size for layer in self.lane_layer)
+        return tuple(self.lane_block_bytes(lane) // self.block_size for lane in range(self.num_lanes))
 
     @cached_property
     def lane_offset(self) -> tuple[int, ...]:
@@ -81,12 +132,13 @@ class KVSpec:
             else:
                 offsets.append(total)
                 total += layer.num_lanes
+            total += sum(other.num_lanes for other in layer.beside)
         return tuple(offsets)
 
     @cached_property
     def lane_layer(self) -> tuple[int, ...]:
         """Owning layer of each lane."""
-        return tuple(i for i, layer in enumerate(self.layers) if layer.source is None for _ in range(layer.num_lanes))
+        return tuple(lanes.layer for lanes in self.lane_set)
 
     @property
     def num_lanes(self) -> int:
@@ -95,30 +147,26 @@ class KVSpec:
 
     @cached_property
     def groups(self) -> tuple[LaneGroup, ...]:
-        """Lanes by (window, block bytes), in the order of their first layer."""
-        found: dict[tuple[int | None, int], list[int]] = {}
-        for index, layer in enumerate(self.layers):
-            if layer.source is None:
-                found.setdefault((layer.window, self.layer_block_bytes(index)), []).append(index)
+        """Lanes by (window, block bytes, role), in the order of their first lane."""
+        found: dict[tuple[int | None, int, str], list[LaneSet]] = {}
+        for lanes in self.sets:
+            found.setdefault((lanes.window, self._block_bytes(lanes), lanes.role), []).append(lanes)
         return tuple(
             LaneGroup(
-                layers=tuple(members),
-                lanes=tuple(
-                    self.lane_offset[m] + head for m in members for head in range(self.layers[m].num_lanes)
-                ),
+                layers=tuple(lanes.layer for lanes in members),
+                lanes=tuple(lane for lanes in members for lane in range(lanes.first, lanes.first + lanes.num_lanes)),
                 window=window,
                 block_bytes=size,
+                role=role,
             )
-            for (window, size), members in found.items()
+            for (window, size, role), members in found.items()
         )
 
     @cached_property
     def bytes_per_token(self) -> int:
         """Bytes that one more token costs while no window is full, without rounding to blocks or granules."""
         spec = STORES.get(self.store)
-        return sum(
-            kv.num_lanes * spec.payload_bytes(1, kv.k_width, kv.v_width) for kv in self.layers if kv.source is None
-        )
+        return sum(lanes.num_lanes * spec.payload_bytes(1, lanes.k_width, lanes.v_width) for lanes in self.sets)
 
     def lane_blocks(self, num_tokens: int, window: int | None, chunk: int = 1) -> int:
         r"""Return the most blocks that one lane holds at once on the way to `num_tokens`.

@@ -72,13 +72,13 @@ def lane_store(kv: KVSpec, group: LaneGroup, policy: PolicySpec) -> LaneStore:
     """
     if policy.store is None or policy.store.name == kv.store or group.window is not None:
         return LaneStore(kv.block_size, group.block_bytes, None)
-    layer = kv.layers[group.layers[0]]
+    lanes = kv.lane_set[group.lanes[0]]
     store = store_format(policy.store.name)
     if kv.block_size % store.group:
         raise InvalidInputError(
             f"store {store.name} encodes {store.group} tokens together, and block size {kv.block_size} is no multiple. "
             f"Use --block-size {-(-kv.block_size // store.group) * store.group}"
         )
-    encoded = store.block_bytes(kv.block_size, layer.k_width, layer.v_width)
+    encoded = store.block_bytes(kv.block_size, lanes.k_width, lanes.v_width)
     return LaneStore(kv.block_size, group.block_bytes, encoded,
                      policy.store.number("sinks"), policy.store.number("residual"))
