@@ -187,6 +187,16 @@ void rms_norm_op(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weigh
   });
 }
 
+void layer_norm_op(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, int num_rows,
+                   int width, float eps) {
+  const Kernels& kernel = kernels();
+  const Norm norm = {reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias), true, eps};
+  over_rows(num_rows, [&](Team&, int t) {
+    const std::size_t at = static_cast<std::size_t>(t) * width;
+    normalise(kernel, norm, reinterpret_cast<const float*>(x) + at, width, reinterpret_cast<float*>(out) + at);
+  });
+}
+
 void gate_op(std::uintptr_t gate, std::uintptr_t up, std::uintptr_t out, int element, int num_rows, int width,
              int activation) {
   const Kernels& kernel = kernels();
@@ -248,6 +258,7 @@ NB_MODULE(_ext, m) {
   m.def("key_mass", &key_mass_op, Released());
 
   m.def("rms_norm", &rms_norm_op, Released());
+  m.def("layer_norm", &layer_norm_op, Released());
   m.def("gate", &gate_op, Released());
   m.def("argmax", &argmax_op, Released());
 

@@ -14,35 +14,41 @@ from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.models.decoder import Decoder
 from kvloom.models.families.gemma3 import GEMMA3
+from kvloom.models.families.gpt_neox import GPT_NEOX
 from kvloom.models.families.llama import LLAMA
 from kvloom.spec.decoder import DecoderConfig, LayerConfig, RopeConfig
 from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
 
-FAMILIES = {"llama": LLAMA, "gemma3": GEMMA3}
+FAMILIES = {"llama": LLAMA, "gemma3": GEMMA3, "gpt_neox": GPT_NEOX}
+PLAIN = {"norm": "layer", "norm_bias": True, "gated": False, "mlp_bias": True, "attention_bias": True,
+         "output_bias": True, "parallel_residual": True, "activation": "gelu"}  # fmt: skip
+"""Changes that make a `tiny_config` GPT-NeoX: LayerNorms, biases, and a plain MLP in parallel to attention."""
 FULL = LayerConfig(None, RopeConfig(10000.0))
 LOCAL = LayerConfig(20, RopeConfig(1000.0))
 
 
 def tiny_config(family: str, **changes: object) -> DecoderConfig:
-    """Return a small config: llama has 2 KV heads of 3 layers, gemma3 one KV head and windows of 20 in two of three."""
-    layers = (FULL,) * 3 if family == "llama" else (LOCAL, LOCAL, FULL)
+    """Return a small config: 2 KV heads of 3 layers, but gemma3 has one KV head and windows of 20 in two of three."""
+    layers = (LOCAL, LOCAL, FULL) if family == "gemma3" else (FULL,) * 3
+    if family == "gpt_neox":
+        changes = {**PLAIN, **changes}
     config = DecoderConfig(
         family=family,
         vocab_size=211,
         hidden_size=48,
         intermediate_size=96,
         num_heads=4,
-        num_kv_heads=2 if family == "llama" else 1,
+        num_kv_heads=1 if family == "gemma3" else 2,
         head_dim=16,
         layers=layers,
         max_position=4096,
         norm_eps=1e-6,
-        activation="silu" if family == "llama" else "gelu_tanh",
+        activation="gelu_tanh" if family == "gemma3" else "silu",
         query_scale=16**-0.5,
         tie_embeddings=False,
         qk_norm=family == "gemma3",
         sandwich_norm=family == "gemma3",
-        embedding_scale=1.0 if family == "llama" else 48**0.5,
+        embedding_scale=48**0.5 if family == "gemma3" else 1.0,
     )
     return replace(config, **changes)  # type: ignore[arg-type]
 

@@ -51,12 +51,22 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(isa: str, product: str
 
 
 @pytest.mark.parametrize("product", ["fp32", "int4_fp32"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_a_gated_weight_gives_activation_of_gate_times_up(isa: str, activation: str, product: str) -> None:
     weight, bias, x = torch.randn(2 * 40, 64) / 8, torch.randn(80), torch.randn(5, 64)
     packed = cpu.PackedWeight(weight, product, gated=True, bias=bias)
     half = reference_dense.linear(x, stored(weight, product), bias)
     want = reference_dense.gate(half[:, :40], half[:, 40:], activation)
+    torch.testing.assert_close(cpu.linear(x, packed, activation=activation), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("product", ["fp32", "int4_fp32"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+def test_an_activation_of_an_ungated_weight_is_that_of_its_product(isa: str, activation: str, product: str) -> None:
+    weight, bias, x = torch.randn(70, 64) / 8, torch.randn(70), torch.randn(5, 64)
+    packed = cpu.PackedWeight(weight, product, bias=bias)
+    inner = reference_dense.linear(x, stored(weight, product), bias)
+    want = reference_dense.gate(inner, torch.ones_like(inner), activation)
     torch.testing.assert_close(cpu.linear(x, packed, activation=activation), want, atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +123,17 @@ def test_rms_norm_adds_the_residual_first(isa: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, reference.rms_norm(total, weight, 1e-5), atol=1e-5, rtol=1e-2)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("width", [3, 16, 50])
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm_equals_torch_far_from_zero_too(isa: str, width: int, biased: bool) -> None:
+    x, weight, bias = torch.randn(5, width) + 30, torch.randn(width), torch.randn(width) if biased else None
+    want = torch.nn.functional.layer_norm(
+        x.double(), (width,), weight.double(), None if bias is None else bias.double(), 1e-5
+    )
+    torch.testing.assert_close(cpu.layer_norm(x, weight, bias, 1e-5), want.float(), atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_gate_equals_its_definition_far_into_both_tails(isa: str, activation: str) -> None:
     gate, up = torch.linspace(-200, 200, 3 * 33).view(3, 33), torch.randn(3, 33)
     want = reference_dense.gate(gate, up, activation)

@@ -39,7 +39,7 @@ def logits_of(model: CompiledModel, tokens: list[int], cuts: list[int]) -> torch
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
 def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family: str, quantization: str) -> None:
     config = tiny_config(family)
     weights = random_weights(config)
@@ -52,12 +52,19 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family: str, 
     assert (found - exact).abs().max() > LOGITS_FLOAT32  # else nothing was quantised
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_activations_in_8_bits_cost_a_few_hundredths_of_the_logits(family: str) -> None:
+    config = tiny_config(family)
+    weights, tokens = random_weights(config), random_tokens(60)
+    found = logits_of(CompiledModel(config, weights.items(), torch.float32, "w8a8"), tokens, [50, 51])
+    exact = logits_of(CompiledModel(config, weights.items(), torch.float32), tokens, [])
+    assert (found - exact).abs().max() > LOGITS_FLOAT32 and (found - exact).norm() < 0.05 * exact.norm()
+
+
 def test_int4_leaves_the_vocabulary_in_8_bits() -> None:
     config = tiny_config("llama")
     weights = random_weights(config)
-    halved, whole = (
-        CompiledModel(config, weights.items(), torch.float32, name).num_bytes for name in ("int4", "int8")
-    )
+    halved, whole = (CompiledModel(config, weights.items(), torch.float32, name).num_bytes for name in ("int4", "int8"))
     smaller = CompiledModel(config, weights.items(), torch.float32).num_bytes
     vocabulary = 2 * 224 * (48 + 4)  # embedding and output layer: panels of 32 rows, codes and a scale for each
     norms = sum(weight.numel() * 4 for weight in weights.values() if weight.dim() == 1)

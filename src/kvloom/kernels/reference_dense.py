@@ -64,9 +64,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return activation(gate) * up: SwiGLU (Shazeer 2020) for "silu", GeGLU with GELU by tanh for "gelu_tanh"."""
-    active = F.silu(gate.float()) if activation == "silu" else F.gelu(gate.float(), approximate="tanh")
-    return active * up.float()
+    """Return activation(gate) * up: SwiGLU (Shazeer 2020) for "silu", GeGLU for "gelu" and, by tanh, "gelu_tanh"."""
+    if activation == "silu":
+        return F.silu(gate.float()) * up.float()
+    return F.gelu(gate.float(), approximate="tanh" if activation == "gelu_tanh" else "none") * up.float()
 
 
 def scored_attention(

@@ -15,6 +15,7 @@ from kvloom.models.lowering import lower_input, lower_layer, lower_output
 from kvloom.models.mlp import ACTIVATIONS, experts
 from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, NormSpec, ProductSpec, Up
 from kvloom.models.rope import amplitudes, cos_sin, inverse_frequencies
+from kvloom.models.whole_sequences import WholeSequences
 from kvloom.spec.decoder import DecoderConfig, RopeConfig
 
 QueryObserver = Callable[[int, torch.Tensor], None]
@@ -129,6 +130,17 @@ class Decoder:
             x = self._layer(layer, x, rotations, memory, observer)
         return self._norm(x, self._output.norm)
 
+    def sequence_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return logits [B, T, vocab] in float32 of sequences ids [B, T] int64 from their start, without any cache.
+
+        Gradients reach every weight that asks for one. Rotary embeddings are those of short texts.
+        """
+        count, length = ids.shape
+        positions = torch.arange(length, device=self.device).repeat(count)
+        memory = WholeSequences(count, tuple(layer.window for layer in self.config.layers))
+        hidden = self.hidden_states(ids.flatten(), positions, self._rotations(positions), memory)
+        return self._logits(hidden).view(count, length, -1)
+
     def _layer(
         self, layer: int, x: torch.Tensor, rotations: Rotations, memory: Memory, observer: QueryObserver | None
     ) -> torch.Tensor:
@@ -191,6 +203,9 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [N, vocab] in float32 of normalised hidden states [N, hidden]."""
+        return self._logits(hidden)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden, self.lm_head).float()
         if self._output.scale != 1.0:
             logits = logits * self._output.scale

@@ -10,7 +10,7 @@ from kvloom.kernels.cpu.machine import (
     peak_flops,
     read_bandwidth,
 )
-from kvloom.kernels.cpu.rows import argmax, gate, rms_norm
+from kvloom.kernels.cpu.rows import argmax, gate, layer_norm, rms_norm
 from kvloom.kernels.cpu.slots import copy_slots, read_slots, write_slots
 from kvloom.kernels.cpu.threads import num_threads, set_num_threads
 
@@ -31,6 +31,7 @@ __all__ = [
     "isa",
     "key_mass",
     "key_mass_of_layers",
+    "layer_norm",
     "linear",
     "num_threads",
     "peak_flops",

@@ -74,22 +74,23 @@ def linear(
 ) -> torch.Tensor:
     """Return x [T, K] times the weight's transpose, [T, N] in the dtype of `x` (or into `out`).
 
-    `add` adds to a float32 `out` instead. A gated weight needs `activation` and gives activation(gate) * up [T, N / 2].
+    `add` adds to a float32 `out` instead. A gated weight needs `activation` and gives activation(gate) * up [T, N / 2];
+    of another one an `activation` gives activation(x times weight).
     Each output is summed in one order, whatever T and the number of threads.
     """
     element = element_of(x, "x")
     rows, columns = weight.shape
     if x.dim() != 2 or x.shape[1] != columns or x.stride(1) != 1:
         raise InvalidInputError(f"x has shape {tuple(x.shape)} and strides {x.stride()}; expected [T, {columns}]")
-    if weight.gated != (activation is not None) or (add and (weight.gated or out is None)):
-        raise InvalidInputError("an activation goes with a gated weight, and add with an ungated one and an `out`")
+    if (weight.gated and activation is None) or (add and (activation is not None or out is None)):
+        raise InvalidInputError("a gated weight needs an activation, and add goes with an `out` and no activation")
     width = rows // 2 if weight.gated else rows
     if out is None:
         out = x.new_empty(x.shape[0], width)
     if out.shape != (x.shape[0], width) or out.stride(1) != 1 or (add and out.dtype != torch.float32):
         expected = f"{(x.shape[0], width)}, float32 to add"
         raise InvalidInputError(f"out is {out.dtype} {tuple(out.shape)}; expected {expected}")
-    finish = 2 if weight.gated else 1 if add else 0
+    finish = 2 if weight.gated else 4 if activation is not None else 1 if add else 0
     code = ACTIVATION[activation] if activation is not None else 0
     follow_torch()
     _ext.linear(

@@ -31,8 +31,23 @@ def rms_norm(
     return out
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return the LayerNorm of x [..., D] with weight [D] and bias [D] or None, all in float32."""
+    contiguous(x, "x", torch.float32)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and contiguous(vector, name, torch.float32).shape != x.shape[-1:]:
+            raise InvalidInputError(f"{name} has shape {tuple(vector.shape)}; expected {tuple(x.shape[-1:])}")
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    follow_torch()
+    _ext.layer_norm(
+        x.data_ptr(), weight.data_ptr(), pointer(bias), out.data_ptr(), x.numel() // width, width, eps
+    )  # fmt: skip
+    return out
+
+
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return activation(gate) * up, both [..., D]; `activation` is "silu" or "gelu_tanh"."""
+    """Return activation(gate) * up, both [..., D]; `activation` is "silu", "gelu_tanh" or "gelu"."""
     contiguous(gate, "gate")
     if contiguous(up, "up", gate.dtype).shape != gate.shape:
         raise InvalidInputError(f"up has shape {tuple(up.shape)}; expected {tuple(gate.shape)}")
