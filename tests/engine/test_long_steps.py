@@ -13,12 +13,13 @@ from tolerances import LOGITS_FLOAT32
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 
-SHAPES = {"llama": {"num_heads": 4, "head_dim": 64}, "gemma3": {"num_heads": 2, "head_dim": 256}}
+SHAPES = {"llama": {"num_heads": 4, "head_dim": 64}, "gemma3": {"num_heads": 2, "head_dim": 256},
+          "gpt_neox": {"head_dim": 32, "shared_norm": True}}  # fmt: skip
 LENGTHS = (1, 1003, 2, 701, 40)  # 1,747 tokens are four stretches, 1,003 alone are two, 701 are one
 PROMPTS = [random_tokens(n, seed=n) for n in LENGTHS]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "gemma3", "gpt_neox"])
 def model(request: pytest.FixtureRequest) -> CompiledModel:
     config = tiny_config(request.param, **SHAPES[request.param])
     return CompiledModel(config, random_weights(config).items(), torch.float32)

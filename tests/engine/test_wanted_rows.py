@@ -13,7 +13,8 @@ from tolerances import LOGITS_FLOAT32
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 
-SHAPES = {"llama": {"num_heads": 4, "head_dim": 64}, "gemma3": {"num_heads": 2, "head_dim": 256}}
+SHAPES = {"llama": {"num_heads": 4, "head_dim": 64}, "gemma3": {"num_heads": 2, "head_dim": 256},
+          "gpt_neox": {"head_dim": 32, "shared_norm": True}}  # fmt: skip
 LENGTHS = (1, 1703, 2, 150, 1)  # 1,857 tokens are two stretches
 TOTAL = sum(LENGTHS)
 PROMPTS = [random_tokens(n, seed=n) for n in LENGTHS]
@@ -27,7 +28,8 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope="module", params=[("llama", None), ("gemma3", None), ("llama", "w8a8")], ids=str)
+@pytest.fixture(scope="module", params=[("llama", None), ("gemma3", None), ("llama", "w8a8"), ("gpt_neox", None)],
+                ids=str)  # fmt: skip
 def model(request: pytest.FixtureRequest) -> CompiledModel:
     family, quantization = request.param
     config = tiny_config(family, **SHAPES[family])

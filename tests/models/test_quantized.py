@@ -53,12 +53,15 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(family: str, 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
-def test_activations_in_8_bits_cost_a_few_hundredths_of_the_logits(family: str) -> None:
+def test_activations_in_8_bits_cost_little_beside_weights_in_8_bits(family: str) -> None:
     config = tiny_config(family)
     weights, tokens = random_weights(config), random_tokens(60)
-    found = logits_of(CompiledModel(config, weights.items(), torch.float32, "w8a8"), tokens, [50, 51])
     exact = logits_of(CompiledModel(config, weights.items(), torch.float32), tokens, [])
-    assert (found - exact).abs().max() > LOGITS_FLOAT32 and (found - exact).norm() < 0.05 * exact.norm()
+    off = {
+        name: (logits_of(CompiledModel(config, weights.items(), torch.float32, name), tokens, [50, 51]) - exact).norm()
+        for name in ("int8", "w8a8")
+    }
+    assert off["int8"] < off["w8a8"] < 1.5 * off["int8"]
 
 
 def test_int4_leaves_the_vocabulary_in_8_bits() -> None:

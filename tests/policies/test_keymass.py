@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from kvloom.attention.reference import ReferenceBackend
 from kvloom.models.compiled import CompiledModel
+from kvloom.models.decoder import Decoder
+from kvloom.models.eager import EagerModel
 from kvloom.policies.keymass import KeyMass
 from policies.small import greedy, prompt_of, run, small_engine
 from policies.test_conformance import policy_of, survivors
@@ -68,3 +71,16 @@ def test_on_the_kernels_what_is_kept_depends_neither_on_the_chunk_size_nor_on_a_
             engine.step()
         found.append(survivors(engine, request))
     assert found[1] == found[0] and found[2] == found[0] and found[3] == found[0]
+
+
+def test_a_method_that_weighs_by_layer_inputs_keeps_on_the_kernels_what_it_keeps_in_torch(model):
+    prompt, policy, found = prompt_of(300), "kvzip(budget=60,chunk=128,normalised=true)", []
+    decoder = Decoder(CONFIG, random_weights(CONFIG))
+    for one in (model, EagerModel(decoder, ReferenceBackend())):
+        engine = small_engine(model=one, prefix=False)
+        request = engine.add(prompt, greedy(3), kv_policy=policy)
+        while not request.sequences[0].num_output_tokens:
+            engine.step()
+        found.append(survivors(engine, request))
+    assert found[0] == found[1]
+    assert sum(map(len, found[0])) < len(found[0]) * 100

@@ -23,7 +23,7 @@ class WholeSequences:
 
     def attend(self, layer: int, q: torch.Tensor, scale: float, terms: ScoreTerms) -> torch.Tensor:
         """Return causal attention [B T, H, D] of q [B T, H, D], each sequence over its own keys."""
-        queries, keys, values = (x.unflatten(0, (self._num_sequences, -1)) for x in (q, *self._held.pop(layer)))
+        queries, keys, values = (x.view(self._num_sequences, -1, *x.shape[1:]) for x in (q, *self._held.pop(layer)))
         held = torch.full((keys.shape[2],), keys.shape[1], device=q.device)
         outputs = [
             reference.attention(
