@@ -1,36 +1,22 @@
 """Storage formats by name: the stores that run, and published formats whose bytes can be planned without them."""
 
-from dataclasses import dataclass
-
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry, nearest
-from kvloom.spec.store import NATIVE_STORE, STORES, StoreSpec
-
-
-@dataclass(frozen=True)
-class GroupedFormat(StoreSpec):
-    """A format with `group_bytes` of scale and zero point for every `group` elements of K and of V.
-
-    K is grouped over tokens per channel, V over channels per token (KIVI, arXiv 2402.02750): both come to the same
-    bytes when the block size is a multiple of `group`.
-    """
-
-    group_bytes: int = 4
-
-    def payload_bytes(self, block_size: int, k_width: int, v_width: int) -> int:
-        """Return codes, scales and zero points of `block_size` tokens of one lane."""
-        elements = block_size * (k_width + v_width)
-        groups = -(-elements // self.group)
-        return elements * self.bits // 8 + groups * self.group_bytes
-
+from kvloom.spec.store import INT8, NATIVE_STORE, STORES, Side, StoreSpec
 
 PLANNED: Registry[StoreSpec] = Registry("store")
 """Published formats; a store of the same name in `STORES` takes precedence."""
 
-PLANNED.register("fp8", StoreSpec("fp8", 8))
-PLANNED.register("int4", StoreSpec("int4", 4, scale_bytes=2, residual=32))
-PLANNED.register("kivi4", GroupedFormat("kivi4", 4, group=32, residual=128))
-PLANNED.register("kivi2", GroupedFormat("kivi2", 2, group=32, residual=128))
+INT4 = Side(4, scale_bytes=2)
+"""Symmetric codes with a 16-bit scale for each token."""
+
+PLANNED.register("fp8", StoreSpec.alike("fp8", Side(8)))
+PLANNED.register("int4", StoreSpec.alike("int4", INT4, residual=32))
+PLANNED.register("k8v4", StoreSpec("k8v4", INT8, INT4, residual=32))
+# K is grouped over tokens per channel, V over channels per token (KIVI, arXiv 2402.02750): both come to the same bytes
+# when the block size is a multiple of the group.
+PLANNED.register("kivi4", StoreSpec.alike("kivi4", Side(4, group=32, group_bytes=4), residual=128))
+PLANNED.register("kivi2", StoreSpec.alike("kivi2", Side(2, group=32, group_bytes=4), residual=128))
 
 
 SERVED_STORES: frozenset[str] = frozenset()

@@ -12,24 +12,56 @@ SLAB_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class StoreSpec:
-    """Bytes of one storage format of K and V.
+class Side:
+    """How one of K and V is stored.
 
-    `bits` are stored per element; `scale_bytes` are added per token, once for K and once for V (a lane without V
-    pays once). `group` and `residual` are in tokens: what is encoded together, and how many of the newest tokens
-    stay in the native store.
+    `bits` are stored per element; `scale_bytes` are added per token of a lane. What is encoded together are `group`
+    tokens; with `group_bytes` every `group` elements add that much of scale and zero point, whichever way they run.
     """
 
-    name: str
     bits: int
     scale_bytes: int = 0
     group: int = 1
+    group_bytes: int = 0
+
+    def payload_bytes(self, num_tokens: int, width: int) -> int:
+        """Return the bytes of `num_tokens` tokens of `width` elements; 0 where the lane has none."""
+        if not width:
+            return 0
+        groups = -(-num_tokens * width // self.group) if self.group_bytes else 0
+        return num_tokens * (-(-width * self.bits // 8) + self.scale_bytes) + groups * self.group_bytes
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """Bytes of one storage format, whose K and V may be stored unlike.
+
+    `residual` is in tokens: how many of the newest stay in the native store.
+    """
+
+    name: str
+    k: Side
+    v: Side
     residual: int = 0
+
+    @classmethod
+    def alike(cls, name: str, side: Side, residual: int = 0) -> "StoreSpec":
+        """Return a format that stores K and V in the same way."""
+        return cls(name, side, side, residual)
+
+    @property
+    def bits(self) -> float:
+        """Bits per element without scales, mean of K and V."""
+        return (self.k.bits + self.v.bits) / 2
+
+    @property
+    def group(self) -> int:
+        """Tokens that are encoded together: blocks hold a multiple of it."""
+        return max(self.k.group, self.v.group)
 
     def payload_bytes(self, block_size: int, k_width: int, v_width: int) -> int:
         """Return the bytes that `block_size` tokens of one lane need, before rounding to granules."""
-        sides = (k_width > 0) + (v_width > 0)
-        return block_size * ((k_width + v_width) * self.bits // 8 + sides * self.scale_bytes)
+        return self.k.payload_bytes(block_size, k_width) + self.v.payload_bytes(block_size, v_width)
 
     def block_bytes(self, block_size: int, k_width: int, v_width: int) -> int:
         """Return the bytes of one block of one lane in the arena: the payload in whole granules."""
@@ -37,11 +69,14 @@ class StoreSpec:
         return -(-payload // GRANULE_BYTES) * GRANULE_BYTES
 
 
+INT8 = Side(8, scale_bytes=4)
+"""Symmetric codes with a float32 scale for each token."""
+
 STORES: Registry[StoreSpec] = Registry("store")
-STORES.register("bf16", StoreSpec("bf16", 16))
-STORES.register("fp16", StoreSpec("fp16", 16))
-STORES.register("fp32", StoreSpec("fp32", 32))
-STORES.register("int8", StoreSpec("int8", 8, scale_bytes=4))
+STORES.register("bf16", StoreSpec.alike("bf16", Side(16)))
+STORES.register("fp16", StoreSpec.alike("fp16", Side(16)))
+STORES.register("fp32", StoreSpec.alike("fp32", Side(32)))
+STORES.register("int8", StoreSpec.alike("int8", INT8))
 
 NATIVE_STORE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """The store that keeps K and V exactly as a model of that dtype computes them."""
