@@ -83,11 +83,12 @@ def hash_number(position, lane, layer, seed):
 
 
 def h2o(layer, g, lane, seen, budget, prompt, recent=0.5):
-    return [lane.mass[j] for j in lane.held], set(range(seen - int(recent * budget), seen))
+    return [lane.mass[j] / seen for j in lane.held], set(range(seen - int(recent * budget), seen))
 
 
 def scissorhands(layer, g, lane, seen, budget, prompt, window=400, recent=10):
-    return [lane.mass[j] for j in lane.held], set(range(seen - recent, seen))
+    queries = seen - max(0, prompt - window)
+    return [lane.mass[j] / queries for j in lane.held], set(range(seen - recent, seen))
 
 
 def tova(layer, g, lane, seen, budget, prompt):
@@ -96,17 +97,23 @@ def tova(layer, g, lane, seen, budget, prompt):
 
 
 def snapkv(layer, g, lane, seen, budget, prompt, window=32, kernel=5, pooling="avg"):
-    total = np.zeros(len(lane.held))
+    """Follow the authors' code: softmax over all keys, scores of the prefix only (`[..., :-window]`), then pooling.
+
+    As in kvpress, weights are a mean over the window and over the query group; the window's own score is never needed.
+    """
+    prefix = [j for j in lane.held if j < seen - window]
+    total = np.zeros(len(prefix))
     for head in layer.heads(g):
-        mass = np.zeros(len(lane.held))
+        mass = np.zeros(len(prefix))
         for query in range(seen - window, seen):
             past = [j for j in lane.held if j <= query]
-            mass[: len(past)] += weights(layer, g, head, query, past)
+            mass += weights(layer, g, head, query, past)[: len(prefix)] / window
         half = kernel // 2
         around = np.concatenate((np.zeros(half), mass, np.zeros(half)))
         windows = [around[i : i + kernel] for i in range(len(mass))]
         total += [w.sum() / kernel if pooling == "avg" else w.max() for w in windows]
-    return total / layer.group, set(range(seen - window, seen))
+    newest = [total.max() + 1] * (len(lane.held) - len(prefix))
+    return [*(total / layer.group), *newest], set(range(seen - window, seen))
 
 
 def knorm(layer, g, lane, seen, budget, prompt):
@@ -201,7 +208,7 @@ def vatp(layer, g, held, scores, protected, sinks=20):
 
 
 def critical(layer, g, held, scores, protected, count, eps=1e-4):
-    """Return the positions that both stages keep."""
+    """Return the positions that both stages keep; `eps` is added to mean attention weights (kvpress, CriticalKV)."""
     first = set(best(scores, held, protected, count // 2))
     width = layer.v.shape[2]
     norms = []

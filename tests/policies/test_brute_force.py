@@ -38,6 +38,9 @@ REFINED = [
     ("snapkv", f"budget={BUDGET},window=5", {"window": 5}, "vatp", "sinks=3", {"sinks": 3}, {"steps": False}),
     ("snapkv", f"budget={BUDGET},window=5", {"window": 5}, "critical", "eps=0.01", {"eps": 0.01}, {"steps": False}),
     ("tova", f"budget={BUDGET}", {}, "critical", "eps=0.0001", {"eps": 1e-4}, {"steps": False}),
+    ("h2o", f"budget={BUDGET}", {}, "critical", "eps=0.02", {"eps": 0.02}, {}),
+    ("scissorhands", f"budget={BUDGET},window=9,recent=4", {"window": 9, "recent": 4}, "critical", "eps=0.02",
+     {"eps": 0.02}, {"mass_window": 9}),
 ]
 SHAPES = [(4, 1), (2, 3), (1, 8)]
 """KV heads and query heads to each."""
@@ -140,6 +143,26 @@ def test_lanes_that_share_a_budget_get_the_lengths_that_the_best_scores_give(bud
     assert len(set(lengths)) > 1
     for (scores, protected), length, positions in zip(rows, lengths, held, strict=True):
         assert positions == brute_force.best(scores, lane.held, protected, length)
+
+
+def test_a_pyramid_over_a_short_prompt_is_even_as_in_the_code_of_its_authors():
+    # the authors' code: `elif q_len < (max_capacity_prompt - window_size) * 2`, then every layer keeps the same
+    for budget, lengths in ((26, [26, 26]), (25, [41, 9])):  # 41 tokens against 2 x (26 - 5) and 2 x (25 - 5)
+        life = Life(random_layers(2, 3, PROMPT, seed=4), f"snapkv(budget={budget},window=5)+pyramid", PROMPT)
+        life.prefill()
+        life.act()
+        assert [{len(lane) for lane in life.held(index)} for index in range(2)] == [{n} for n in lengths]
+
+
+def test_shares_of_a_pyramid_stay_as_the_prompt_made_them_while_tokens_are_generated():
+    life = Life(random_layers(2, 3, PROMPT + STEPS, seed=4), "tova(budget=18)+pyramid(beta=2)", PROMPT)
+    life.prefill()
+    life.act()
+    found = []
+    for _ in range(STEPS):
+        life.decode()
+        found.append([len(life.held(index)[0]) for index in range(2)])
+    assert found == [[27, 9]] * STEPS  # no lane holds 2 x 18 tokens, and yet the prompt had them
 
 
 def test_every_scorer_of_this_package_has_a_formula_here():

@@ -163,6 +163,12 @@ def test_a_pyramid_sums_to_its_budget_and_never_rises(num_layers, budget, window
     assert max(sizes) <= prompt
 
 
+def test_a_pyramid_over_a_prompt_below_twice_its_shared_budget_is_even():
+    assert pyramid_budgets(600, 32, 30, 2 * (600 - 32) - 1, 20.0) == [600] * 30
+    tilted = pyramid_budgets(600, 32, 30, 2 * (600 - 32), 20.0)
+    assert (tilted[0], tilted[-1]) == (1136, 64)
+
+
 def test_sixteen_requests_of_smollm2_at_budget_512_keep_a_quarter_of_their_prompt():
     kv = catalogue_spec("smollm2").kv_spec(16, "bf16")
     planned = request_footprint(kv, PolicySpec.parse("snapkv(budget=512)"), 2048, 64, 2048)

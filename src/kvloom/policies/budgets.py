@@ -69,17 +69,20 @@ class Uniform(Budget):
 
 @dataclass(frozen=True)
 class Pyramid(Budget):
-    """Layers keep linearly less from the first to the last (PyramidKV, arXiv 2406.02069)."""
+    """Layers keep linearly less from the first to the last (PyramidKV, arXiv 2406.02069).
+
+    A layer's share follows from the length of the prompt, also while the prompt is processed and after it; a prompt
+    that is no longer than the budget gives even shares.
+    """
 
     beta: float = 20.0
     spans_layers = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return the same number for all lanes of a layer (see `Budget`)."""
-        longest = max((int(layer.held.max()) for layer in layers), default=0)
-        if longest <= budget:
-            return [layer.held for layer in layers]
-        shares = pyramid_budgets(budget, min(protected, budget), len(layers), longest, self.beta)
+        shares = [budget] * len(layers)
+        if prompt > budget:
+            shares = pyramid_budgets(budget, min(protected, budget), len(layers), prompt, self.beta)
         return [layer.held.clamp(max=share) for layer, share in zip(layers, shares, strict=True)]
 
 

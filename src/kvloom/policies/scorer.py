@@ -17,8 +17,10 @@ class Scorer(ABC):
 
     `needs` declares what must be gathered; `comparable` says that scores of different heads are on one scale (each
     head's sum to the same total), so that budgets may be shared between them as they are; others are standardised
-    first. `weights` says that scores are attention weights or sums of them, which others may multiply. `per_chunk` says
-    that the rule may be applied in the middle of a prompt; `decodes` that it may be applied while generating.
+    first. `weights` says that scores are attention weights, from 0 to 1: of one query, a maximum over queries or a mean
+    over them (never a sum, whose size depends on how many there were), which others may add to and multiply.
+    `per_chunk` says that the rule may be applied in the middle of a prompt; `decodes` that it may be applied while
+    generating.
     `stacks` says that `score` and `protected` look at positions and attention alone, and count dimensions from the
     last, so that they may be given many layers at once: at every step calls are what costs.
     """

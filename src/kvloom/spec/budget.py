@@ -25,13 +25,14 @@ def pyramid_budgets(budget: int, window: int, num_layers: int, prompt: int, beta
 
     Of the budget, `window` tokens stay everywhere; the rest falls linearly from the first layer to the last, which
     gets 1/beta of the average. No layer keeps more than the prompt: the surplus of the first layers then goes
-    to the last. Source: PyramidKV, arXiv 2406.02069, section 3.2, and its code.
+    to the last. A prompt below 2 (budget - window), which the first layer would keep nearly whole, is divided evenly.
+    Source: PyramidKV, arXiv 2406.02069, section 3.2; both rules for short prompts are those of its code.
     """
     if prompt <= budget:
         return [prompt] * num_layers
     shared = max(0, budget - window)
-    if num_layers == 1:
-        return [budget]
+    if num_layers == 1 or prompt < 2 * shared:
+        return [budget] * num_layers
     last = Fraction(shared) / Fraction(str(beta))
     first = 2 * shared - last
     room = prompt - (budget - shared)

@@ -155,8 +155,8 @@ _selector("snapkv", "keeps what the end of the prompt attends to", *_pooling(32,
 _selector("knorm", "keeps keys of small norm", _count("skip_layers", 2), triggers=_PREFILL, paper="arXiv 2406.11430")
 _selector("keydiff", "keeps keys unlike the mean key", triggers=_PREFILL, paper="arXiv 2504.15364")
 _selector("expected", "keeps what a Gaussian of future queries is expected to attend to", _count("horizon", 512, 1),
-          _count("sinks", 4), Parameter("eps", "float", 0.0, 0), triggers=_PREFILL, paper="arXiv 2510.00636",
-          protected=_arg("sinks"))
+          _count("sinks", 4), Parameter("eps", "float", 0.0, 0, doc="added to the expected weight"),
+          triggers=_PREFILL, paper="arXiv 2510.00636", protected=_arg("sinks"))
 _selector("kvzip", "keeps what is needed to repeat the context", _count("chunk", 2048, 1), _count("sinks", 4),
           Parameter("normalised", "bool", False, doc="weigh by the norm of the value's output (KVzip+)"),
           triggers=_PREFILL, default_budget="global", replays=True, paper="arXiv 2505.23416",
@@ -177,7 +177,8 @@ for _spec in (
     MethodSpec("vatp", "refine", "weighs scores by the norm of the value", (_count("sinks", 20),),
                paper="arXiv 2406.12335"),
     MethodSpec("critical", "refine", "second half of the budget by the norm of the value's output",
-               (Parameter("eps", "float", 1e-4, 0),), paper="arXiv 2502.03805"),
+               (Parameter("eps", "float", 1e-4, 0, doc="added to the mean attention weight of a query"),),
+               paper="arXiv 2502.03805"),
     MethodSpec("uniform", "budget", "every lane keeps the same number of tokens"),
     MethodSpec("pyramid", "budget", "early layers keep more than late ones",
                (Parameter("beta", "float", 20.0, 1, doc="steepness: the last layer gets 1/beta"),),
@@ -189,7 +190,8 @@ for _spec in (
                (Parameter("floor", "float", 0.0, 0, 1, doc="share of the even budget that every head keeps"),),
                ragged=True, paper="arXiv 2505.23416"),
     MethodSpec("threshold", "budget", "keeps every token that scores above a value, at most the budget",
-               (Parameter("above", "float", 0.0),), ragged=True, paper="arXiv 2601.07891"),
+               (Parameter("above", "float", 0.0, doc="in the unit of the score; attention is a mean from 0 to 1"),),
+               ragged=True, paper="arXiv 2601.07891"),
     MethodSpec("prefill", "trigger", "once, when the prompt is complete"),
     MethodSpec("chunk", "trigger", "after every chunk of the prompt", (_count("tokens", 512, 1),)),
     MethodSpec("every", "trigger", "after every so many generated tokens", (_count("tokens", 128, 1),)),

@@ -14,7 +14,8 @@ from kvloom.spec.method import Value
 class Critical(Refinement):
     """The first half goes to the best scores, the second to the best (score + eps) * ||W_O v||_1.
 
-    The norm is the mean over the query group, as in kvpress; protected tokens count into the first half.
+    `eps` has the unit of the scores, mean attention weights of one query (from 0 to 1), as in the authors' code. The
+    norm is the mean over the query group, as in kvpress; protected tokens count into the first half.
     """
 
     needs = Needs(output_weights=True)

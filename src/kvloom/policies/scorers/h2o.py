@@ -11,7 +11,7 @@ from kvloom.spec.method import Value
 
 
 class H2O(Scorer):
-    """Attention summed over all past queries; `recent` of the budget goes to the newest tokens.
+    """Mean attention over all past queries; `recent` of the budget goes to the newest tokens.
 
     Causal, as the authors' generation code is (their simulator looks ahead): the mass is exact at prefill, by the
     log-sum-exp, and goes on during decode over the surviving keys. Sinks are not protected: they win by score.
@@ -27,9 +27,9 @@ class H2O(Scorer):
         self.recent = recent
 
     def score(self, context: ScoreContext) -> torch.Tensor:
-        """Return the accumulated mass."""
+        """Return the accumulated mass over the number of queries: the sum's order, with a weight's unit."""
         assert context.key_mass is not None, "declared in needs"
-        return context.key_mass
+        return context.key_mass / context.seen
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the newest tokens."""

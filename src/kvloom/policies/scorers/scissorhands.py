@@ -23,13 +23,14 @@ class Scissorhands(Scorer):
     weights = True
 
     def __init__(self, window: int, recent: int) -> None:
+        self.window = window
         self.needs = Needs(key_mass=True, mass_window=window)
         self.recent = recent
 
     def score(self, context: ScoreContext) -> torch.Tensor:
-        """Return the mass since the window began; dividing by the number of queries would not change its order."""
+        """Return the mass since the window began, over the number of its queries."""
         assert context.key_mass is not None, "declared in needs"
-        return context.key_mass
+        return context.key_mass / (context.seen - max(0, context.prompt_tokens - self.window))
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the newest tokens."""
