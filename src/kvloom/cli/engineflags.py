@@ -95,6 +95,11 @@ ENGINE_FLAGS = [
         "Weights in 8 bits (int8), in 4 (int4), or weights and activations in 8 (w8a8). Without it: in --dtype.",
         type=click.Choice(QUANTIZATIONS),
     ),
+    _flag(
+        "--threads",
+        "Threads that compute the model. Without it: OMP_NUM_THREADS, or as many as there are cores to use.",
+        type=int,
+    ),
 ]
 """What `LLM` takes beside the model."""
 

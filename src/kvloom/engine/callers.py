@@ -7,13 +7,12 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
 from kvloom.engine.engine import Engine
 from kvloom.engine.enginethread import Command, EngineThread
 from kvloom.engine.output import RequestOutput
 from kvloom.engine.request import Request
 from kvloom.errors import InvalidInputError
+from kvloom.kernels.threads import asked_threads, tell_threads
 
 T = TypeVar("T")
 
@@ -95,7 +94,7 @@ class Callers(EngineThread):
         `show` is called now and then meanwhile. Raises what `call.add` or a step raised; `close_call` must follow.
         """
         answer: Future[list[RequestOutput]] = Future()
-        threads = torch.get_num_threads()
+        threads = asked_threads()
         self._put(lambda: self._begin_wait(call, answer, threads))
         while show is not None and not wait([answer], LOOK_SECONDS).done:
             show(call)
@@ -144,8 +143,7 @@ class Callers(EngineThread):
     # ---- the thread -----------------------------------------------------------------------------------------------
 
     def _begin_wait(self, call: Call, answer: "Future[list[RequestOutput]]", threads: int) -> None:
-        if torch.get_num_threads() != threads:  # torch keeps the number for each thread; the caller's is meant
-            torch.set_num_threads(threads)
+        tell_threads(threads)  # torch keeps the number for each thread; the caller's is meant
         call.answer = answer
         if call.error is None and not call.begun:
             call.begun = True

@@ -25,7 +25,7 @@ class EngineConfig:
     """Options of an engine, checked on construction (`InvalidInputError`); None and "auto" are resolved at start.
 
     `kv_cache_memory_bytes` is the arena; on the CPU its pages are committed only when written. `max_num_batched_tokens`
-    is the budget of one step and so the size of a prefill chunk.
+    is the budget of one step and so the size of a prefill chunk. `threads` compute the model, in the whole process.
     """
 
     dtype: str = "auto"
@@ -38,6 +38,7 @@ class EngineConfig:
     seed: int = 0
     backend: str = "auto"
     quantization: str | None = None
+    threads: int | None = None
     kv_policy: str | None = None
     allow_kv_policies: tuple[str, ...] | None = None
 
@@ -59,9 +60,10 @@ class EngineConfig:
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
             ("seed", 0),
+            ("threads", 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "kv_cache_memory_bytes"):
+            if value is None and name in ("max_model_len", "kv_cache_memory_bytes", "threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InvalidInputError(f"{name} must be an integer, not {value!r}")

@@ -25,6 +25,7 @@ from kvloom.engine.stepfigures import StepFigures, Traffic
 from kvloom.engine.tokenfacts import TokenFacts
 from kvloom.engine.work import Work
 from kvloom.errors import InvalidInputError
+from kvloom.kernels.threads import one_torch_thread
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.spec.store import STORES
 
@@ -193,9 +194,15 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one iteration; returns the requests that got a token or failed, in the order of their work.
 
+        Where the kernels compute the model, torch keeps to one thread.
+
         A request for which no token can be chosen ends with `finish_reason` "error" and its `error` set; the others go
         on. When the step itself fails, the requests of this step are aborted, their blocks are free, and it raises.
         """
+        with one_torch_thread(not self.runner.model.computes_in_torch):
+            return self._step()
+
+    def _step(self) -> list[Request]:
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
         if not scheduled:

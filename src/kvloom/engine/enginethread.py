@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from kvloom.engine.engine import Engine
+from kvloom.kernels.threads import keep_one_torch_thread
 
 T = TypeVar("T")
 Command = Callable[[], None]
@@ -58,6 +59,8 @@ class EngineThread(ABC):
         self._commands.put(command)
 
     def _run(self) -> None:
+        if not self.engine.runner.model.computes_in_torch:
+            keep_one_torch_thread()
         try:
             while self._take_commands():
                 if self._wants_step():

@@ -67,6 +67,7 @@ class CompiledModel:
             raise UnsupportedError("CPU kernels", reasons)
         self.name = "cpu"
         self.layout: Layout = "cpu"
+        self.computes_in_torch = False
         self.config = config
         self.device = torch.device("cpu")
         product, output_product = products_of(PRODUCT_OF[dtype], quantization)

@@ -16,6 +16,7 @@ class EagerModel:
         self.decoder = decoder
         self.backend = backend
         self.name = backend.name
+        self.computes_in_torch = True
         self.layout: Layout = "rows"
         self.config = decoder.config
         self.device = decoder.device

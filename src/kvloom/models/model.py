@@ -54,12 +54,16 @@ class StepOutput:
 
 
 class Model(Protocol):
-    """A decoder-only transformer over lanes."""
+    """A decoder-only transformer over lanes.
+
+    `computes_in_torch` says that the work of a step is torch's operations, which then need torch's threads.
+    """
 
     name: str
     layout: Layout
     config: DecoderConfig
     device: torch.device
+    computes_in_torch: bool
 
     @property
     def num_bytes(self) -> int:

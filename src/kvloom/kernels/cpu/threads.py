@@ -4,17 +4,16 @@ The kernels have their own threads, which sleep when there is nothing to do. The
 of the cores that this process may use, until somebody sets another.
 """
 
-import torch
-
 import kvloom.kernels.cpu._ext as _ext
+from kvloom.kernels.threads import asked_threads
 
-_torch_threads = torch.get_num_threads()  # what torch was told when the kernels last looked
+_torch_threads = asked_threads()  # what torch was told when the kernels last looked
 
 
 def follow_torch() -> None:
     """Use as many threads as torch does if that number was changed since the last look. Every kernel call looks."""
     global _torch_threads
-    count = torch.get_num_threads()
+    count = asked_threads()
     if count != _torch_threads:
         _torch_threads = count
         _ext.set_num_threads(count)
