@@ -51,6 +51,12 @@ class RequestFailedError(KvloomError):
     """One request could not go on, whatever the others do: its numbers or the caller's own code failed."""
 
 
+class MethodError(RequestFailedError):
+    """A cache method returned what cannot be used, or read what it did not declare; the message names it."""
+
+    exit_code = 9
+
+
 class DownloadError(KvloomError):
     """A file could not be fetched: offline, interrupted, or not what its checksum says."""
 

@@ -1,6 +1,7 @@
 """Byte and count units: GiB is 2**30 and GB is 10**9, and every figure names which."""
 
 import re
+from fractions import Fraction
 
 from kvloom.errors import InvalidInputError
 
@@ -25,21 +26,31 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return the bytes that `text` names (`2GiB`, `1.5GB`, `512m`, `4096`); raises `InvalidInputError`."""
+    """Return the bytes that `text` names (`2GiB`, `1.5GB`, `512m`, `4096`), rounded down where a unit is divided.
+
+    Raises `InvalidInputError` for what is no size, a fraction of a byte without a unit among it.
+    """
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _BYTE_UNITS:
+    unit = _BYTE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or (unit == 1 and "." in match[1]):
         raise InvalidInputError(f"{text!r} is not a size; write bytes or e.g. 512MiB, 2GiB, 1.5GB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * unit)
 
 
 def parse_count(text: str | int) -> int:
-    """Return the tokens that `text` names: `4096`, `1k` = 1000, `1K` = 1024, `2M` = 2 * 1024**2."""
+    """Return the tokens that `text` names: `4096`, `1k` = 1000, `1K` = 1024, `2M` = 2 * 1024**2.
+
+    Raises `InvalidInputError` for what is no count; a part of a token is refused, not cut off.
+    """
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)([kKmM]?)\s*", text)
     if not match:
         raise InvalidInputError(f"{text!r} is not a count; write e.g. 4096, 4k (4000) or 4K (4096)")
     scale = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 1 << 20}[match[2]]
-    return int(float(match[1]) * scale)
+    value = Fraction(match[1]) * scale
+    if value.denominator != 1:
+        raise InvalidInputError(f"{text!r} is {float(value):g}; a count is a whole number")
+    return value.numerator

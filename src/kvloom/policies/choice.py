@@ -14,7 +14,7 @@ from kvloom.policies.budgets import LayerScores, Uniform
 from kvloom.policies.context import ScoreContext
 from kvloom.policies.contexts import Contexts
 from kvloom.policies.policy import Policy
-from kvloom.policies.scorer import Scorer, Selector
+from kvloom.policies.scorer import Scorer, Selector, checked_mask, checked_scores
 from kvloom.policies.selection import keep_best, standardised
 
 STACKED = 1 << 15
@@ -55,7 +55,7 @@ class Choice:
 
     def _select_by(self, rule: Selector, layer: int, row: int, state: dict[str, torch.Tensor]) -> torch.Tensor:
         context = self.contexts.of_layer(layer, row, state)
-        return rule.keep(context) & context.valid
+        return checked_mask(context, rule.keep(context), "keep") & context.valid
 
     def _merged(
         self, row: int, keep: KeptSlots, parts: list[LayerScores], masks: list[torch.Tensor], state: State
@@ -143,8 +143,8 @@ class Choice:
         return LayerScores(*(torch.stack([getattr(p, x) for p in parts]) for x in ("scores", "protected", "valid")))
 
     def _score(self, rule: Scorer, context: ScoreContext) -> LayerScores:
-        scores = rule.score(context)
-        protected = rule.protected(context)
+        scores = checked_scores(context, rule.score(context))
+        protected = checked_mask(context, rule.protected(context), "protected")
         for refinement in self.policy.refinements:
             scores = refinement.reweigh(scores, context)
             protected = protected | refinement.protected(context)

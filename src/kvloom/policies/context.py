@@ -6,7 +6,9 @@ from functools import cached_property
 
 import torch
 
+from kvloom.errors import MethodError
 from kvloom.kernels import reference
+from kvloom.policies.needs import NOTHING, Needs
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,21 @@ class QueryMoments:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """What methods see of a layer where they declare it in their `Needs`; what is not declared is None (see there)."""
+
+    queries: torch.Tensor | None = None
+    query_positions: torch.Tensor | None = None
+    key_mass: torch.Tensor | None = None
+    near_mass: torch.Tensor | None = None
+    query_moments: QueryMoments | None = None
+    output_weight: torch.Tensor | None = None
+    replay: torch.Tensor | None = None
+    special: torch.Tensor | None = None
+    punctuation: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class ScoreContext:
     """What is held in the G lanes of one layer, in S slots; shorter lanes are padded in front (`valid` False).
 
@@ -28,16 +45,20 @@ class ScoreContext:
     keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32; gathered by `read` when
                           they are first looked at
     positions  [G, S]     int64, ascending where valid          valid   [G, S]      bool
-    queries    [w, H, D]  newest queries, float32, with query_positions [w]; None unless needed
-    key_mass   [G, S]     attention summed over the queries so far, mean over the query group; None unless needed
-    near_mass  [G, S]     the part of it that came from prompt queries close by; None unless needed
     log_count  [G, S]     what merged tokens add to their logits; None where nothing was merged
-    replay     [G, S]     most attention that any query of a replay paid; None unless needed
-    special, punctuation  [G, S] bool; None unless needed
     inverse_frequencies   theta [D / 2] of the layer's rope, None without rope
-    output_weight         W_O [hidden, H * Dv], float32; None unless needed
     state                 what the method remembers of this layer of this sequence from one decision to the next; a
                           method may put tensors in, and replaces them instead of changing them
+
+    The following raise `MethodError` for a method that did not declare them in its `needs`:
+
+    queries    [w, H, D]  newest queries, float32, with query_positions [w]
+    key_mass   [G, S]     attention summed over the queries so far, mean over the query group
+    near_mass  [G, S]     the part of it that came from prompt queries close by
+    query_moments         mean and covariance of the prompt's queries; None when all of them were left out
+    replay     [G, S]     most attention that any query of a replay paid
+    special, punctuation  [G, S] bool
+    output_weight         W_O [hidden, H * Dv], float32
     """
 
     layer: int
@@ -51,17 +72,11 @@ class ScoreContext:
     prompt_tokens: int
     budget: int
     request_seed: int = 0
-    queries: torch.Tensor | None = None
-    query_positions: torch.Tensor | None = None
-    key_mass: torch.Tensor | None = None
-    query_moments: QueryMoments | None = None
+    method: str = "a method"
+    needs: Needs = NOTHING
+    gathered: Gathered = field(default_factory=Gathered)
     inverse_frequencies: torch.Tensor | None = None
-    output_weight: torch.Tensor | None = None
-    near_mass: torch.Tensor | None = None
     log_count: torch.Tensor | None = None
-    replay: torch.Tensor | None = None
-    special: torch.Tensor | None = None
-    punctuation: torch.Tensor | None = None
     weigh: Callable[[int], torch.Tensor | None] = lambda window: None  # `window_mass` by the kernels, if they can
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -79,6 +94,61 @@ class ScoreContext:
     def values(self) -> torch.Tensor:
         """V [G, S, Dv], float32."""
         return self._content[1]
+
+    def _undeclared(self, what: str, need: str) -> MethodError:
+        return MethodError(f"{self.method} reads {what}, which it did not declare; add {need} to its needs")
+
+    def _shown(self, value: torch.Tensor | None, what: str, need: str) -> torch.Tensor:
+        if value is None:
+            raise self._undeclared(what, need)
+        return value
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """Newest queries [w, H, D], float32."""
+        return self._shown(self.gathered.queries, "queries", "Needs(queries=...)")
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """Positions [w] of `queries`."""
+        return self._shown(self.gathered.query_positions, "query_positions", "Needs(queries=...)")
+
+    @property
+    def key_mass(self) -> torch.Tensor:
+        """Attention [G, S] summed over the queries so far, mean over the query group."""
+        return self._shown(self.gathered.key_mass, "key_mass", "Needs(key_mass=True)")
+
+    @property
+    def near_mass(self) -> torch.Tensor:
+        """The part [G, S] of `key_mass` that came from prompt queries close by."""
+        return self._shown(self.gathered.near_mass, "near_mass", "Needs(near=...)")
+
+    @property
+    def query_moments(self) -> QueryMoments | None:
+        """Moments of the prompt's queries; None when all of them were left out."""
+        if not self.needs.query_moments:
+            raise self._undeclared("query_moments", "Needs(query_moments=True)")
+        return self.gathered.query_moments
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """W_O [hidden, H * Dv], float32."""
+        return self._shown(self.gathered.output_weight, "output_weight", "Needs(output_weights=True)")
+
+    @property
+    def replay(self) -> torch.Tensor:
+        """Most attention [G, S] that any query of a replay paid."""
+        return self._shown(self.gathered.replay, "replay", "Needs(replay=True)")
+
+    @property
+    def special(self) -> torch.Tensor:
+        """Which tokens [G, S] are special, bool."""
+        return self._shown(self.gathered.special, "special", "Needs(token_kinds=True)")
+
+    @property
+    def punctuation(self) -> torch.Tensor:
+        """Which tokens [G, S] are punctuation, bool."""
+        return self._shown(self.gathered.punctuation, "punctuation", "Needs(token_kinds=True)")
 
     @property
     def num_lanes(self) -> int:
@@ -99,14 +169,18 @@ class ScoreContext:
 
         Causal by position, softmax over everything held; never larger than the window of rows.
         """
-        assert self.queries is not None and self.query_positions is not None, "the scorer did not declare queries"
+        if window > self.needs.queries:
+            raise MethodError(
+                f"{self.method} weighs by the newest {window} queries and declared {self.needs.queries}; "
+                f"add Needs(queries={window}) to its needs"
+            )
         queries, places = self.queries[-window:], self.query_positions[-window:]
         seen = self.valid[:, None, :] & (self.positions[:, None, :] <= places[None, :, None])
         return reference.attention_weights(queries, self.keys, seen, self.scale, self.log_count)
 
     def window_mass(self, window: int) -> torch.Tensor:
         """Return the weights of `window_attention` summed over the queries, mean over the query group: [G, S]."""
-        mass = self.weigh(window)
+        mass = self.weigh(window) if window <= self.needs.queries else None
         return self.by_lane(self.window_attention(window).sum(1)).mean(1) if mass is None else mass
 
     def newest(self, count: int) -> torch.Tensor:
@@ -119,7 +193,6 @@ class ScoreContext:
 
     def output_norms(self, order: int) -> torch.Tensor:
         """Return ||W_O v|| [H, S] of every query head's share of the output projection, in the 1- or 2-norm."""
-        assert self.output_weight is not None, "the method did not declare output weights"
         return output_norms(self.output_weight, self.values, self.num_query_heads, order)
 
 

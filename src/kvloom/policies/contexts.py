@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kvloom.cache.kvcache import KVCache
-from kvloom.policies.context import ScoreContext
+from kvloom.policies.context import Gathered, ScoreContext
 from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.needs import Needs
 from kvloom.policies.record import Record
@@ -16,7 +16,9 @@ from kvloom.policies.record import Record
 class Contexts:
     """Builds a `ScoreContext` with what `needs` declares; keys and values are read when they are looked at."""
 
-    def __init__(self, needs: Needs, cache: KVCache, model: ModelFacts, record: Record) -> None:
+    def __init__(self, method: str, needs: Needs, cache: KVCache, model: ModelFacts, record: Record) -> None:
+        """`method` is the name that errors give the method."""
+        self.method = method
         self.needs = needs
         self.cache = cache
         self.model = model
@@ -32,15 +34,18 @@ class Contexts:
         return replace(
             common,
             read=lambda: self.cache.read_layer(layer, row)[:2],
-            queries=None if queries is None else queries.float(),
-            query_positions=None if queries is None else torch.arange(seen - len(queries), seen),
+            gathered=replace(
+                common.gathered,
+                queries=None if queries is None else queries.float(),
+                query_positions=None if queries is None else torch.arange(seen - len(queries), seen),
+                query_moments=record.observation.moments(layer) if needs.query_moments else None,
+                output_weight=self.model.output_weight(layer) if needs.output_weights else None,
+                replay=record.replay_scores.get(layer),
+                special=special,
+                punctuation=punctuation,
+            ),
             log_count=self.cache.read_log_counts(layer, row),
-            query_moments=record.observation.moments(layer) if needs.query_moments else None,
             inverse_frequencies=self.model.inverse_frequencies[layer],
-            output_weight=self.model.output_weight(layer) if needs.output_weights else None,
-            replay=record.replay_scores.get(layer),
-            special=special,
-            punctuation=punctuation,
             weigh=lambda window: record.observation.window_mass([layer], row, window),
             state=dict(record.remembered.get(layer, {})) if state is None else state,
         )
@@ -78,8 +83,12 @@ class Contexts:
             prompt_tokens=self.record.prompt_tokens,
             budget=self.record.budget,
             request_seed=self.record.seed,
-            key_mass=mass.of_layers(layers, row).view(shape) if needs.key_mass else None,
-            near_mass=mass.of_layers(layers, row, near=True).view(shape) if needs.near is not None else None,
+            method=self.method,
+            needs=needs,
+            gathered=Gathered(
+                key_mass=mass.of_layers(layers, row).view(shape) if needs.key_mass else None,
+                near_mass=mass.of_layers(layers, row, near=True).view(shape) if needs.near is not None else None,
+            ),
         )
 
     def places(self, layers: Sequence[int], row: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ class Eviction:
             seen = Observation(policy.needs, cache, model.query_scale, prompt_tokens, self.layers, thetas)
             record = Record(token_ids, prompt_tokens, self.schedule.budget, seed, seen)
         self.record = record
-        self.contexts = Contexts(policy.needs, cache, model, record)
+        self.contexts = Contexts(policy.spec.selector.name, policy.needs, cache, model, record)
         self.choice = Choice(policy, cache, self.contexts, self.layers, lanes)
         self.evicted_tokens = 0
         self._sinks = MovedSinks(cache, int(policy.spec.selector.get("sinks") or 0))

@@ -65,3 +65,6 @@ class Needs:
             return 0
         window = (self.mass_window or 0) if self.key_mass else 0
         return max(0, prompt_tokens - max(self.queries, window))
+
+
+NOTHING = Needs()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from kvloom.errors import MethodError
 from kvloom.policies.context import ScoreContext
 from kvloom.policies.needs import Needs
 from kvloom.registry import Registry
@@ -71,6 +72,35 @@ class Selector(ABC):
     def refusals(self, kv: KVSpec) -> list[str]:
         """Return every reason why the method cannot run on a model with these lanes; [] when it can."""
         return []
+
+
+def checked_scores(context: ScoreContext, scores: torch.Tensor) -> torch.Tensor:
+    """Return `scores` if they are one number for each slot; raises `MethodError` that names the method if not."""
+    _check_shape(context, scores, "score", "numbers")
+    if not bool(torch.isfinite(scores.sum())) and bool((torch.isnan(scores) & context.valid).any()):
+        count = int((torch.isnan(scores) & context.valid).sum())
+        raise MethodError(
+            f"score of {context.method} returned NaN for {count} of {int(context.valid.sum())} tokens of layer "
+            f"{context.layer}; it must return a number for every token that is held"
+        )
+    return scores
+
+
+def checked_mask(context: ScoreContext, mask: torch.Tensor, what: str) -> torch.Tensor:
+    """Return `mask` if it says yes or no for each slot; raises `MethodError` that names the method if not."""
+    _check_shape(context, mask, what, "bool")
+    if mask.dtype is not torch.bool:
+        raise MethodError(f"{what} of {context.method} returned {mask.dtype}; it must return torch.bool")
+    return mask
+
+
+def _check_shape(context: ScoreContext, found: object, what: str, kind: str) -> None:
+    wanted = list(context.valid.shape)
+    if not isinstance(found, torch.Tensor) or list(found.shape) != wanted:
+        got = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise MethodError(
+            f"{what} of {context.method} returned {got}; it must return {kind} {wanted}, one for each lane and slot"
+        )
 
 
 Rule = Scorer | Selector

@@ -3,6 +3,7 @@
 Registering a method here gives it a spelling; its mathematics lives with the policies.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -48,6 +49,8 @@ class Parameter:
         except ValueError as error:
             wanted = "a whole number" if self.kind == "int" else "a number"
             raise InvalidInputError(f"{where} is {text!r}; it must be {wanted}") from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInputError(f"{where} is {text!r}; it must be a finite number")
         self.check(value, method)
         return value
 

@@ -27,7 +27,6 @@ class CaM(Action):
 
     def merge(self, context: ScoreContext, keep: torch.Tensor, scores: torch.Tensor) -> list[Survivors] | None:
         """Return survivors with what was added to their values."""
-        assert context.key_mass is not None, "declared in needs"
         draws = uniform_draws(context.positions, context.layer, context.request_seed)
         survivors = []
         for head in range(context.num_lanes):

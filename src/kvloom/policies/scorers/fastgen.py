@@ -34,7 +34,6 @@ class FastGen(Selector):
 
     def keep(self, context: ScoreContext) -> torch.Tensor:
         """Return what the chosen policies keep; the choice is made once and remembered."""
-        assert context.key_mass is not None, "declared in needs"
         sets = self._sets(context)
         if "profile" not in context.state:
             context.state["profile"] = self._profile(context, sets)
@@ -43,7 +42,6 @@ class FastGen(Selector):
 
     def _sets(self, context: ScoreContext) -> list[torch.Tensor]:
         """Return what policies 0 to 4 keep, [G, S] bool each."""
-        assert context.key_mass is not None and context.special is not None and context.punctuation is not None
         special = context.valid & (context.special | (context.positions == 0))
         punctuation = special | (context.valid & context.punctuation)
         count = torch.full((context.num_lanes,), int(self.frequent * context.prompt_tokens))
@@ -54,7 +52,6 @@ class FastGen(Selector):
     def _profile(self, context: ScoreContext, sets: list[torch.Tensor]) -> torch.Tensor:
         """Return the number of the cheapest sufficient policy of each lane, [G] int64."""
         mass, near = context.key_mass, context.near_mass
-        assert mass is not None and near is not None
         recovered = []
         for number in range(FULL):
             fixed = sets[min(number, 2)]

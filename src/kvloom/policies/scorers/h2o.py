@@ -28,7 +28,6 @@ class H2O(Scorer):
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the accumulated mass over the number of queries: the sum's order, with a weight's unit."""
-        assert context.key_mass is not None, "declared in needs"
         return context.key_mass / context.seen
 
     def protected(self, context: ScoreContext) -> torch.Tensor:

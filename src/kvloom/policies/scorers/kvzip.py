@@ -28,7 +28,6 @@ class KVzip(Scorer):
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the most attention of the replay."""
-        assert context.replay is not None, "declared in needs"
         return context.replay
 
     def protected(self, context: ScoreContext) -> torch.Tensor:

@@ -29,7 +29,6 @@ class Scissorhands(Scorer):
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the mass since the window began, over the number of its queries."""
-        assert context.key_mass is not None, "declared in needs"
         return context.key_mass / (context.seen - max(0, context.prompt_tokens - self.window))
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
