@@ -16,7 +16,6 @@ from kvloom.plan.compare import candidate_policies
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
 from kvloom.plan.serving import (
-    SCORES_BY_ATTENTION,
     SERVED_DTYPES,
     SERVED_NAMES,
     policy_refusals,
@@ -115,7 +114,7 @@ def test_the_plan_knows_which_methods_compute_attention():
     for name, method in METHODS.items():
         if method.role == "selector" and name not in ("full", "duo"):  # duo asks for a file
             needs = Policy.parse(f"{name}(budget=64)" if method.budgeted else name).needs
-            assert (needs.watches_queries or needs.replay) is (name in SCORES_BY_ATTENTION), name
+            assert (needs.watches_queries or needs.replay) is method.attention, name
             assert needs.replay is method.replays
 
 
@@ -129,10 +128,10 @@ def test_the_plan_knows_which_methods_compute_attention():
         (ask(policy=PolicySpec.parse("int4")), "store int4"),
         (ask("mixtral-8x7b", quantization="int8"), "--quantization int8 does not run: it has a mixture"),
         (ask(prompt=9000), "made for 8192"),
-        (ask("gpt-oss-20b", policy=PolicySpec.parse("tova(budget=9)")), "more in them"),
+        (ask("gpt-oss-20b", policy=PolicySpec.parse("tova(budget=9)")), "scores of this model have sinks"),
         (ask("mistral-7b-v0.1", policy=PolicySpec.parse("tova(budget=9)")), "nothing to evict"),
         (ask("gemma-3n-e4b", policy=PolicySpec.parse("streaming")), "share the lanes"),
-        (ask(policy=PolicySpec.parse("expected(budget=3)")), "protected"),
+        (ask(policy=PolicySpec.parse("h2o(budget=16)+vatp")), "protected"),
         (ask(policy=PolicySpec.parse("duo(window=64)")), "duo needs a pattern"),
     ],
 )

@@ -93,8 +93,7 @@ class Roofline:
 
     def _held_in(self, layer: int, prompt: int, generated: int) -> float:
         """Return `held` in an attention layer without a window, by its number among those; some policies skip a few."""
-        skipped = self.question.policy.selector.get("skip_layers")
-        if isinstance(skipped, int) and layer < skipped:
+        if layer < self.question.policy.layers_skipped:
             return float(prompt + generated)
         return self.held(prompt, generated)
 

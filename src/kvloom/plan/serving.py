@@ -21,9 +21,6 @@ SERVED_NAMES = frozenset({"smollm2"})
 
 SERVED_DTYPES = ("bfloat16", "float16", "float32")
 
-SCORES_BY_ATTENTION = frozenset({"h2o", "tova", "scissorhands", "snapkv", "expected", "kvzip", "fastgen"})
-"""Selectors that compute attention from queries and keys, which is the model's own only where nothing else is in it."""
-
 
 def serve_refusals(asked: Question) -> list[str]:
     """Return every reason why `kvloom serve` of this version cannot serve `asked`; [] when it can."""
@@ -56,13 +53,12 @@ def policy_refusals(asked: Question) -> list[str]:
     if not policy.evicts or not model.kv_layers:
         return reasons
     name = policy.selector.name
-    if name in SCORES_BY_ATTENTION and model.decoder is not None:
+    if METHODS.get(name).attention and model.decoder is not None:
         reasons += [f"{name} scores by softmax(q.k), and scores of this model have {term}"
                     for term in model.decoder.score_terms]
     if any(kv.source is not None for kv in model.layer_kv):
         reasons.append("layers share the lanes of other layers, from which nothing can be evicted")
-    skipped = policy.selector.get("skip_layers")
-    first = skipped if isinstance(skipped, int) else 0
+    first = policy.layers_skipped
     if all(kv.window is not None or index < first for index, kv in enumerate(model.layer_kv)):
         reasons.append("every layer has a window or is skipped, so there is nothing to evict")
     limits = METHODS.get(name).lane_limits

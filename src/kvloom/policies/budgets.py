@@ -45,9 +45,14 @@ class Budget(ABC):
     acts_always: bool = False
 
     @property
+    def even(self) -> bool:
+        """True when all lanes keep the same number of tokens."""
+        return not (self.ragged or self.spans_layers)
+
+    @property
     def uneven(self) -> bool:
         """True when lanes trade tokens with one another, so that `budget` is an average."""
-        return (self.ragged or self.spans_layers) and not self.acts_always
+        return not self.even and not self.acts_always
 
     @abstractmethod
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:

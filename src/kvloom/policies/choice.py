@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.kvcache import KVCache
 from kvloom.cache.survivors import Survivors
-from kvloom.policies.budgets import LayerScores, Uniform
+from kvloom.policies.budgets import LayerScores
 from kvloom.policies.context import ScoreContext
 from kvloom.policies.contexts import Contexts
 from kvloom.policies.policy import Policy
@@ -148,6 +148,6 @@ class Choice:
         for refinement in self.policy.refinements:
             scores = refinement.reweigh(scores, context)
             protected = protected | refinement.protected(context)
-        if not rule.comparable and not isinstance(self.policy.budget, Uniform):
+        if not rule.comparable and not self.policy.budget.even:
             scores = standardised(scores, context.valid)
         return LayerScores(scores, protected & context.valid, context.valid)

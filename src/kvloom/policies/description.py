@@ -9,8 +9,6 @@ from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES
 from kvloom.spec.method import METHODS, MethodSpec, Value
 
-_ACTS_BY_TRIGGER = {"prefill": "prefill", "chunk": "chunk", "step": "decode", "every": "decode", "slack": "decode"}
-
 
 def describe() -> list[dict[str, Any]]:
     """Return one dict for each method that a policy may name, in the order of registration.
@@ -34,11 +32,10 @@ def _facts(method: MethodSpec) -> dict[str, Any]:
         "paper": method.paper,
     }
     if method.role == "selector":
-        needs, acts = _needs_and_acts(method)
         facts |= {
-            "needs": needs,
+            "needs": _needs(method),
             "query_aware": method.query_aware,
-            "acts": acts,
+            "acts": list(method.acts) if method.triggers else [],
             "ragged": method.ragged or METHODS.get(method.default_budget).ragged,
             "budgeted": method.budgeted,
             "triggers": list(method.triggers),
@@ -46,14 +43,11 @@ def _facts(method: MethodSpec) -> dict[str, Any]:
     return facts
 
 
-def _needs_and_acts(method: MethodSpec) -> tuple[list[str], list[str]]:
-    if method.name not in RULES:
-        return [], []
+def _needs(method: MethodSpec) -> list[str]:
+    """Return what must be gathered for a selector, [] where only its arguments could tell."""
     args: dict[str, Value] = {p.name: p.default for p in method.params if p.default is not None}
     try:
-        rule = RULES.get(method.name)(args)
-    except InvalidInputError:  # it has an argument without default: only the engine, which is given one, can tell
-        return [], [_ACTS_BY_TRIGGER[trigger] for trigger in method.triggers]
-    needs = [name.replace("_", " ") for name, value in asdict(rule.needs).items() if value != getattr(Needs(), name)]
-    acts = ["prefill", *(["chunk"] if rule.per_chunk else []), *(["decode"] if rule.decodes else [])]
-    return needs, acts
+        needs = RULES.get(method.name)(args).needs if method.name in RULES else Needs()
+    except InvalidInputError:  # it has an argument without default
+        return []
+    return [name.replace("_", " ") for name, value in asdict(needs).items() if value != getattr(Needs(), name)]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from kvloom.policies.policy import Policy
-from kvloom.policies.scorer import Selector
 from kvloom.spec.footprint import Footprint, future_bytes, request_footprint
 from kvloom.spec.kv import KVSpec
 
@@ -25,7 +24,7 @@ class Occupancy:
 
     def may_drop(self, num_tokens: int) -> bool:
         """Return whether a sequence that grows to `num_tokens` can lose any token at all."""
-        if isinstance(self.policy.rule, Selector) or self.policy.budget.acts_always:
+        if self.policy.acts_below_budget:
             return True
         longest = num_tokens if self.policy.triggers.while_decoding else self.prompt_tokens
         return self.budget < longest

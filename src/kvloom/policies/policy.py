@@ -7,14 +7,15 @@ from functools import cached_property, lru_cache
 from kvloom.errors import UnsupportedError
 from kvloom.policies import plugins
 from kvloom.policies.action import ACTIONS, Action
-from kvloom.policies.budgets import BUDGETS, Budget, Uniform
+from kvloom.policies.budgets import BUDGETS, Budget
 from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.needs import Needs
 from kvloom.policies.refinement import REFINEMENTS, Refinement
 from kvloom.policies.replay import HINT
-from kvloom.policies.scorer import RULES, Rule, Scorer, Selector
+from kvloom.policies.scorer import RULES, Rule
 from kvloom.policies.triggers import Triggers
 from kvloom.spec.kv import KVSpec
+from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 
 
@@ -58,13 +59,16 @@ class Policy:
     @property
     def stacks(self) -> bool:
         """True when the scores of many layers can be had at once."""
-        return isinstance(self.rule, Scorer) and self.rule.stacks and not self.refinements
+        return self.rule.stacks and not self.refinements
+
+    @property
+    def acts_below_budget(self) -> bool:
+        """True when tokens may be dropped from lanes that do not exceed the budget."""
+        return self.rule.chooses or self.budget.acts_always
 
     def num_protected(self, budget: int) -> int:
         """Return the most tokens of a lane that stay whatever their score."""
-        if isinstance(self.rule, Selector):
-            return 0
-        return self.rule.num_protected(budget) + sum(r.num_protected() for r in self.refinements)
+        return self.spec.tokens_protected(budget)
 
     def tokens(self, prompt_tokens: int) -> int:
         """Return the budget in tokens a lane for a prompt of this length; a selector's bound is the prompt."""
@@ -77,7 +81,8 @@ class Policy:
     def acts_on(self, kv: KVSpec, layer: int) -> bool:
         """Return whether the policy touches this layer: it has lanes of its own, no window, and is not skipped."""
         own = kv.layers[layer]
-        return own.num_lanes > 0 and own.source is None and own.window is None and not self.rule.layer_skipped(layer)
+        skipped = layer < self.spec.layers_skipped
+        return own.num_lanes > 0 and own.source is None and own.window is None and not skipped
 
     def refusals(self, kv: KVSpec, prompt_tokens: int, model: ModelFacts) -> list[str]:
         """Return every reason why this policy cannot run on such a request; [] when it can."""
@@ -87,7 +92,7 @@ class Policy:
             reasons.append("every layer of this model has a window or is skipped, so there is nothing to evict")
         budget = self.tokens(prompt_tokens)
         protected = self.num_protected(budget)
-        if isinstance(self.rule, Scorer) and budget < prompt_tokens and protected > budget:
+        if budget < prompt_tokens and protected > budget:
             reasons.append(f"{protected} tokens are protected but the budget is {budget}; raise the budget")
         if any(kv.layers[i].source is not None for i in range(len(kv.layers))):
             reasons.append("layers share the lanes of other layers; evicting from those is not supported")
@@ -136,21 +141,22 @@ def _parse(text: str) -> Policy | None:
 def _conflicts(policy: Policy) -> Sequence[str]:
     """Return every reason why the parts of a policy do not go together."""
     reasons = []
-    name = policy.spec.selector.name
-    if policy.triggers.chunk is not None and not policy.rule.per_chunk:
+    name, rule = policy.spec.selector.name, policy.rule
+    row = METHODS.get(name)
+    if policy.triggers.chunk is not None and "chunk" not in row.acts:
         reasons.append(f"{name} scores whole prompts; it cannot act per chunk")
-    if policy.triggers.while_decoding and not policy.rule.decodes:
+    if policy.triggers.while_decoding and "decode" not in row.acts:
         reasons.append(f"{name} is defined at the end of the prompt; it cannot act while generating")
-    if isinstance(policy.rule, Selector) and policy.refinements:
+    if rule.chooses and policy.refinements:
         reasons.append(f"{name} chooses tokens itself; there is no score to refine")
     choosing = [term.name for term, r in zip(policy.spec.refinements, policy.refinements, strict=True) if r.chooses]
     if len(choosing) > 1:
         reasons.append(f"{' and '.join(choosing)} each choose the tokens; keep one")
-    if isinstance(policy.rule, Scorer) and not policy.rule.weights:
-        for term, refinement in zip(policy.spec.refinements, policy.refinements, strict=True):
-            if refinement.of_weights:
+    if not rule.chooses and not row.attention:
+        for term in policy.spec.refinements:
+            if METHODS.get(term.name).attention:
                 reasons.append(f"{term.name} weighs attention, and scores of {name} are not")
-    if policy.cache_positions and not isinstance(policy.budget, Uniform):
+    if policy.cache_positions and not policy.budget.even:
         reasons.append("positions=cache needs lanes of equal length")
     if policy.cache_positions and policy.merges:
         reasons.append("positions=cache rewrites the sinks; it cannot be combined with merging")

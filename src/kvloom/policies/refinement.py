@@ -14,12 +14,10 @@ from kvloom.spec.method import Value
 class Refinement:
     """A modifier of any scorer; the default changes nothing. Instances are immutable.
 
-    `chooses` says that `choose` replaces taking the best scores; at most one refinement of a policy may. `of_weights`
-    says that only attention weights can be refined.
+    `chooses` says that `choose` replaces taking the best scores; at most one refinement of a policy may.
     """
 
     needs: Needs = Needs()
-    of_weights: bool = False
     chooses: bool = False
 
     def reweigh(self, scores: torch.Tensor, context: ScoreContext) -> torch.Tensor:
@@ -27,12 +25,8 @@ class Refinement:
         return scores
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
-        """Return [G, S] bool: further tokens that stay."""
+        """Return [G, S] bool: further tokens that stay, at most as many as the method's row says."""
         return torch.zeros_like(context.valid)
-
-    def num_protected(self) -> int:
-        """Return the most tokens of a lane that `protected` can name."""
-        return 0
 
     def choose(
         self, scores: torch.Tensor, protected: torch.Tensor, counts: torch.Tensor, context: ScoreContext

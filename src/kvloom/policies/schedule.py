@@ -5,7 +5,6 @@ from numpy.typing import NDArray
 
 from kvloom.cache.lanes import LaneTable
 from kvloom.policies.policy import Policy
-from kvloom.policies.scorer import Selector
 
 
 class Schedule:
@@ -20,11 +19,6 @@ class Schedule:
         self.budget = policy.tokens(prompt_tokens)
 
     @property
-    def acts_below_budget(self) -> bool:
-        """True when the policy may drop tokens of lanes that do not exceed their budget."""
-        return isinstance(self.policy.rule, Selector) or self.policy.budget.acts_always
-
-    @property
     def usable_prefix(self) -> int:
         """Prompt tokens that may come from the prefix cache without changing what is kept.
 
@@ -34,7 +28,7 @@ class Schedule:
         chunk = self.policy.triggers.chunk
         end = self.prompt_tokens
         if chunk is not None:
-            first = chunk if self.acts_below_budget else (self.budget // chunk + 1) * chunk
+            first = chunk if self.policy.acts_below_budget else (self.budget // chunk + 1) * chunk
             end = min(end, first)
         usable = self.policy.needs.usable_prefix(end)
         return min(usable, end - 1) if end < self.prompt_tokens else usable
@@ -46,12 +40,12 @@ class Schedule:
     def due(self, row: int, acted_at: int) -> bool:
         """Return whether the policy has to act now, after a forward pass, when it last acted at `acted_at` tokens."""
         seen = int(self.lanes.seen[row])
-        over = seen - acted_at if isinstance(self.policy.rule, Selector) else self.excess(row)
+        over = seen - acted_at if self.policy.rule.chooses else self.excess(row)
         return self.policy.triggers.due(seen, self.prompt_tokens, over)
 
     def nothing_to_drop(self, row: int) -> bool:
         """Return whether acting would change nothing."""
-        return not self.acts_below_budget and self.excess(row) <= 0
+        return not self.policy.acts_below_budget and self.excess(row) <= 0
 
     def excess(self, row: int) -> int:
         """Return by how many tokens lanes exceed their budget: on average where they share it, else the longest."""

@@ -7,7 +7,7 @@ import torch
 
 from kvloom.errors import MethodError
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
+from kvloom.policies.needs import NOTHING, Needs
 from kvloom.registry import Registry
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.method import Value
@@ -16,21 +16,20 @@ from kvloom.spec.method import Value
 class Scorer(ABC):
     """A published scoring rule. Instances are immutable and shared by requests; state lives in the context.
 
+    What admission and planner must know of a method stands in its row (`kvloom.spec.method`): when it may act, how
+    much it protects, which layers it skips. Scores of a method whose row says `attention` are weights from 0 to 1: of
+    one query, a maximum over queries or a mean over them (never a sum, whose size depends on how many there were),
+    which refinements may add to and multiply.
+
     `needs` declares what must be gathered; `comparable` says that scores of different heads are on one scale (each
     head's sum to the same total), so that budgets may be shared between them as they are; others are standardised
-    first. `weights` says that scores are attention weights, from 0 to 1: of one query, a maximum over queries or a mean
-    over them (never a sum, whose size depends on how many there were), which others may add to and multiply.
-    `per_chunk` says that the rule may be applied in the middle of a prompt; `decodes` that it may be applied while
-    generating.
-    `stacks` says that `score` and `protected` look at positions and attention alone, and count dimensions from the
-    last, so that they may be given many layers at once: at every step calls are what costs.
+    first. `stacks` says that `score` and `protected` look at positions and attention alone, and count dimensions from
+    the last, so that they may be given many layers at once: at every step calls are what costs.
     """
 
-    needs: Needs = Needs()
+    chooses = False
+    needs: Needs = NOTHING
     comparable: bool = True
-    weights: bool = False
-    per_chunk: bool = False
-    decodes: bool = False
     stacks: bool = False
 
     @abstractmethod
@@ -38,16 +37,11 @@ class Scorer(ABC):
         """Return scores [G, S], higher = keep; values at padding do not matter. Mutates nothing."""
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
-        """Return [G, S] bool: tokens that stay whatever their score. By default none: many methods protect none."""
+        """Return [G, S] bool: tokens that stay whatever their score, at most as many as the method's row says.
+
+        By default none: many methods protect none.
+        """
         return torch.zeros_like(context.valid)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the most tokens of a lane that `protected` can name with this budget (for checks at admission)."""
-        return 0
-
-    def layer_skipped(self, layer: int) -> bool:
-        """Return whether the method leaves this layer whole."""
-        return False
 
     def refusals(self, kv: KVSpec) -> list[str]:
         """Return every reason why the method cannot run on a model with these lanes; [] when it can."""
@@ -55,19 +49,18 @@ class Scorer(ABC):
 
 
 class Selector(ABC):
-    """A rule that decides score and budget together (FastGen, DuoAttention): it names the tokens to keep itself."""
+    """A rule that decides score and budget together (FastGen, DuoAttention): it names the tokens to keep itself.
 
-    needs: Needs = Needs()
-    per_chunk: bool = False
-    decodes: bool = False
+    It may drop tokens of lanes of any length, and has no scores that others could refine.
+    """
+
+    chooses = True
+    needs: Needs = NOTHING
+    stacks: bool = False
 
     @abstractmethod
     def keep(self, context: ScoreContext) -> torch.Tensor:
         """Return [G, S] bool: the tokens of each lane that stay. Mutates `context.state` at most."""
-
-    def layer_skipped(self, layer: int) -> bool:
-        """Return whether the method leaves this layer whole."""
-        return False
 
     def refusals(self, kv: KVSpec) -> list[str]:
         """Return every reason why the method cannot run on a model with these lanes; [] when it can."""

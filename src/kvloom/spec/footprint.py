@@ -75,7 +75,7 @@ def request_footprint(
     The last generated token is never written, so `prompt + output - 1` tokens are cached; planning counts one more,
     as admission does: without a policy, `peak` is at most `kv.request_bytes(prompt + output, chunk)`, and not exact
     where a step may be cut differently, which windowed lanes notice. Who runs the policy may
-    say on which `layers` it acts (else all but the method's `skip_layers`) and how many tokens a `replay` feeds (else
+    say on which `layers` it acts (else all that the method does not skip) and how many tokens a `replay` feeds (else
     the most in any vocabulary). Raises `InvalidInputError` for lengths below 1.
     """
     if prompt < 1 or output < 0 or chunk < 1:
@@ -154,8 +154,7 @@ def _replay_bytes(kv: KVSpec, tokens: int) -> int:
 
 def _parts(kv: KVSpec, policy: PolicySpec, acting: Collection[int] | None) -> list[tuple[LaneGroup, PolicySpec]]:
     """Return the lane groups with the policy that rules them: layers that it skips keep all their tokens."""
-    skipped = policy.selector.get("skip_layers")
-    first = skipped if isinstance(skipped, int) else 0
+    first = policy.layers_skipped
     parts: list[tuple[LaneGroup, PolicySpec]] = []
     for group in kv.groups:
         for whole in (True, False):

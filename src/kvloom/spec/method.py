@@ -69,9 +69,14 @@ class MethodSpec:
 
     Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
     to the data (`ragged`), at most `lane_limits(args, kv)` tokens in each lane (None: no limit) whenever they act;
-    `protected(args, budget)` counts what stays whatever its score. `triggers` and
-    `default_budget` are used when the policy names none. `query_aware` says that the question must be in the prompt for
-    the published quality, `replays` that the prompt is read a second time, in parts of `chunk` tokens.
+    `skipped` names the argument that counts the first layers that are left whole. `acts` says when they may act:
+    prefill, chunk (in the middle of a prompt), decode (while generating). `triggers` and `default_budget` are used when
+    the policy names none. `query_aware` says that the question must be in the prompt for the published quality,
+    `replays` that the prompt is read a second time, in parts of `chunk` tokens.
+
+    Selectors and refinements: `protected` is what stays whatever its score, in tokens of a lane: the argument that
+    counts it, or a rule `(args, budget) -> tokens`. `attention` says of a selector that it goes by attention weights,
+    which it computes from queries and keys, and of a refinement that it takes no other scores.
     """
 
     name: str
@@ -82,12 +87,21 @@ class MethodSpec:
     ragged: bool = False
     fixed_tokens: Callable[[dict[str, Value]], int] | None = None
     lane_limits: Callable[[dict[str, Value], KVSpec], tuple[int | None, ...] | None] | None = None
-    protected: Callable[[dict[str, Value], int], int] | None = None
+    protected: str | Callable[[dict[str, Value], int], int] | None = None
+    skipped: str | None = None
+    attention: bool = False
+    acts: tuple[str, ...] = ("prefill",)
     triggers: tuple[str, ...] = ()
     default_budget: str = "uniform"
     query_aware: bool = False
     replays: bool = False
     paper: str = ""
+
+    def num_protected(self, args: dict[str, Value], budget: int) -> int:
+        """Return the most tokens of a lane that stay whatever their score, for a budget of that many."""
+        if self.protected is None:
+            return 0
+        return int(args[self.protected]) if isinstance(self.protected, str) else self.protected(args, budget)
 
     def parameter(self, name: str) -> Parameter:
         """Return the parameter called `name`; raises `InvalidInputError` naming the nearest one."""
@@ -131,57 +145,56 @@ def _selector(name: str, summary: str, *params: Parameter, **facts: Any) -> None
     register_selector(name, summary, *params, **facts)
 
 
-def _arg(name: str) -> Callable[[dict[str, Value], int], int]:
-    """Return a rule by which as many tokens are protected as the argument `name` says."""
-    return lambda args, budget: int(args[name])
-
-
 _PREFILL, _ALWAYS = ("prefill",), ("chunk", "step")
+_ANY_TIME, _NOT_PER_CHUNK = ("prefill", "chunk", "decode"), ("prefill", "decode")
 _MASS = Parameter("mass", "bool", False, doc="a merged entry gets the softmax mass of all that it stands for")
 
 _selector("full", "keeps every token", budgeted=False)
 _selector("window", "keeps the newest tokens", _count("size", 1024, 1), budgeted=False, triggers=_ALWAYS,
-          fixed_tokens=lambda args: int(args["size"]))
+          acts=_ANY_TIME, fixed_tokens=lambda args: int(args["size"]))
 _selector("streaming", "keeps the first and the newest tokens", _count("sinks", 4), _count("window", 1020, 1),
           Parameter("positions", "choice", "true", choices=("true", "cache"), doc="as seen, or in the cache"),
-          budgeted=False, triggers=_ALWAYS, paper="arXiv 2309.17453",
-          fixed_tokens=lambda args: int(args["sinks"]) + int(args["window"]), protected=_arg("sinks"))
+          budgeted=False, triggers=_ALWAYS, acts=_ANY_TIME, paper="arXiv 2309.17453",
+          fixed_tokens=lambda args: int(args["sinks"]) + int(args["window"]), protected="sinks")
 _selector("h2o", "keeps heavy hitters of all queries so far and the newest tokens",
           Parameter("recent", "float", 0.5, 0, 1, doc="share of the budget for the newest tokens"),
-          triggers=("prefill", "step"), paper="arXiv 2306.14048",
+          triggers=("prefill", "step"), acts=_ANY_TIME, attention=True, paper="arXiv 2306.14048",
           protected=lambda args, budget: int(float(args["recent"]) * budget))
-_selector("tova", "keeps what the newest query attends to", triggers=("prefill", "step"), paper="arXiv 2401.06104")
+_selector("tova", "keeps what the newest query attends to", triggers=("prefill", "step"), acts=_ANY_TIME,
+          attention=True, paper="arXiv 2401.06104")
 _selector("scissorhands", "keeps what a window of queries attends to persistently", _count("window", 400, 1),
-          _count("recent", 10), triggers=("prefill", "step"), paper="arXiv 2305.17118", protected=_arg("recent"))
+          _count("recent", 10), triggers=("prefill", "step"), acts=_NOT_PER_CHUNK, attention=True,
+          paper="arXiv 2305.17118", protected="recent")
 _selector("snapkv", "keeps what the end of the prompt attends to", *_pooling(32, 5), triggers=_PREFILL,
-          query_aware=True, paper="arXiv 2404.14469", protected=_arg("window"))
-_selector("knorm", "keeps keys of small norm", _count("skip_layers", 2), triggers=_PREFILL, paper="arXiv 2406.11430")
-_selector("keydiff", "keeps keys unlike the mean key", triggers=_PREFILL, paper="arXiv 2504.15364")
+          attention=True, query_aware=True, paper="arXiv 2404.14469", protected="window")
+_selector("knorm", "keeps keys of small norm", _count("skip_layers", 2), triggers=_PREFILL, acts=_ANY_TIME,
+          skipped="skip_layers", paper="arXiv 2406.11430")
+_selector("keydiff", "keeps keys unlike the mean key", triggers=_PREFILL, acts=_ANY_TIME, paper="arXiv 2504.15364")
 _selector("expected", "keeps what a Gaussian of future queries is expected to attend to", _count("horizon", 512, 1),
           _count("sinks", 4), Parameter("eps", "float", 0.0, 0, doc="added to the expected weight"),
-          triggers=_PREFILL, paper="arXiv 2510.00636", protected=_arg("sinks"))
+          triggers=_PREFILL, attention=True, paper="arXiv 2510.00636", protected="sinks")
 _selector("kvzip", "keeps what is needed to repeat the context", _count("chunk", 2048, 1), _count("sinks", 4),
           Parameter("normalised", "bool", False, doc="weigh by the norm of the value's output (KVzip+)"),
-          triggers=_PREFILL, default_budget="global", replays=True, paper="arXiv 2505.23416",
-          protected=_arg("sinks"))
+          triggers=_PREFILL, default_budget="global", attention=True, replays=True, paper="arXiv 2505.23416",
+          protected="sinks")
 _selector("fastgen", "chooses a cheap policy for each head that still recovers its attention",
           Parameter("recovery", "float", 0.95, 0, 1), Parameter("recent", "float", 0.3, 0, 1),
           Parameter("frequent", "float", 0.3, 0, 1), budgeted=False, ragged=True, triggers=("prefill", "step"),
-          paper="arXiv 2310.01801")
+          acts=_NOT_PER_CHUNK, attention=True, paper="arXiv 2310.01801")
 _selector("duo", "keeps everything on retrieval heads, sinks and newest tokens on the others",
           Parameter("pattern", "text", None, doc="file that says which heads are retrieval heads"),
           Parameter("threshold", "float", 0.5, 0, 1, doc="least number in the pattern of a retrieval head"),
           _count("sinks", 4), _count("window", 256, 1), budgeted=False, ragged=True, triggers=_ALWAYS,
-          lane_limits=streaming_limits, paper="arXiv 2410.10819")
+          acts=_ANY_TIME, lane_limits=streaming_limits, paper="arXiv 2410.10819")
 _selector("random", "keeps tokens at random: the floor of every comparison", _count("sinks", 0), _count("seed", 0),
-          triggers=_PREFILL, protected=_arg("sinks"))
+          triggers=_PREFILL, acts=_ANY_TIME, protected="sinks")
 
 for _spec in (
     MethodSpec("vatp", "refine", "weighs scores by the norm of the value", (_count("sinks", 20),),
-               paper="arXiv 2406.12335"),
+               protected="sinks", attention=True, paper="arXiv 2406.12335"),
     MethodSpec("critical", "refine", "second half of the budget by the norm of the value's output",
                (Parameter("eps", "float", 1e-4, 0, doc="added to the mean attention weight of a query"),),
-               paper="arXiv 2502.03805"),
+               attention=True, paper="arXiv 2502.03805"),
     MethodSpec("uniform", "budget", "every lane keeps the same number of tokens"),
     MethodSpec("pyramid", "budget", "early layers keep more than late ones",
                (Parameter("beta", "float", 20.0, 1, doc="steepness: the last layer gets 1/beta"),),

@@ -153,9 +153,14 @@ class PolicySpec:
 
     def tokens_protected(self, budget: int) -> int:
         """Return the most tokens of a lane that stay whatever their score, for a budget of that many."""
-        rule = METHODS.get(self.selector.name).protected
-        found = 0 if rule is None else rule(dict(self.selector.args), budget)
-        return found + sum(t.number("sinks") for t in self.refinements if t.name == "vatp")
+        terms = (self.selector, *self.refinements)
+        return sum(METHODS.get(term.name).num_protected(dict(term.args), budget) for term in terms)
+
+    @property
+    def layers_skipped(self) -> int:
+        """First layers that the method leaves whole."""
+        argument = METHODS.get(self.selector.name).skipped
+        return 0 if argument is None else self.selector.number(argument)
 
     @property
     def lengths_known(self) -> bool:
@@ -223,9 +228,10 @@ def _check_budget(text: str, selector: Term, method: MethodSpec) -> None:
             f"{selector.name} in policy {text!r} has {problem} of budget and keep; "
             f"give one, e.g. {selector.name}(budget=1024) or {selector.name}(keep=0.5)"
         )
-    budget, window = selector.get("budget"), selector.get("window")
-    if selector.name == "snapkv" and isinstance(budget, int) and isinstance(window, int) and budget < window:
-        raise InvalidInputError(f"budget {budget} of snapkv is below its window of {window} tokens, which always stay")
+    budget, argument = selector.get("budget"), method.protected
+    if isinstance(budget, int) and isinstance(argument, str) and budget < selector.number(argument):
+        stays = f"its {argument} of {selector.number(argument)} tokens, which always stay"
+        raise InvalidInputError(f"budget {budget} of {selector.name} is below {stays}")
 
 
 def _shown(term: Term) -> str:

@@ -19,7 +19,6 @@ class Critical(Refinement):
     """
 
     needs = Needs(output_weights=True)
-    of_weights = True
     chooses = True
 
     def __init__(self, eps: float) -> None:

@@ -15,8 +15,6 @@ class VATP(Refinement):
     Sinks have much attention and tiny values: without protection the product would evict them.
     """
 
-    of_weights = True
-
     def __init__(self, sinks: int) -> None:
         self.sinks = sinks
 
@@ -27,10 +25,6 @@ class VATP(Refinement):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the sinks."""
         return context.first(self.sinks)
-
-    def num_protected(self) -> int:
-        """Return the number of sinks."""
-        return self.sinks
 
 
 def _vatp(args: Mapping[str, Value]) -> VATP:

@@ -19,8 +19,6 @@ class Duo(Selector):
     `window` tokens.
     """
 
-    per_chunk = True
-    decodes = True
 
     def __init__(self, pattern: Sequence[Sequence[float]], threshold: float, sinks: int, window: int) -> None:
         self.retrieves = [[value >= threshold for value in row] for row in pattern]

@@ -18,7 +18,6 @@ class ExpectedAttention(Scorer):
     then (a + eps) ||v||_2, as in kvpress; the sinks stay.
     """
 
-    weights = True
 
     def __init__(self, horizon: int, sinks: int, eps: float) -> None:
         self.horizon = horizon
@@ -47,10 +46,6 @@ class ExpectedAttention(Scorer):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the sinks."""
         return context.first(self.sinks)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the number of sinks."""
-        return self.sinks
 
 
 def average_rotation(theta: torch.Tensor | None, start: int, count: int, width: int) -> torch.Tensor:

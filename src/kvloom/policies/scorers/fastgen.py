@@ -24,7 +24,6 @@ class FastGen(Selector):
     text whose tokenizer adds no BOS would have no special token at all.
     """
 
-    decodes = True
 
     def __init__(self, recovery: float, recent: float, frequent: float) -> None:
         self.recovery = recovery

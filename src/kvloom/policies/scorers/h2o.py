@@ -18,10 +18,7 @@ class H2O(Scorer):
     """
 
     needs = Needs(key_mass=True)
-    per_chunk = True
-    decodes = True
     stacks = True
-    weights = True
 
     def __init__(self, recent: float) -> None:
         self.recent = recent
@@ -32,11 +29,7 @@ class H2O(Scorer):
 
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the newest tokens."""
-        return context.newest(self.num_protected(context.budget))
-
-    def num_protected(self, budget: int) -> int:
-        """Return the share of the budget that the newest tokens have."""
-        return int(self.recent * budget)
+        return context.newest(int(self.recent * context.budget))
 
 
 def _h2o(args: Mapping[str, Value]) -> H2O:

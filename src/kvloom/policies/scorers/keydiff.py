@@ -17,8 +17,6 @@ class KeyDiff(Scorer):
     """
 
     comparable = False
-    per_chunk = True
-    decodes = True
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return minus the cosine to the mean direction."""

@@ -17,24 +17,15 @@ class Knorm(Scorer):
     """
 
     comparable = False
-    per_chunk = True
-    decodes = True
-
-    def __init__(self, skip_layers: int) -> None:
-        self.skip_layers = skip_layers
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return minus the norm."""
         norms: torch.Tensor = torch.linalg.vector_norm(context.keys, dim=-1)
         return -norms
 
-    def layer_skipped(self, layer: int) -> bool:
-        """Leave the first layers whole."""
-        return layer < self.skip_layers
-
 
 def _knorm(args: Mapping[str, Value]) -> Knorm:
-    return Knorm(int(args["skip_layers"]))
+    return Knorm()
 
 
 RULES.register("knorm", _knorm)

@@ -18,7 +18,6 @@ class KVzip(Scorer):
     arXiv 2601.07891). The paper's budget is shared by all layers and heads, which is the default here.
     """
 
-    weights = True
 
     def __init__(self, chunk: int, sinks: int, normalised: bool) -> None:
         self.chunk = chunk
@@ -33,10 +32,6 @@ class KVzip(Scorer):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the sinks."""
         return context.first(self.sinks)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the number of sinks."""
-        return self.sinks
 
 
 def _kvzip(args: Mapping[str, Value]) -> KVzip:

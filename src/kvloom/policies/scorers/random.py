@@ -13,8 +13,6 @@ from kvloom.spec.method import Value
 class Random(Scorer):
     """A fixed pseudo-random number for each (seed, layer, lane, position): the same in any batch or chunking."""
 
-    per_chunk = True
-    decodes = True
 
     def __init__(self, sinks: int, seed: int) -> None:
         self.sinks = sinks
@@ -27,10 +25,6 @@ class Random(Scorer):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the sinks."""
         return context.first(self.sinks)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the number of sinks."""
-        return self.sinks
 
 
 def _random(args: Mapping[str, Value]) -> Random:

@@ -18,9 +18,7 @@ class Scissorhands(Scorer):
     latter. The newest `recent` tokens stay. Mean over the query group.
     """
 
-    decodes = True
     stacks = True
-    weights = True
 
     def __init__(self, window: int, recent: int) -> None:
         self.window = window
@@ -34,10 +32,6 @@ class Scissorhands(Scorer):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the newest tokens."""
         return context.newest(self.recent)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the number of newest tokens."""
-        return self.recent
 
 
 def _scissorhands(args: Mapping[str, Value]) -> Scissorhands:

@@ -20,7 +20,6 @@ class SnapKV(Scorer):
     Tokens of the window have their own mean weight as a score, for actions that merge.
     """
 
-    weights = True
 
     def __init__(self, window: int, kernel: int, pooling: str) -> None:
         self.window = window
@@ -44,10 +43,6 @@ class SnapKV(Scorer):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the window."""
         return context.newest(self.window)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the window."""
-        return self.window
 
 
 def pooled(scores: torch.Tensor, kernel: int, kind: str) -> torch.Tensor:

@@ -12,8 +12,6 @@ from kvloom.spec.method import Value
 class Streaming(Scorer):
     """Keeps the first `sinks` positions and the newest tokens; 0 sinks is the plain window."""
 
-    per_chunk = True
-    decodes = True
     stacks = True
 
     def __init__(self, sinks: int) -> None:
@@ -26,10 +24,6 @@ class Streaming(Scorer):
     def protected(self, context: ScoreContext) -> torch.Tensor:
         """Protect the sinks."""
         return context.first(self.sinks)
-
-    def num_protected(self, budget: int) -> int:
-        """Return the number of sinks."""
-        return self.sinks
 
 
 def _streaming(args: Mapping[str, Value]) -> Streaming:

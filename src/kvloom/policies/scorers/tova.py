@@ -18,10 +18,7 @@ class Tova(Scorer):
     """
 
     needs = Needs(queries=1)
-    per_chunk = True
-    decodes = True
     stacks = True
-    weights = True
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the mean weight over the heads of the layer."""
