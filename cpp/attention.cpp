@@ -212,31 +212,35 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
     int following = index + 1;
     if (following == claims.begin(claim + 1)) following = claims.begin(claim = team.next());
     const Task& task = plan.tasks[static_cast<std::size_t>(index)];
-    Rows rows(memory, (task.q1 - task.q0) * heads, width);
-    AttendArgs args = prepare(kernel, call, task, rows);
     AttendArgs upcoming = {};
     if (following < count) {
       const Task& next = plan.tasks[static_cast<std::size_t>(following)];
       upcoming.lane = lane_of(call.lanes, shape, call.batch.seq_rows[next.seq], next.kv_head);
       upcoming.slot_begin = next.begin;
       upcoming.slot_end = next.end;
-      args.upcoming = &upcoming;
     }
     float* const partial = task.num_parts ? own : task.partial >= 0 ? workspace.partial.data() + task.partial : nullptr;
-    if (partial) {
-      args.peak = partial;
-      args.total = partial + rows.num_rows;
-      args.sum = partial + part_sums(rows.num_rows);
-      args.part_slots = kContextPart;
-      args.part_stride = part_floats(rows.num_rows, width);
+    const int num_rows = (task.q1 - task.q0) * heads, token0 = call.batch.cu_seqlens[task.seq];
+    const int at_once = task.split ? tokens_at_once(heads) : task.q1 - task.q0;
+    for (Task piece = task; piece.q0 < task.q1; piece.q0 = piece.q1) {
+      piece.q1 = std::min(piece.q0 + at_once, task.q1);
+      Rows rows(memory, (piece.q1 - piece.q0) * heads, width);
+      AttendArgs args = prepare(kernel, call, piece, rows);
+      if (following < count && piece.q1 == task.q1) args.upcoming = &upcoming;
+      if (partial) {
+        const int row0 = (piece.q0 - task.q0) * heads;
+        args.peak = partial + row0;
+        args.total = partial + num_rows + row0;
+        args.sum = partial + part_sums(num_rows) + static_cast<std::ptrdiff_t>(row0) * width;
+        args.part_slots = kContextPart;
+        args.part_stride = part_floats(num_rows, width);
+      }
+      kernel.attend(args, rows.kernel_scratch);
+      for (int r = 0; !partial && r < rows.num_rows; ++r)
+        finish_row(kernel, call, token0 + piece.q0 + r / heads, task.kv_head * heads + r % heads, rows.peak[r],
+                   rows.total[r], rows.sum + static_cast<std::size_t>(r) * width);
     }
-    kernel.attend(args, rows.kernel_scratch);
-    const int token0 = call.batch.cu_seqlens[task.seq] + task.q0;
-    if (task.num_parts)
-      join_parts(kernel, call, own, task.num_parts, rows.num_rows, token0, task.kv_head);
-    for (int r = 0; !partial && r < rows.num_rows; ++r)
-      finish_row(kernel, call, token0 + r / heads, task.kv_head * heads + r % heads, rows.peak[r], rows.total[r],
-                 rows.sum + static_cast<std::size_t>(r) * width);
+    if (task.num_parts) join_parts(kernel, call, own, task.num_parts, num_rows, token0 + task.q0, task.kv_head);
     index = following;
   }
   if (plan.partial_floats == 0) return;

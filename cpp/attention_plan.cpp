@@ -25,12 +25,15 @@ int run_length(const AttentionCall& call, int num_threads) {
 AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
   AttentionPlan plan;
   const LayerShape& shape = call.shape;
-  const int heads = shape.num_heads / shape.num_kv_heads, longest = run_length(call, num_threads);
+  const int heads = shape.num_heads / shape.num_kv_heads, run = run_length(call, num_threads);
   plan.tasks.reserve(static_cast<std::size_t>(call.batch.num_seqs) * static_cast<std::size_t>(shape.num_kv_heads));
   for (int pass = 0; pass < 2; ++pass) {  // whole-context tasks first: they are the long ones
     for (int b = 0; b < call.batch.num_seqs; ++b) {
       const int n = call.batch.count(b);
-      const bool split = call.batch.step_count(b) * heads <= kSplitRows;
+      const int in_step = call.batch.step_count(b);
+      const bool split = in_step * heads <= kSplitRows || (in_step <= kShortStep && heads <= kSplitRows);
+      // What several groups of rows read one after another stays in a cache.
+      const int longest = n > tokens_at_once(heads) ? 1 : run;
       if (n == 0 || split != (pass == 1)) continue;
       const int row = call.batch.seq_rows[b];
       const int block = split ? n : std::max(1, kBlockRows / heads);
@@ -42,7 +45,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
           int begin = first, end = last - n + q1;
           if (shape.window) begin = std::max(begin, last - n + q0 + 1 - shape.window);
           if (!split) {
-            plan.tasks.push_back({b, g, q0, q1, begin, end, 0, -1});
+            plan.tasks.push_back({b, g, q0, q1, begin, end, 0, -1, false});
             continue;
           }
           // A part lies within 256 slots and within one store; a run of parts within one store.

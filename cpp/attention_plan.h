@@ -3,7 +3,8 @@
 //   context of one sequence and KV head   |  part  |  part  |  part  |  part  |  part |
 //   tasks                                 |           run            |      run       |
 //
-// A part has a result of its own, which depends on its slots alone; results of parts are joined at the end.
+// A part has a result of its own, which depends on its slots alone; results of parts are joined at the end. Rows of a split
+// context go to the kernel a few at a time, so that those of several tokens are computed as those of one are.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,8 @@
 namespace kvloom {
 
 constexpr int kContextPart = 256;  // slots of one part of a split context; fixed, so results do not depend on threads
-constexpr int kSplitRows = 48;     // up to that many rows a context is split
+constexpr int kSplitRows = 48;     // up to that many rows a context is split,
+constexpr int kShortStep = 16;     // or for up to so many tokens of a sequence, if those of one are that few
 constexpr int kBlockRows = 96;     // rows of one prefill task
 
 // Rows of queries [q0, q1) of a sequence, all heads of one group, over slots [begin, end): the whole context, or a run
@@ -25,6 +27,7 @@ struct Task {
   int seq, kv_head, q0, q1, begin, end;
   int num_parts;           // that it joins itself, 0: it has no parts, or others have some of the same context
   std::ptrdiff_t partial;  // of a part that others join: where the result of its first one lies, in floats; else -1
+  bool split = true;       // of a context that is split where it is longer than a part
 };
 
 // Rows whose context is split among several tasks, and their parts' results.
@@ -39,6 +42,9 @@ struct AttentionPlan {
   std::ptrdiff_t partial_floats = 0;
   std::ptrdiff_t own_floats = 0;  // most results of parts that a task joins itself
 };
+
+// Tokens whose rows go to the kernel together where a context is split.
+inline int tokens_at_once(int heads) { return std::max(1, kTileRows / heads); }
 
 // How the results of a part lie: [rows] peaks, [rows] totals, then [rows, width] sums on a cache line of their own, so
 // that no vector of them lies across two.

@@ -126,6 +126,7 @@ class Step {
         case PartKind::kAttend: attend(team, part, flow); break;
         case PartKind::kUp: up(team, part, flow); break;
         case PartKind::kAdd: add(team, part, flow); break;
+        case PartKind::kExperts: add_experts(team, part, flow); break;
       }
     }
   }
@@ -275,12 +276,32 @@ class Step {
                   direct ? x(flow.stretch->first) : memory_.branch.data(), static_cast<std::size_t>(model_.hidden),
                   nullptr});
     team.barrier();
-    if (direct) return;
+    if (!direct) add_branch(team, part.norm, flow);
+  }
+
+  void add_experts(Team& team, const Part& part, const Flow& flow) {
+    const int first = flow.stretch->first, rows = flow.stretch->batch.num_tokens;
+    const bool direct = !part.norm;
+    if (!direct) {
+      int begin, end;
+      team.share(rows * model_.hidden, &begin, &end);
+      std::fill(memory_.branch.begin() + begin, memory_.branch.begin() + end, 0.0f);
+    }
+    auto normed = [&](int t, float* scratch) {
+      normalise(kernel_, part.input_norm, x(first + t), model_.hidden, scratch);
+      return scratch;
+    };
+    experts(team, *part.experts, rows, normed, direct ? x(first) : memory_.branch.data(), model_.hidden, memory_.experts);
+    if (!direct) add_branch(team, part.norm, flow);
+  }
+
+  // Residual += norm of the rows in `branch`.
+  void add_branch(Team& team, const Norm& norm, const Flow& flow) {
     int begin, end;
-    team.share(in.num_rows, &begin, &end);
+    team.share(flow.stretch->batch.num_tokens, &begin, &end);
     for (int t = begin; t < end; ++t) {
       float* row = memory_.branch.data() + static_cast<std::size_t>(t) * model_.hidden;
-      normalise(kernel_, part.norm, row, model_.hidden, row);
+      normalise(kernel_, norm, row, model_.hidden, row);
       kernel_.add(x(flow.stretch->first + t), row, model_.hidden);
     }
     team.barrier();

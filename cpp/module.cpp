@@ -16,6 +16,7 @@ namespace nb = nanobind;
 
 namespace kvloom {
 void bind_decoder(nb::module_& m);
+void bind_experts(nb::module_& m);
 
 namespace {
 
@@ -283,5 +284,6 @@ NB_MODULE(_ext, m) {
     copy_slots(slots_of(arena, store, block_size, k_width, v_width), from.data(), from_within.data(), to.data(),
                to_within.data(), start.data(), static_cast<int>(start.shape(0)) - 1);
   });
+  bind_experts(m);
   bind_decoder(m);
 }

@@ -31,10 +31,13 @@ struct PackedWeightObject {
   std::shared_ptr<char> data, scale, row_sum, bias;
   std::size_t num_bytes = 0;
 
+  // MXFP4: `source` codes, `source_scale` exponents, as `pack_mxfp4` takes them. Else
   // `source` [n, k] row-major; `source_scale` [n] float for int8 sources; `source_bias` [n] float or 0.
   PackedWeightObject(std::uintptr_t source, int element, int n, int k, int product, bool gated, std::uintptr_t source_scale,
                      std::uintptr_t source_bias) {
     if (n < 1 || k < 1) throw std::invalid_argument("a weight needs at least one row and one column");
+    if (is_mxfp4(static_cast<Product>(product)) && k % kInt4Group)
+      throw std::invalid_argument("MXFP4 comes in groups of 32 inputs");
     if (gated && n % 2) throw std::invalid_argument("a gated weight has an even number of rows");
     weight = weight_shape(static_cast<Product>(product), n, k, gated);
     if (weight.num_slices > 64) throw std::invalid_argument("a weight this wide is not supported");
@@ -59,8 +62,11 @@ struct PackedWeightObject {
       weight.bias = packed;
     }
     nb::gil_scoped_release release;
-    pack_weight(weight, static_cast<Element>(element), reinterpret_cast<const void*>(source),
-                reinterpret_cast<const float*>(source_scale));
+    if (is_mxfp4(weight.product))
+      pack_mxfp4(weight, reinterpret_cast<const uint8_t*>(source), reinterpret_cast<const uint8_t*>(source_scale));
+    else
+      pack_weight(weight, static_cast<Element>(element), reinterpret_cast<const void*>(source),
+                  reinterpret_cast<const float*>(source_scale));
   }
 };
 

@@ -7,6 +7,7 @@
 
 #include "decoder.h"
 #include "module_arrays.h"
+#include "module_experts.h"
 #include "step_stretches.h"
 
 namespace nb = nanobind;
@@ -120,6 +121,23 @@ class DecoderObject {
     added.of_attention = of_attention;
     added.norm = norm(post_norm, model_.hidden);
   }
+
+  void add_experts(nb::object mixture, std::optional<NormTuple> post_norm) {
+    const ExpertsLayer& layer = nb::cast<ExpertsObject&>(mixture).layer();
+    expect_last(PartKind::kNorm);
+    expect(layer.hidden() == model_.hidden, "the experts have another width than the model");
+    owners_.push_back(mixture);
+    const Norm input = model_.parts.back().norm;  // which the experts apply themselves: their router reads float32
+    model_.parts.pop_back();
+    --model_.layers.back().last;
+    --unread_;
+    Part& added = part(PartKind::kExperts);
+    added.experts = &layer;
+    added.input_norm = input;
+    added.norm = norm(post_norm, model_.hidden);
+  }
+
+  std::uint64_t expert_bytes() const { return memory_.experts.read_bytes; }
 
   void prepare(int num_tokens) {
     expect_complete();
@@ -304,6 +322,8 @@ void bind_decoder(nb::module_& m) {
       .def("add_attend", &DecoderObject::add_attend, arg().none(), arg().none(), arg(), arg())
       .def("add_up", &DecoderObject::add_up)
       .def("add_product", &DecoderObject::add_product, arg(), arg(), arg().none())
+      .def("add_experts", &DecoderObject::add_experts, arg(), arg().none())
+      .def_prop_ro("expert_bytes", &DecoderObject::expert_bytes)
       .def("prepare", &DecoderObject::prepare, arg("num_tokens"))
       .def("step", &DecoderObject::step, arg("lanes"), arg("ids"), arg("positions"), arg("cu_seqlens"), arg("seq_rows"),
            arg("logit_rows"), arg("logits").none(), arg("greedy").none(), arg("hidden").none(), arg("query_rows").none(),

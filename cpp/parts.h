@@ -2,27 +2,29 @@
 //
 //   one after the other   norm heads append attend add   norm up add
 //   in parallel           norm heads append attend       norm up     add add
+//   with experts          norm heads append attend add   experts
 //
 // `norm` makes the input of the product behind it from the residual stream, `heads` makes q, k and v of it, `append`
 // writes k and v to the lanes, `attend` and `up` make the input of the product of the `add` that reads them, and `add`
-// adds that product to the stream. Another order of the same parts is another kind of layer.
+// adds that product to the stream. `experts` adds a mixture of experts of the norm of the stream. Another order of the same parts is another kind of layer.
 #pragma once
 
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "norm.h"
 #include "weight.h"
 
 namespace kvloom {
 
-enum class PartKind : int { kNorm, kHeads, kAppend, kAttend, kUp, kAdd };
+enum class PartKind : int { kNorm, kHeads, kAppend, kAttend, kUp, kAdd, kExperts };
 
 struct Part {
   PartKind kind = PartKind::kNorm;
   const PackedWeight* weight = nullptr;  // kHeads [(H + G) k_width + G v_width, hidden], kUp (gated or not), kAdd
   const PackedWeight* reader = nullptr;  // kNorm, kAttend, kUp: the product that reads what this part makes
-  Norm norm;                             // kNorm; kAdd: of the product before it is added, if there is one
+  Norm norm;                             // kNorm; kAdd, kExperts: of what is added, if there is one
   // kAppend
   Norm q_norm, k_norm;
   float clip = 0;
@@ -35,6 +37,9 @@ struct Part {
   Activation activation = Activation::kSilu;
   // kAdd: the product of what attention made, not of what `up` made
   bool of_attention = false;
+  // kExperts
+  const ExpertsLayer* experts = nullptr;
+  Norm input_norm;
 };
 
 // Parts [first, last) of the model's, over lanes of one shape.

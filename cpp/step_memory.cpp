@@ -56,7 +56,8 @@ void StepMemory::reserve(const DecoderModel& model, int num_tokens, int longest,
         (part.kind == PartKind::kUp ? inner : attended).reserve(part.reader->product, longest, part.reader->k);
         if (part.reader->product == Product::kInt8Int8) floats = std::max(floats, static_cast<std::size_t>(part.reader->k));
         break;
-      case PartKind::kAdd: normed_branch |= static_cast<bool>(part.norm); break;
+      case PartKind::kAdd:
+      case PartKind::kExperts: normed_branch |= static_cast<bool>(part.norm); break;
     }
   }
   for (const Rope& rope : model.ropes) rotary += 2 * rope.inverse_frequency.size();

@@ -27,6 +27,7 @@ struct StepMemory {
   std::vector<std::vector<float>> own_row;
   std::vector<float> own_scale;
   Workspace workspace;
+  ExpertsMemory experts;
 
   // Make room for steps of `model` over `num_tokens` tokens, of which `longest` at a time, with `num_logits` rows of
   // logits that nobody else keeps.

@@ -106,10 +106,57 @@ void pack_weight(PackedWeight& w, Element element, const void* source, const flo
   });
 }
 
+void pack_mxfp4(PackedWeight& w, const uint8_t* codes, const uint8_t* exponents) {
+  const std::size_t groups = static_cast<std::size_t>(w.k / kInt4Group);
+  ThreadPool::instance().run([&](Team& team) {
+    for (int p; (p = team.next()) < w.num_panels;) {
+      char* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes();
+      std::memset(panel, 0, w.panel_bytes());
+      for (int c = 0; c < kPanelColumns; ++c) {
+        const int from = weight_source_row(w, p, c);
+        if (from < 0) continue;
+        for (std::size_t g = 0; g < groups; ++g) {
+          const std::size_t at = static_cast<std::size_t>(from) * groups + g;
+          char* row = panel + g * kMxfp4RowBytes;
+          row[kInt4CodeBytes + c] = static_cast<char>(exponents[at]);
+          for (int u = 0; u < kInt4Group / 8; ++u) {
+            uint32_t word = 0;
+            for (int i = 0; i < 8; ++i) {
+              const uint32_t pair = codes[at * 16 + static_cast<std::size_t>(u * 4 + i / 2)];
+              word |= (pair >> 4 * (i % 2) & 15u) << int4_shift(i);
+            }
+            std::memcpy(row + (u * kPanelColumns + c) * 4, &word, 4);
+          }
+        }
+      }
+    }
+  });
+}
+
+namespace {
+
+void unpack_mxfp4_group(const char* row, int column, float* out) {
+  static constexpr float kMagnitude[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  const int exponent = static_cast<uint8_t>(row[kInt4CodeBytes + column]) - 127;
+  for (int i = 0; i < kInt4Group; ++i) {
+    uint32_t word;
+    std::memcpy(&word, row + (i / 8 * kPanelColumns + column) * 4, 4);
+    const uint32_t code = word >> int4_shift(i) & 15u;
+    out[i] = std::ldexp(code & 8u ? -kMagnitude[code & 7u] : kMagnitude[code & 7u], exponent);
+  }
+}
+
+}  // namespace
+
 void unpack_row(const PackedWeight& w, int row, float* out) {
   const Kernels& kernel = kernels();
   const std::size_t stride = static_cast<std::size_t>(panel_row_bytes(w.product));
   const char* panel = w.data + static_cast<std::size_t>(row / kPanelColumns) * w.panel_bytes();
+  if (is_mxfp4(w.product)) {
+    for (int i = 0; i < w.k; i += kInt4Group)
+      unpack_mxfp4_group(panel + static_cast<std::size_t>(i / kInt4Group) * stride, row % kPanelColumns, out + i);
+    return;
+  }
   if (is_int4(w.product)) {
     for (int i = 0; i < w.k; i += kInt4Group)
       unpack_int4_group(panel + static_cast<std::size_t>(i / kInt4Group) * stride, row % kPanelColumns,

@@ -18,6 +18,10 @@ int weight_source_row(const PackedWeight& weight, int p, int c);
 // row or group if the product is int8 or int4) into weight.data, .scale and .row_sum. Runs on all threads.
 void pack_weight(PackedWeight& weight, Element element, const void* source, const float* source_scale);
 
+// Pack MXFP4 into a weight of kMxfp4 or kMxfp4Float, as it is: codes [n, k / 32, 16 bytes], the first of two in the low
+// half, and exponents [n, k / 32] with a bias of 127. k is a multiple of 32.
+void pack_mxfp4(PackedWeight& weight, const uint8_t* codes, const uint8_t* exponents);
+
 // Read row `row` of an ungated weight back, as float: the embedding of a model that ties it to its output layer.
 void unpack_row(const PackedWeight& weight, int row, float* out);
 

@@ -18,6 +18,8 @@ enum class Product : int {
   kHalf = 5,      // IEEE half weight, float32 activations
   kInt4 = 6,      // int4 weight (a scale and an offset per output and 32 inputs), bf16 activations
   kInt4Float = 7, // the same, float32 activations
+  kMxfp4 = 8,     // MXFP4 weight (e2m1, a power of two per output and 32 inputs), bf16 activations
+  kMxfp4Float = 9,  // the same, float32 activations
 };
 
 constexpr int kPanelColumns = 32;
@@ -30,22 +32,28 @@ constexpr int kTileSliceBytes = 1536;
 constexpr int kInt4Group = 32;
 constexpr int kInt4CodeBytes = kInt4Group * kPanelColumns / 2;
 constexpr int kInt4RowBytes = kInt4CodeBytes + 2 * kPanelColumns * 2;
+// MXFP4's rows are [8 inputs x 4][32][4 bytes of codes][32 exponents with a bias of 127], codes in the same bits.
+constexpr int kMxfp4RowBytes = kInt4CodeBytes + kPanelColumns;
 constexpr int int4_shift(int i) { return 16 * (i % 2) + 4 * (i % 8 / 2); }
 
 constexpr bool is_int4(Product p) { return p == Product::kInt4 || p == Product::kInt4Float; }
+constexpr bool is_mxfp4(Product p) { return p == Product::kMxfp4 || p == Product::kMxfp4Float; }
 constexpr bool is_int8(Product p) {
   return p == Product::kInt8 || p == Product::kInt8Float || p == Product::kInt8Int8;
 }
 constexpr int activation_bytes(Product p) {
-  return p == Product::kBf16 || p == Product::kInt8 || p == Product::kInt4 ? 2 : p == Product::kInt8Int8 ? 1 : 4;
+  return p == Product::kInt8Int8                                                                      ? 1
+         : p == Product::kBf16 || p == Product::kInt8 || p == Product::kInt4 || p == Product::kMxfp4 ? 2
+                                                                                                      : 4;
 }
 // Inputs in a row of a panel, and bytes of that row.
 constexpr int weight_per(Product p) {
-  return is_int4(p) ? kInt4Group : is_int8(p) ? 4 : p == Product::kBf16 ? 2 : 1;
+  return is_int4(p) || is_mxfp4(p) ? kInt4Group : is_int8(p) ? 4 : p == Product::kBf16 ? 2 : 1;
 }
 constexpr int panel_row_bytes(Product p) {
-  return is_int4(p) ? kInt4RowBytes
-                    : kPanelColumns * weight_per(p) * (is_int8(p) ? 1 : p == Product::kFloat ? 4 : 2);
+  return is_int4(p)    ? kInt4RowBytes
+         : is_mxfp4(p) ? kMxfp4RowBytes
+                       : kPanelColumns * weight_per(p) * (is_int8(p) ? 1 : p == Product::kFloat ? 4 : 2);
 }
 
 // Activations of T tokens, cut into tiles of at most 12 rows and slices of at most 1536 bytes of k:
@@ -88,7 +96,12 @@ struct PackedWeight {
   size_t panel_bytes() const { return panel_rows() * panel_row_bytes(product); }
 };
 
-enum class Activation : int { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+enum class Activation : int {
+  kSilu = 0,
+  kGeluTanh = 1,
+  kGelu = 2,
+  kClampedGate = 8,  // of gate and up together: (up' + 1) gate' sigmoid(alpha gate'), both clamped at `limit`; see LinearArgs
+};
 
 enum class Finish : int {
   kStore = 0,  // y[t, n] = value, in `element`
@@ -97,6 +110,7 @@ enum class Finish : int {
   kGateTiles = 3,  // the same into `tiles` (of any product but kInt8Int8)
   kActivate = 4,   // y[t, n] = activation(value), in `element`
   kActivateTiles = 5,  // the same into `tiles`, as kGateTiles
+  kAddTo = 6,      // y[to[t], n] += by[t] * value, float32
 };
 
 struct LinearArgs {
@@ -108,6 +122,9 @@ struct LinearArgs {
   void* y;
   size_t y_stride;     // elements between rows
   const Tiles* tiles;  // kGateTiles, kActivateTiles; cut into tiles as `x` is
+  const int32_t* to = nullptr;  // kAddTo: [T] rows of y, each at most once
+  const float* by = nullptr;    // kAddTo: [T]
+  float alpha = 0, limit = 0;   // kClampedGate: gate' = min(gate, limit), up' = clamp(up, -limit, limit)
 };
 
 // A reader of one lane: `columns` are arena addresses in granules of 128 bytes; slot s lives in column s / P.

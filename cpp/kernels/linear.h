@@ -29,6 +29,16 @@ static inline vf activate(Activation activation, vf g) {
   return vmul(vmul(g, vset(0.5f)), vadd(t, vset(1.0f)));
 }
 
+static inline vf gated(const LinearArgs& args, vf gate, vf up) {
+  if (args.activation != Activation::kClampedGate) return vmul(activate(args.activation, gate), up);
+  const vf limit = vset(args.limit);
+  gate = vmin(gate, limit);
+  up = vmax(vmin(up, limit), vset(-args.limit));
+  const vf power = vmul(vmul(gate, vset(args.alpha)), vset(-1.4426950409f));
+  const vf swish = vdiv(gate, vadd(vset(1.0f), vexp2(vmin(power, vset(126.0f)))));
+  return vmul(vadd(up, vset(1.0f)), swish);
+}
+
 static void convert_to_float(Element e, const void* x, float* y, size_t n) {
   const uint16_t* h = (const uint16_t*)x;
   size_t i = 0;
@@ -148,12 +158,19 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
         vstore(at, vadd(vload(at), vload(w.bias + base + v)));
       }
   const size_t bytes = args.element == Element::kFloat ? 4 : 2;
-  if (args.finish == Finish::kStore || args.finish == Finish::kAdd) {
+  if (args.finish == Finish::kStore || args.finish == Finish::kAdd || args.finish == Finish::kAddTo) {
     const int columns = w.n - base < kPanelColumns ? w.n - base : kPanelColumns;
     for (int m = 0; m < rows; ++m) {
-      const size_t at = (size_t)(t0 + m) * args.y_stride + base;
+      const size_t at = (size_t)(args.to ? args.to[t0 + m] : t0 + m) * args.y_stride + base;
       const float* from = c + m * kPanelColumns;
-      if (args.finish == Finish::kAdd) {
+      if (args.finish == Finish::kAddTo) {
+        const float by = args.by[t0 + m];
+        float* y = (float*)args.y + at;
+        if (columns == kPanelColumns)
+          for (int v = 0; v < kPanelColumns; v += W) vstore(y + v, vadd(vload(y + v), vmul(vset(by), vload(from + v))));
+        else
+          for (int j = 0; j < columns; ++j) y[j] += by * from[j];
+      } else if (args.finish == Finish::kAdd) {
         float* y = (float*)args.y + at;
         if (columns == kPanelColumns)
           for (int v = 0; v < kPanelColumns; v += W) vstore(y + v, vadd(vload(y + v), vload(from + v)));
@@ -170,8 +187,8 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
   for (int m = 0; m < rows; ++m)
     for (int v = 0; v < width; v += W) {
       float* from = c + m * kPanelColumns + v;
-      vf value = activate(args.activation, vload(from));
-      vstore(from, w.gated ? vmul(value, vload(from + 16)) : value);
+      const vf first = vload(from);
+      vstore(from, w.gated ? gated(args, first, vload(from + 16)) : activate(args.activation, first));
     }
   if (args.finish == Finish::kGate || args.finish == Finish::kActivate) {
     for (int m = 0; m < rows; ++m)
@@ -208,8 +225,10 @@ static inline void ask_for_results(const LinearArgs& args, int p, int t0, int ro
     stride = args.y_stride * bytes;
   }
   const int last = width * bytes - 1;
-  for (int m = 0; m < rows; ++m, at += stride)
-    for (int i = 0; i <= last; i += 64) prefetch_to_write(at + i);
+  for (int m = 0; m < rows; ++m) {
+    char* row = args.to ? (char*)args.y + ((size_t)args.to[t0 + m] * args.y_stride + column) * bytes : at + m * stride;
+    for (int i = 0; i <= last; i += 64) prefetch_to_write(row + i);
+  }
 }
 
 constexpr int kMaxSlices = 64;
@@ -254,7 +273,7 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
   }
 }
 
-// A row of an int4 panel holds its own scales, so that all of a panel is one stream.
+// A row of a panel in four bits holds its own scales, so that all of a panel is one stream.
 template <class Kind>
 static void linear_of_int4(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end,
                            const float* sums) {
@@ -268,13 +287,14 @@ static void linear_of_int4(const LinearArgs& args, int panel_begin, int panel_en
     for (int tile = tile_begin; tile < tile_end; ++tile) {
       int t0 = tile * x.tile_rows;
       int rows = x.num_rows - t0 < x.tile_rows ? x.num_rows - t0 : x.tile_rows;
-      Int4Panel b = {panel, sums + (size_t)(tile - tile_begin) * groups * kTileRows, nullptr, w.num_slices,
+      const float* own_sums = Kind::kOffset ? sums + (size_t)(tile - tile_begin) * groups * kTileRows : nullptr;
+      Int4Panel b = {panel, own_sums, nullptr, w.num_slices,
                      groups / w.num_slices, 0};
       if (tiles == 1) {
         b.ahead = panel + kStreamAhead;
-        b.ahead_bytes = kInt4RowBytes;
+        b.ahead_bytes = Kind::kRowBytes;
       } else {  // the passes over this panel share the work of fetching the next one
-        b.ahead_bytes = (kInt4RowBytes / 64 + tiles - 1) / tiles * 64;
+        b.ahead_bytes = (Kind::kRowBytes / 64 + tiles - 1) / tiles * 64;
         size_t from = (size_t)(tile - tile_begin) * groups * b.ahead_bytes;
         if (from < panel_bytes) b.ahead = panel + panel_bytes + from;
       }
@@ -312,6 +332,8 @@ static void linear(const LinearArgs& args, int panel_begin, int panel_end, int t
     case Product::kInt8Int8: return linear_of<Int8ByUint8>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kInt4: return linear_of_int4<Int4ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
     case Product::kInt4Float: return linear_of_int4<Int4ByF32>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
+    case Product::kMxfp4: return linear_of_int4<Mxfp4ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
+    case Product::kMxfp4Float: return linear_of_int4<Mxfp4ByF32>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
   }
 }
 

@@ -1,9 +1,9 @@
-// Register-tile products of int4 panels: C[m, n] = sum_g (scale[g, n] sum_k A[m, k] code[k, n] + offset[g, n] sum_k A[m, k]),
+// Register-tile products of panels in four bits, int4 and MXFP4: C[m, n] = sum_g (scale[g, n] sum_k A[m, k] code[k, n] + offset[g, n] sum_k A[m, k]),
 // k over the 32 inputs of group g.
 //
 //   panel | group 0: codes of 32 x 32, 32 scales, 32 offsets | group 1 | ...
 //
-// Codes are multiplied as the integers that they are and summed by themselves in every group; scales and offsets meet
+// MXFP4's rows have no offsets and one byte a scale. Codes are multiplied as the numbers that they are and summed by themselves in every group; scales and offsets meet
 // these sums once a group. Groups are added in order: a result depends on neither the number of rows nor threads.
 #pragma once
 
@@ -15,10 +15,20 @@ namespace KVLOOM_ISA {
 using namespace kvloom;
 
 struct Int4ByBf16 {
-  static constexpr int kABytes = 2;
+  static constexpr int kABytes = 2, kRowBytes = kInt4RowBytes;
+  static constexpr bool kOffset = true;
 };
 struct Int4ByF32 {
-  static constexpr int kABytes = 4;
+  static constexpr int kABytes = 4, kRowBytes = kInt4RowBytes;
+  static constexpr bool kOffset = true;
+};
+struct Mxfp4ByBf16 {
+  static constexpr int kABytes = 2, kRowBytes = kMxfp4RowBytes;
+  static constexpr bool kOffset = false;
+};
+struct Mxfp4ByF32 {
+  static constexpr int kABytes = 4, kRowBytes = kMxfp4RowBytes;
+  static constexpr bool kOffset = false;
 };
 
 // One panel, the sums of its activations [group][12], and what to prefetch, `ahead_bytes` a group, or null.
@@ -40,7 +50,12 @@ template <class Kind> struct Pairs {
     vi x = vseti(unit_at(p));
     return {vlow(x), vhigh(x)};
   }
-  template <int J> static inline B b(vi codes) { return {vnibble<J>(codes), vnibble<J + 4>(codes)}; }
+  template <int J> static inline B b(vi codes) {
+    if constexpr (Kind::kOffset)
+      return {vnibble<J>(codes), vnibble<J + 4>(codes)};
+    else
+      return {ve2m1<J>(codes), ve2m1<J + 4>(codes)};
+  }
   static inline vf dot(vf acc, A a, B b) { return vfma(a.x1, b.x1, vfma(a.x0, b.x0, acc)); }
 };
 #if defined(KVLOOM_BF16)
@@ -52,6 +67,16 @@ template <> struct Pairs<Int4ByBf16> : Dot<WeightBf16> {
         (short)0xc100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000,
         (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100, 0x40e0, 0x40c0,
         0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0);
+    return {_mm512_permutexvar_epi16(J == 0 ? codes : _mm512_srli_epi16(codes, 4 * J), table)};
+  }
+};
+template <> struct Pairs<Mxfp4ByBf16> : Dot<WeightBf16> {
+  template <int J> static inline B b(vi codes) {
+    const vi table = _mm512_set_epi16(
+        (short)0xc0c0, (short)0xc080, (short)0xc040, (short)0xc000, (short)0xbfc0, (short)0xbf80, (short)0xbf00,
+        (short)0x8000, 0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0, (short)0xc0c0, (short)0xc080,
+        (short)0xc040, (short)0xc000, (short)0xbfc0, (short)0xbf80, (short)0xbf00, (short)0x8000, 0x40c0, 0x4080,
+        0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0);
     return {_mm512_permutexvar_epi16(J == 0 ? codes : _mm512_srli_epi16(codes, 4 * J), table)};
   }
 };
@@ -109,9 +134,9 @@ static inline void int4_tile(const char* a, size_t a_segment, const Int4Panel& p
         row += 8 * Kind::kABytes;
       }
       if (Ahead) {
-        if (ahead_bytes == kInt4RowBytes) {
+        if (ahead_bytes == Kind::kRowBytes) {
 #pragma GCC unroll 16
-          for (size_t i = 0; i < kInt4RowBytes; i += 64) prefetch(ahead + i);
+          for (size_t i = 0; i < Kind::kRowBytes; i += 64) prefetch(ahead + i);
         } else {
           for (size_t i = 0; i < ahead_bytes; i += 64) prefetch(ahead + i);
         }
@@ -120,22 +145,24 @@ static inline void int4_tile(const char* a, size_t a_segment, const Int4Panel& p
       // What is not held would be copied to the stack at every group, were it not for this.
       if (!kHeld) __asm__ volatile("" : : "r"(c) : "memory");
       const uint16_t* scale = (const uint16_t*)(data + kInt4CodeBytes) + column;
+      const uint8_t* exponent = (const uint8_t*)(data + kInt4CodeBytes) + column;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
-        vf by = vload_half(scale + v * W), offset = vload_half(scale + kPanelColumns + v * W);
+        const vf by = Kind::kOffset ? vload_half(scale + v * W) : vload_power(exponent + v * W);
+        const vf offset = Kind::kOffset ? vload_half(scale + kPanelColumns + v * W) : vzero();
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
           float* at = c + m * kPanelColumns + v * W;
           vf before = kHeld ? total[kHeld ? m : 0][v] : vload(at);
-          vf after = vfma(acc[m][v], by, vfma(vset(sums[m]), offset, before));
+          vf after = vfma(acc[m][v], by, Kind::kOffset ? vfma(vset(sums[m]), offset, before) : before);
           if (kHeld)
             total[kHeld ? m : 0][v] = after;
           else
             vstore(at, after);
         }
       }
-      sums += kTileRows;
-      data += kInt4RowBytes;
+      if (Kind::kOffset) sums += kTileRows;
+      data += Kind::kRowBytes;
     }
   }
   if (kHeld)
@@ -161,15 +188,16 @@ static inline void int4_rows(int rows, const char* a, size_t a_segment, const In
     for (int m = 0; m < rows; m += 2) {
       const char* from = a + m * kRowBytes;
       float* to = c + m * kPanelColumns + column;
+      const float* own_sums = Kind::kOffset ? panel.sums + m : nullptr;
       const bool first = Ahead && m == 0 && column == 0;
       if (m + 1 == rows && first)
-        int4_tile<Kind, 1, 1, true>(from, a_segment, panel, column, panel.sums + m, to);
+        int4_tile<Kind, 1, 1, true>(from, a_segment, panel, column, own_sums, to);
       else if (m + 1 == rows)
-        int4_tile<Kind, 1, 1, false>(from, a_segment, panel, column, panel.sums + m, to);
+        int4_tile<Kind, 1, 1, false>(from, a_segment, panel, column, own_sums, to);
       else if (first)
-        int4_tile<Kind, 2, 1, true>(from, a_segment, panel, column, panel.sums + m, to);
+        int4_tile<Kind, 2, 1, true>(from, a_segment, panel, column, own_sums, to);
       else
-        int4_tile<Kind, 2, 1, false>(from, a_segment, panel, column, panel.sums + m, to);
+        int4_tile<Kind, 2, 1, false>(from, a_segment, panel, column, own_sums, to);
     }
 #endif
 }

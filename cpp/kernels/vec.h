@@ -84,6 +84,14 @@ template <int J> static inline vf vnibble(vi a) {  // signed four bits from bit 
   const vf table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return _mm512_permutexvar_ps(J == 0 ? a : _mm512_srli_epi32(a, 4 * J), table);
 }
+template <int J> static inline vf ve2m1(vi a) {  // four bits from bit 4 J of every 32-bit lane: sign, two of exponent, mantissa
+  const vf table = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+  return _mm512_permutexvar_ps(J == 0 ? a : _mm512_srli_epi32(a, 4 * J), table);
+}
+static inline vf vload_power(const uint8_t* p) {  // 2^(p - 127)
+  const vi bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23);
+  return _mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_set1_epi32(0x00400000)));
+}
 static inline vf vfromi(vi a) { return _mm512_cvtepi32_ps(a); }
 static inline vf vload_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -147,6 +155,15 @@ template <int J> static inline vf vbyte(vi a) {
 }
 template <int J> static inline vf vnibble(vi a) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(J == 7 ? a : _mm256_slli_epi32(a, 28 - 4 * J), 28));
+}
+template <int J> static inline vf ve2m1(vi a) {  // a lookup sees three bits; the sign is moved to its place
+  const vf table = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
+  const vi sign = _mm256_and_si256(J == 7 ? a : _mm256_slli_epi32(a, 28 - 4 * J), _mm256_set1_epi32((int)0x80000000u));
+  return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, J == 0 ? a : _mm256_srli_epi32(a, 4 * J)), _mm256_castsi256_ps(sign));
+}
+static inline vf vload_power(const uint8_t* p) {  // 2^(p - 127)
+  const vi bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), 23);
+  return _mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_set1_epi32(0x00400000)));
 }
 static inline vf vfromi(vi a) { return _mm256_cvtepi32_ps(a); }
 static inline vf vload_bf16(const uint16_t* p) {
@@ -219,6 +236,17 @@ template <int J> static inline vf vbyte(vi a) {
 template <int J> static inline vf vnibble(vi a) {
   vf r;
   for (int i = 0; i < W; ++i) r[i] = (float)((int32_t)((uint32_t)a[i] << (28 - 4 * J)) >> 28);
+  return r;
+}
+template <int J> static inline vf ve2m1(vi a) {
+  const float table[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = table[(uint32_t)a[i] >> (4 * J) & 15];
+  return r;
+}
+static inline vf vload_power(const uint8_t* p) {  // 2^(p - 127)
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = bits_float(p[i] ? (uint32_t)p[i] << 23 : 0x00400000u);
   return r;
 }
 static inline vf vload_bf16(const uint16_t* p) {

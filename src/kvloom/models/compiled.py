@@ -33,13 +33,13 @@ def unsupported(config: DecoderConfig, block_size: int) -> list[str]:
     """Return every reason why the CPU kernels cannot run `config`: what they lack of its parts; [] means nothing."""
     parts = [part for index in range(config.num_layers) for part in lower_layer(config, index)]
     activations = dict.fromkeys(part.activation for part in parts if isinstance(part, Up))
+    if any(isinstance(part, AddExperts) for part in parts):
+        activations[config.activation] = None
     known = ", ".join(ACTIVATION)
     reasons = []
     if config.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
     reasons += [f"activation {name!r} is not one of {known}" for name in activations if name not in ACTIVATION]
-    if any(isinstance(part, AddExperts) for part in parts):
-        reasons.append("it has a mixture of experts")
     if block_size % BLOCK_SLOTS:
         reasons.append(f"block_size is {block_size}; the kernels take multiples of {BLOCK_SLOTS}")
     return reasons
@@ -132,7 +132,7 @@ class CompiledModel:
                 product, norm = weights.product(part.product), weights.norm(part.norm)
                 decoder.add_product(product, of_attention=part.of_attention, norm=norm)
             case AddExperts():
-                raise AssertionError("refused by `unsupported`")
+                decoder.add_experts(weights.mixture(part), norm=weights.norm(part.norm))
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -268,6 +268,11 @@ class CompiledModel:
         [o] = [part.product for part in parts if isinstance(part, Add) and part.of_attention]
         packed = self._weights.product(o)
         return torch.stack([packed.row(i) for i in range(packed.shape[0])])
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of experts that all steps read so far (see `StepDecoder.expert_bytes`)."""
+        return self._decoder.expert_bytes
 
     @property
     def num_bytes(self) -> int:

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
-from kvloom.kernels.cpu import NormWeights, PackedWeight
+from kvloom.kernels.cpu import Experts, NormWeights, PackedWeight
 from kvloom.models.lowering import lower_layer
-from kvloom.models.parts import Add, Heads, NormSpec, ProductSpec, Up
+from kvloom.models.mixture_weights import MixtureWeights
+from kvloom.models.parts import Add, AddExperts, Heads, NormSpec, ProductSpec, Up
 from kvloom.spec.decoder import DecoderConfig
 
 
@@ -35,13 +36,17 @@ class CompiledWeights:
         reader = {
             name: part for part in parts if isinstance(part, (Heads, Up, Add)) for name in _names(part.product)
         }  # of each tensor
+        self._mixtures = {part.at: MixtureWeights(config, product) for part in parts if isinstance(part, AddExperts)}
         pending: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
+            own = name.rpartition(".")[2]  # in its layer
             if name in tables:
                 self._tables[name] = PackedWeight(tensor.contiguous(), tables[name])
             elif name in reader:
                 pending[name] = tensor
                 self._pack(reader[name].product, isinstance(reader[name], Up), pending)
+            elif (mixture := self._mixtures.get(name[: name.rfind(".") + 1])) and mixture.wants(own):
+                mixture.add(own, tensor)
             else:  # norms and sinks
                 self._vectors[name] = tensor.clone()
         assert not pending, f"unknown weights: {sorted(pending)}"
@@ -76,6 +81,10 @@ class CompiledWeights:
         """Return a product of a layer."""
         return self._packed[spec]
 
+    def mixture(self, part: AddExperts) -> Experts:
+        """Return a mixture of experts of a layer."""
+        return self._mixtures[part.at].mixture
+
     def vector(self, name: str | None) -> torch.Tensor | None:
         """Return the vector of that name, None for None."""
         return None if name is None else self._vectors[name]
@@ -91,7 +100,9 @@ class CompiledWeights:
     def num_bytes(self) -> int:
         """Bytes of all weights, tied ones once."""
         vectors = sum(w.numel() * w.element_size() for w in self._vectors.values())
-        return vectors + sum(packed.num_bytes for packed in (*self._packed.values(), *self._tables.values()))
+        mixtures = sum(mixture.num_bytes for mixture in self._mixtures.values())
+        products = sum(packed.num_bytes for packed in (*self._packed.values(), *self._tables.values()))
+        return vectors + mixtures + products
 
 
 def _names(product: ProductSpec) -> list[str]:

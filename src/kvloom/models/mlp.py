@@ -20,7 +20,7 @@ Weights = Mapping[str, torch.Tensor]
 def experts(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:
     """Return the mixture of experts [T, hidden] of x [T, hidden]; each expert runs once, on the tokens that chose it.
 
-    Sums over a token's experts go in the order of their number, whatever else is in the batch.
+    Sums over a token's experts go in the order of their number, the shared one last, whatever else is in the batch.
     """
     chosen = config.experts
     assert chosen is not None
@@ -30,14 +30,32 @@ def experts(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -
         token, place = torch.where(index == expert)
         result = _expert(x[token], weights, at, expert, config, chosen)
         out.index_add_(0, token, (result * share[token, place, None]).to(out.dtype))
-    return out
+    return out + _shared(x, weights, at, config) if chosen.shared_size else out
 
 
 def route(x: torch.Tensor, weights: Weights, at: str, chosen: ExpertsConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return shares [T, k] float32 and numbers [T, k] of the k best experts of each token x [T, hidden]."""
-    logits = F.linear(x, weights[at + "router"], weights.get(at + "router_bias"))
-    share, index = torch.topk(torch.softmax(logits.float(), dim=-1), chosen.per_token, dim=-1)
-    return share / share.sum(-1, keepdim=True) if chosen.normalise else share, index
+    """Return shares [T, k] float32 and numbers [T, k] of the k experts that each token x [T, hidden] takes."""
+    logits = F.linear(x, weights[at + "router"], weights.get(at + "router_bias")).float()
+    score = torch.sigmoid(logits) if chosen.sigmoid else torch.softmax(logits, dim=-1)
+    choice = score + weights[at + "router_selection_bias"].float() if chosen.selection_bias else score
+    if chosen.kept_groups < chosen.groups:
+        grouped = choice.view(len(choice), chosen.groups, -1)  # [T, groups, members]
+        best = grouped.topk(chosen.group_best, dim=-1).values.sum(-1)
+        lost = torch.ones_like(best, dtype=torch.bool).scatter(-1, best.topk(chosen.kept_groups, dim=-1).indices, False)
+        choice = grouped.masked_fill(lost[..., None], -torch.inf).flatten(-2)
+    index = choice.topk(chosen.per_token, dim=-1).indices
+    share = score.gather(-1, index)
+    if chosen.normalise:
+        share = share / (share.sum(-1, keepdim=True) + 1e-20)
+    return share * chosen.scale, index
+
+
+def _shared(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:
+    act = ACTIVATIONS[config.activation]
+    inner = act(F.linear(x, weights[at + "shared_gate"])) * F.linear(x, weights[at + "shared_up"])
+    result = F.linear(inner, weights[at + "shared_down"])
+    logit = weights.get(at + "shared_router")  # [1, hidden]
+    return result if logit is None else result * torch.sigmoid(F.linear(x, logit))
 
 
 def _expert(

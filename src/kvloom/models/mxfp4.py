@@ -9,6 +9,7 @@ shape is [E, n, R]: rows are stored where columns are meant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvloom.errors import CheckpointError
@@ -22,6 +23,25 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
 _BYTES, _VALUES = 16, 32
 """Bytes and values of a block."""
+
+
+@dataclass(frozen=True)
+class Mxfp4Weight:
+    """Weights in MXFP4, one row for each output: codes [..., out, in / 32, 16] and exponents [..., out, in / 32].
+
+    Both are uint8; the exponents have a bias of 127.
+    """
+
+    codes: torch.Tensor
+    exponents: torch.Tensor
+
+    def __getitem__(self, index: int) -> Mxfp4Weight:
+        """Return one matrix of several."""
+        return Mxfp4Weight(self.codes[index], self.exponents[index])
+
+    def rows(self, rows: slice) -> Mxfp4Weight:
+        """Return some of the outputs, in memory of their own."""
+        return Mxfp4Weight(self.codes[..., rows, :, :].contiguous(), self.exponents[..., rows, :].contiguous())
 
 
 class Mxfp4Tensors:
@@ -57,6 +77,15 @@ class Mxfp4Tensors:
     def unreadable(self) -> Mapping[str, str]:
         """Tensors of other types that are not supported."""
         return {name: kind for name, kind in self._file.unreadable.items() if name in self._shapes}
+
+    def stored(self, name: str) -> Mxfp4Weight | None:
+        """Return a tensor as it is stored, perhaps in the mapped file; None if that is not MXFP4."""
+        if name not in self._packed:
+            return None
+        import torch
+
+        codes = self._file.read(name + BLOCKS, torch.uint8, borrowed=True)
+        return Mxfp4Weight(codes, self._file.read(name + SCALES, torch.uint8, borrowed=True))
 
     def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
         """Return a tensor of `dtype`, fresh if it was in MXFP4 (see `TensorFile`).

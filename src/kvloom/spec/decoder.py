@@ -59,10 +59,14 @@ class LayerConfig:
 class ExpertsConfig:
     """Mixture of experts in the layers that are `routed`: `count` gated MLPs, of which each token passes `per_token`.
 
-    Weights of the chosen ones are their softmax over all experts, divided by their sum if `normalise`. `clamp`, if
-    given, is (alpha, limit) of gate' = min(gate, limit), up' = clamp(up, -limit, limit) and
-    (up' + 1) * gate' * sigmoid(alpha * gate') in place of activation(gate) * up (gpt-oss). `bias` puts a bias on
-    router and experts.
+    Scores are the softmax of the router's logits over all experts, or their `sigmoid`. The experts with the highest
+    scores are chosen, or with the highest sum of score and a learned `selection_bias`; where experts lie in `groups` of
+    neighbours, only those of the `kept_groups` whose `group_best` best choices sum highest. A chosen expert's result is
+    multiplied by its score, divided by the sum of the chosen ones' scores if `normalise`, times `scale`
+    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `clamp`, if given, is (alpha, limit) of gate' = min(gate, limit),
+    up' = clamp(up, -limit, limit) and (up' + 1) * gate' * sigmoid(alpha * gate') in place of activation(gate) * up
+    (gpt-oss). `bias` puts a bias on router and experts. Every token also passes a gated MLP of `shared_size`, if that
+    is not 0; with `shared_gate` its result is multiplied by the sigmoid of a learned logit.
     """
 
     count: int
@@ -71,6 +75,14 @@ class ExpertsConfig:
     normalise: bool = True
     bias: bool = False
     clamp: tuple[float, float] | None = None
+    sigmoid: bool = False
+    selection_bias: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    group_best: int = 1
+    shared_size: int = 0
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,12 @@ class PackedModel:
         return tuple(matrix for layer in self.model.layers for matrix in _matrices(layer, hidden))
 
     @cached_property
+    def routers(self) -> tuple[Matrix, ...]:
+        """Routers of experts, which are held in float32."""
+        hidden = self.model.hidden_size
+        return tuple(router for layer in self.model.layers for router in _routers(layer, hidden))
+
+    @cached_property
     def obstacles(self) -> tuple[str, ...]:
         """Every reason in the model's shape why the kernels do not run it, and their packing is not known."""
         found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
@@ -56,13 +62,15 @@ class PackedModel:
         rows = -(-model.table_params // model.hidden_size)
         tables = self.tables.held_bytes(Matrix(rows, model.hidden_size)) if rows else 0
         layers = sum(self.layers.held_bytes(matrix) for matrix in self.matrices)
+        layers += sum(PACKINGS["fp32"].held_bytes(router) for router in self.routers)
         return self.embedding_bytes + self.head_bytes + layers + vectors + tables
 
     @cached_property
     def bytes_per_layer_weight(self) -> float:
         """Fewest bytes that are read for a weight of the layers: its code, and its share of the scales."""
         read = sum(self.layers.read_bytes(matrix) for matrix in self.matrices)
-        return read / sum(matrix.num_params for matrix in self.matrices)
+        read += sum(PACKINGS["fp32"].read_bytes(router) for router in self.routers)
+        return read / sum(matrix.num_params for matrix in (*self.matrices, *self.routers))
 
     @property
     def bytes_per_head_weight(self) -> float:
@@ -106,10 +114,31 @@ def _mlp_matrices(mlp: FeedForward | None, hidden: int) -> list[Matrix]:
     if mlp is None:
         return []
     if isinstance(mlp, Experts):
-        return _estimated(mlp.matrix_params(hidden), hidden)
+        return _expert_matrices(mlp, hidden)
     gated = mlp.matrices == 3
     first = Matrix((mlp.matrices - 1) * mlp.intermediate, hidden, gated=gated, bias=mlp.up_bias)
     return [first, Matrix(hidden, mlp.intermediate, bias=mlp.down_bias)]
+
+
+def _expert_matrices(mlp: Experts, hidden: int) -> list[Matrix]:
+    """Return gate and up as one matrix and down, of each expert and of the shared one."""
+    if mlp.matrices != 3:
+        return _estimated(mlp.matrix_params(hidden) - _router(mlp, hidden).num_params, hidden)
+
+    def pair(width: int, bias: bool) -> list[Matrix]:
+        return [Matrix(2 * width, hidden, gated=True, bias=bias), Matrix(hidden, width, bias=bias)]
+
+    shared = pair(mlp.shared_intermediate, False) if mlp.shared_intermediate else []
+    return [*pair(mlp.intermediate, mlp.bias) * mlp.num_experts, *shared]
+
+
+def _router(mlp: Experts, hidden: int) -> Matrix:
+    """Return the router, a row for each expert and one for the gate of a shared one."""
+    return Matrix(mlp.num_experts + mlp.shared_gate, hidden, bias=mlp.bias)
+
+
+def _routers(layer: LayerSpec, hidden: int) -> list[Matrix]:
+    return [_router(layer.mlp, hidden)] if isinstance(layer.mlp, Experts) else []
 
 
 def _estimated(num_params: int, hidden: int) -> list[Matrix]:
@@ -119,7 +148,7 @@ def _estimated(num_params: int, hidden: int) -> list[Matrix]:
 
 def _small_params(layer: LayerSpec, hidden: int) -> int:
     """Return the numbers of a layer outside its matrices and the biases beside them."""
-    matrices = _matrices(layer, hidden)
+    matrices = [*_matrices(layer, hidden), *_routers(layer, hidden)]
     biases = sum(matrix.outputs for matrix in matrices if matrix.bias)
     return max(0, layer.num_params(hidden) - sum(matrix.num_params for matrix in matrices) - biases)
 
@@ -134,7 +163,7 @@ def _obstacles(layer: LayerSpec) -> list[str]:
         "heads of K and V differ in width": mixer.v_width != mixer.head_dim,
         "attention has a gate": mixer.gated,
         "layers share keys and values": layer.source is not None or not mixer.owns_kv,
-        "it has a mixture of experts": isinstance(mlp, Experts),
+        "experts have no gate": isinstance(mlp, Experts) and mlp.matrices != 3,
         "layers have matrices beside attention and MLP": layer.extra_params > 0,
     }
     return [reason for reason, there in applies.items() if there]

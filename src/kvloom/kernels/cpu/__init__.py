@@ -2,7 +2,8 @@
 
 from kvloom.kernels.cpu.attention import Lanes, LayerShape, append, attention, key_mass, key_mass_of_layers
 from kvloom.kernels.cpu.decoder import NormWeights, StepDecoder
-from kvloom.kernels.cpu.linear import PRODUCTS, PackedWeight, linear
+from kvloom.kernels.cpu.experts import Experts, Routing
+from kvloom.kernels.cpu.linear import MXFP4_PRODUCTS, PRODUCTS, PackedWeight, linear
 from kvloom.kernels.cpu.machine import (
     available_isas,
     force_isa,
@@ -15,11 +16,14 @@ from kvloom.kernels.cpu.slots import copy_slots, read_slots, write_slots
 from kvloom.kernels.cpu.threads import num_threads, set_num_threads
 
 __all__ = [
+    "MXFP4_PRODUCTS",
     "PRODUCTS",
+    "Experts",
     "Lanes",
     "LayerShape",
     "NormWeights",
     "PackedWeight",
+    "Routing",
     "StepDecoder",
     "append",
     "argmax",

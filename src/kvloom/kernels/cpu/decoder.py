@@ -12,6 +12,7 @@ import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.attention import Lanes, LayerShape
 from kvloom.kernels.cpu.elements import ACTIVATION
+from kvloom.kernels.cpu.experts import Experts
 from kvloom.kernels.cpu.linear import PackedWeight
 from kvloom.kernels.cpu.threads import follow_torch
 
@@ -97,6 +98,15 @@ class StepDecoder:
     def add_product(self, product: PackedWeight, *, of_attention: bool, norm: NormWeights | None = None) -> None:
         """Add to the residual stream: product [hidden, H Dv] of what attention made, or [hidden, I] of the inside."""
         self._build(self._decoder.add_product, product.packed, of_attention, _norm(norm))
+
+    def add_experts(self, experts: Experts, *, norm: NormWeights | None = None) -> None:
+        """Add to the residual stream the mixture of the norm before it, through `norm` if there is one."""
+        self._build(self._decoder.add_experts, experts.mixture, _norm(norm))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of experts that all steps read: of each layer and stretch the distinct ones that its tokens chose."""
+        return self._decoder.expert_bytes
 
     @staticmethod
     def _build(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -17,6 +17,9 @@ STORE_ELEMENT.register("int8", 3)
 ACTIVATION = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 """Code of each activation."""
 
+CLAMPED_GATE = 8
+"""Code of the gate that experts with a clamp have."""
+
 
 def element_of(x: torch.Tensor, name: str) -> int:
     """Return the code of a float tensor's dtype; raises InvalidInputError for others and for other devices."""

@@ -12,6 +12,9 @@ PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 
 "w8a8" quantises each row of activations when it arrives. "fp16" has float32 activations. Sums are float32 (int32
 in w8a8)."""
 
+MXFP4_PRODUCTS = {"mxfp4": 8, "mxfp4_fp32": 9}
+"""The same of weights that come in MXFP4 (`PackedWeight.of_mxfp4`) and stay so: bf16 or float32 activations."""
+
 
 class PackedWeight:
     """A weight [N, K] in panels of 32 outputs; immutable. `gated` packs [gate; up] rows side by side.
@@ -49,6 +52,39 @@ class PackedWeight:
         self.packed = _ext.PackedWeight(
             weight.data_ptr(), element, rows, weight.shape[1], PRODUCTS[product], gated, pointer(scale), pointer(bias)
         )
+
+    @classmethod
+    def of_mxfp4(
+        cls,
+        codes: torch.Tensor,
+        exponents: torch.Tensor,
+        product: str,
+        *,
+        gated: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> "PackedWeight":
+        """Return a weight [N, K] that is kept as it is given: codes [N, K / 32, 16] and exponents [N, K / 32] in uint8.
+
+        The format is that of `models.mxfp4`; `product` is one of `MXFP4_PRODUCTS`. `gated` and `bias` as above.
+        """
+        if product not in MXFP4_PRODUCTS:
+            raise InvalidInputError(f"product {product!r} takes no MXFP4; one of {', '.join(MXFP4_PRODUCTS)}")
+        contiguous(codes, "codes", torch.uint8)
+        contiguous(exponents, "exponents", torch.uint8)
+        if codes.dim() != 3 or codes.shape[2] != 16 or exponents.shape != codes.shape[:2]:
+            shapes = f"{tuple(codes.shape)} and {tuple(exponents.shape)}"
+            expected = "[N, K / 32, 16] and [N, K / 32]"
+            raise InvalidInputError(f"codes and exponents have shapes {shapes}; expected {expected}")
+        rows, columns = codes.shape[0], codes.shape[1] * 32
+        if bias is not None and contiguous(bias, "bias", torch.float32).shape != (rows,):
+            raise InvalidInputError(f"bias has shape {tuple(bias.shape)}; expected ({rows},)")
+        weight = cls.__new__(cls)
+        weight.product, weight.gated, weight.shape = product, gated, (rows, columns)
+        follow_torch()
+        weight.packed = _ext.PackedWeight(
+            codes.data_ptr(), 0, rows, columns, MXFP4_PRODUCTS[product], gated, exponents.data_ptr(), pointer(bias)
+        )
+        return weight
 
     @property
     def num_bytes(self) -> int:
