@@ -5,10 +5,12 @@ import torch
 
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
+from kvloom.cli.answer import Answer
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.engine import Engine
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
+from kvloom.errors import RequestFailedError
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel, _best_tokens
@@ -74,6 +76,16 @@ def test_where_all_keys_and_values_are_finite_the_error_says_so(kind):
     finish(engine)
     assert "the end of the last layer or the head" in str(request.error)
     nothing_left(engine)
+
+
+def test_the_command_line_ends_with_the_error_after_what_there_is():
+    engine = poisoned_engine()
+    request = engine.add([*PROMPT, POISON], greedy(8))
+    finish(engine)
+    shown = Answer().follow(iter([engine.output(request)]))
+    assert next(shown).error is not None
+    with pytest.raises(RequestFailedError, match="not a finite number"):
+        next(shown)
 
 
 def test_nothing_of_a_request_that_is_not_finite_can_be_adopted_by_another():

@@ -37,6 +37,26 @@ def test_a_failing_step_fails_its_request_and_the_server_goes_on(tiny_folder):
         assert call(server, "GET", "/health").status == 200
 
 
+def test_a_request_without_finite_logits_fails_alone_and_is_told_why(tiny_folder):
+    with running(make_llm(tiny_folder)) as server:
+        expected = complete(server).json()["choices"]
+        runner = server.service.engine.runner
+        original = runner.forward
+
+        def spoiled(*arguments, **options):
+            runner.forward = original
+            found = original(*arguments, **options)
+            found.output.greedy[:] = [-1] * len(found.output.greedy)
+            return found
+
+        runner.forward = spoiled
+        reply = complete(server)
+        assert (reply.status, reply.json()["error"]["code"]) == (500, "request_failed")
+        assert "not a finite number" in reply.json()["error"]["message"]
+        assert server.blocks_in_use() == 0
+        assert complete(server).json()["choices"] == expected
+
+
 def test_a_stream_that_fails_in_the_middle_ends_with_an_error_event(tiny_folder):
     with running(make_llm(tiny_folder)) as server:
         sock = open_stream(server, max_tokens=200)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvloom.errors import RequestFailedError
+
 if TYPE_CHECKING:
     from kvloom.engine.output import RequestOutput
 
@@ -22,13 +24,18 @@ class Answer:
     output: "RequestOutput | None" = None
 
     def follow(self, outputs: "Iterator[RequestOutput]") -> "Generator[RequestOutput, None, None]":
-        """Yield each of `outputs`, keeping the newest and the times of the first and the last token."""
+        """Yield each of `outputs`, keeping the newest and the times of the first and the last token.
+
+        Raises `RequestFailedError` after the last when the request has ended with an error.
+        """
         for output in outputs:
             self.output = output
             self.last = time.perf_counter()
             if self.first is None and any(completion.token_ids for completion in output.outputs):
                 self.first = self.last
             yield output
+            if output.error is not None:
+                raise RequestFailedError(output.error)
 
     @property
     def text(self) -> str:

@@ -152,7 +152,8 @@ class ServingThread(EngineThread):
             ledger = self._ledgers.get(request.request_id)
             if ledger is None:
                 continue
-            self.metrics.progressed(ledger, now)
+            if request.error is None:
+                self.metrics.progressed(ledger, now)
             if request.finished:
                 del self._ledgers[request.request_id]
                 if request.error is None:
