@@ -2,18 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from families import VARIANTS, decoder_of, expected_logits, feed, oracle_of
+from kvloom.cache.kvcache import KVCache
 from kvloom.errors import CheckpointError
 from kvloom.models.checkpoint import open_checkpoint
+from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
+from kvloom.models.loader import load_model
+from kvloom.models.model import StepWanted
 from kvloom.models.mxfp4 import Mxfp4Tensors
 from kvloom.models.safetensors_folder import SafetensorsFolder
-from tiny_model import cache_of, random_tokens
+from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
+from tiny_model import batch_of, cache_of, random_tokens
 from tolerances import LOGITS_FLOAT32
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -77,6 +83,26 @@ def test_the_logits_are_those_of_transformers(packed):
         cache = cache_of(decoder)
         logits = feed(decoder, cache, cache.lanes.open(), tokens, chunk)
         assert (logits - expected_logits(oracle, tokens)).abs().max() < LOGITS_FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_keep_experts_in_four_bits_and_have_the_logits_of_transformers(packed, dtype):
+    pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
+    folder, oracle = packed
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, dtype, block_size=16, backend="cpu")
+    decoded = CompiledModel(checkpoint.config, checkpoint.tensors(dtype), dtype)
+    count, hidden, wide, bits = 5, 64, 96, 8 * dtype.itemsize
+    weights = checkpoint.config.num_layers * count * 3 * hidden * wide
+    assert decoded.num_bytes - model.num_bytes == weights * (bits - 4.25) / 8
+    store = NATIVE_STORE[str(dtype).removeprefix("torch.")]
+    cache = KVCache(checkpoint.config.kv_spec(16, store), 4 * SLAB_BYTES, 2, dtype, layout="cpu")
+    tokens, sequence = random_tokens(40, 131), cache.lanes.open()
+    assert cache.lanes.extend(sequence, 40)
+    found = model.step(batch_of([(sequence, 0, tokens)]), cache, StepWanted(np.arange(40, dtype=np.int32))).logits
+    spread = expected_logits(oracle, tokens).std()
+    limit = LOGITS_FLOAT32 if dtype == torch.float32 else 0.2 * spread
+    assert (found - expected_logits(oracle, tokens)).abs().max() < limit
 
 
 def test_parts_that_do_not_go_together_are_all_named(packed):

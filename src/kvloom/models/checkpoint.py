@@ -22,6 +22,8 @@ from kvloom.spec.families import family_of_config, family_of_gguf
 if TYPE_CHECKING:
     import torch
 
+    from kvloom.models.families.weight import Weight
+    from kvloom.models.mxfp4 import Mxfp4Weight
     from kvloom.models.tokenizer import Tokenizer
 
 _HARMLESS_SUFFIXES = (
@@ -57,7 +59,20 @@ class Checkpoint:
         or unreadable one is named in one `CheckpointError`.
         """
         self.check()
-        return self._stream(dtype, borrowed)
+        expected = self.family.expected(self.config)
+        return ((name, self._read(layer, weight, dtype, borrowed)) for name, layer, weight in expected)
+
+    def packed_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Mxfp4Weight]]:
+        """Return what `tensors` does, borrowed, but those stored in MXFP4 as `Mxfp4Weight` [experts, out, in]."""
+        from kvloom.models.mxfp4 import Mxfp4Tensors
+
+        self.check()
+        for name, layer, weight in self.family.expected(self.config):
+            [source, *others] = weight.sources(self.config, layer, self.is_gguf)
+            stored = None
+            if isinstance(self._file, Mxfp4Tensors) and not others:
+                stored = self._file.stored(self._stored_names[source])
+            yield name, self._read(layer, weight, dtype, True) if stored is None else stored.rows(*weight.mxfp4_rows)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer and chat template of the model; raises `CheckpointError`, `UnsupportedError`."""
@@ -117,15 +132,14 @@ class Checkpoint:
             return f"{stored} is stored as {unreadable[stored]}, which is not supported (known: {known})"
         return None
 
-    def _stream(self, dtype: torch.dtype, borrowed: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(self, layer: int, weight: Weight, dtype: torch.dtype, borrowed: bool) -> torch.Tensor:
         import torch
 
-        for name, layer, weight in self.family.expected(self.config):
-            kind = torch.float32 if weight.is_norm else dtype
-            names = weight.sources(self.config, layer, self.is_gguf)
-            parts = [self._file.read(self._stored_names[source], kind, borrowed=borrowed) for source in names]
-            tensor = torch.stack(parts) if "{e}" in (weight.gguf if self.is_gguf else weight.hf) else parts[0]
-            yield name, _owned(weight.transform(self.is_gguf)(tensor, self.config).contiguous())
+        kind = torch.float32 if weight.is_norm else dtype
+        names = weight.sources(self.config, layer, self.is_gguf)
+        parts = [self._file.read(self._stored_names[source], kind, borrowed=borrowed) for source in names]
+        tensor = torch.stack(parts) if "{e}" in (weight.gguf if self.is_gguf else weight.hf) else parts[0]
+        return _owned(weight.transform(self.is_gguf)(tensor, self.config).contiguous())
 
 
 def open_checkpoint(

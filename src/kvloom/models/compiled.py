@@ -16,6 +16,7 @@ from kvloom.kernels.cpu.elements import ACTIVATION
 from kvloom.models.compiled_weights import CompiledWeights
 from kvloom.models.lowering import lower_input, lower_layer, lower_output
 from kvloom.models.model import StepOutput, StepWanted
+from kvloom.models.mxfp4 import Mxfp4Weight
 from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, Part, Up
 from kvloom.models.rope import amplitudes, inverse_frequencies
 from kvloom.spec.decoder import DecoderConfig, RopeConfig
@@ -52,13 +53,14 @@ class CompiledModel:
     joined with are there, so that loading needs one product beside the packed model. `quantization` "int8" stores all
     weights in int8 with a scale per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs
     of a row, and embedding and output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and
-    output layer in `dtype`; None changes nothing. A table of learned positions stays in `dtype`.
+    output layer in `dtype`; None changes nothing, and experts in MXFP4 then stay so. A table of learned positions stays
+    in `dtype`.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        tensors: Iterable[tuple[str, torch.Tensor | Mxfp4Weight]],
         dtype: torch.dtype,
         quantization: str | None = None,
     ) -> None:

@@ -7,6 +7,7 @@ import torch
 from kvloom.kernels.cpu import Experts, NormWeights, PackedWeight
 from kvloom.models.lowering import lower_layer
 from kvloom.models.mixture_weights import MixtureWeights
+from kvloom.models.mxfp4 import Mxfp4Weight
 from kvloom.models.parts import Add, AddExperts, Heads, NormSpec, ProductSpec, Up
 from kvloom.spec.decoder import DecoderConfig
 
@@ -21,7 +22,7 @@ class CompiledWeights:
     def __init__(
         self,
         config: DecoderConfig,
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        tensors: Iterable[tuple[str, torch.Tensor | Mxfp4Weight]],
         *,
         product: str,
         output_product: str,
@@ -40,13 +41,16 @@ class CompiledWeights:
         pending: dict[str, torch.Tensor] = {}
         for name, tensor in tensors:
             own = name.rpartition(".")[2]  # in its layer
+            mixture = self._mixtures.get(name.removesuffix(own))
+            if mixture is not None and mixture.wants(own):
+                mixture.add(own, tensor)
+                continue
+            assert isinstance(tensor, torch.Tensor), f"{name} is in MXFP4 and of no expert"
             if name in tables:
                 self._tables[name] = PackedWeight(tensor.contiguous(), tables[name])
             elif name in reader:
                 pending[name] = tensor
                 self._pack(reader[name].product, isinstance(reader[name], Up), pending)
-            elif (mixture := self._mixtures.get(name[: name.rfind(".") + 1])) and mixture.wants(own):
-                mixture.add(own, tensor)
             else:  # norms and sinks
                 self._vectors[name] = tensor.clone()
         assert not pending, f"unknown weights: {sorted(pending)}"

@@ -34,7 +34,8 @@ def load_model(
         from kvloom.models.compiled import CompiledModel
 
         release_free_heap()  # what reading the vocabulary left
-        weights = checkpoint.tensors(dtype, borrowed=True)  # each is packed at once
+        # Each weight is packed at once.
+        weights = checkpoint.packed_tensors(dtype) if quantization is None else checkpoint.tensors(dtype, borrowed=True)
         model: Model = CompiledModel(checkpoint.config, weights, dtype, quantization)
     else:
         release_free_heap()

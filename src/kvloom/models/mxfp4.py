@@ -39,9 +39,10 @@ class Mxfp4Weight:
         """Return one matrix of several."""
         return Mxfp4Weight(self.codes[index], self.exponents[index])
 
-    def rows(self, rows: slice) -> Mxfp4Weight:
-        """Return some of the outputs, in memory of their own."""
-        return Mxfp4Weight(self.codes[..., rows, :, :].contiguous(), self.exponents[..., rows, :].contiguous())
+    def rows(self, first: int, apart: int) -> Mxfp4Weight:
+        """Return the outputs from `first` on that are `apart`, in memory of their own where they are not all."""
+        codes, exponents = self.codes[..., first::apart, :, :], self.exponents[..., first::apart, :]
+        return Mxfp4Weight(codes.contiguous(), exponents.contiguous())
 
 
 class Mxfp4Tensors:

@@ -67,7 +67,10 @@ def _expert(name: str, hf: str, shape: Shape, stored: Shape | None, transform: T
     part, bias = name.removesuffix("_bias"), name.endswith("_bias")
     gguf = f"ffn_{part}_exps.{'bias' if bias else 'weight'}"
     weight = replace(per_layer(f"experts_{name}", f"mlp.experts.{hf}", gguf, shape), hf_shape=stored)
-    return weight if transform is None else replace(weight, from_hf=transform)
+    if transform is None:
+        return weight
+    rows = {"gate": (0, 2), "up": (1, 2)}.get(part, (0, 1))
+    return replace(weight, from_hf=transform, mxfp4_rows=rows)
 
 
 _MLP_NORM = norm("mlp_norm", "post_attention_layernorm.weight", "post_attention_norm.weight")

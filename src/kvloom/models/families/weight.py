@@ -39,6 +39,7 @@ class Weight:
     canonical values of what is stored, which has `hf_shape` and `gguf_shape` where these are not `shape`: several
     weights may be parts of one stored tensor. A name with `{e}` stands for one stored tensor of each expert; they are
     stacked, each of the canonical shape without its first dimension. Weights of norms (`is_norm`) stay in float32.
+    Of a tensor that is stored in MXFP4, `mxfp4_rows` says the first row of the weight and how far apart its rows are.
     `when` says which configs have the weight at all, `on` which layers.
     """
 
@@ -52,6 +53,7 @@ class Weight:
     from_gguf: Transform = as_stored
     hf_shape: Shape | None = None
     gguf_shape: Shape | None = None
+    mxfp4_rows: tuple[int, int] = (0, 1)
     on: Callable[[LayerConfig], bool] = every_layer
 
     @property
