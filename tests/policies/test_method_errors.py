@@ -69,12 +69,23 @@ def test_a_selector_must_say_yes_or_no_of_every_slot(monkeypatch, tmp_path):
         act(f"duo(pattern={tmp_path / 'heads.json'})+prefill")
 
 
-def test_a_request_whose_method_fails_leaves_nothing_in_use(monkeypatch):
+def test_what_a_method_raises_is_told_with_its_name(monkeypatch):
+    monkeypatch.setattr(Knorm, "score", lambda self, context: context.keys[99])
+    with pytest.raises(MethodError, match="score of knorm raised IndexError: index 99"):
+        act()
+
+
+@pytest.mark.parametrize("policy", ["knorm(budget=8)+prefill+step", "knorm(budget=8)+chunk(tokens=16)"])
+def test_a_request_whose_method_fails_ends_alone_with_the_error_and_leaves_nothing_in_use(policy, monkeypatch):
     engine = small_engine()
+    expected = run(engine, [engine.add(prompt_of(40, seed=1), greedy(3))])
     monkeypatch.setattr(Knorm, "score", lambda self, context: torch.full(context.valid.shape, float("nan")))
-    engine.add(prompt_of(40), greedy(3), kv_policy="knorm(budget=8)")
-    with pytest.raises(MethodError, match="knorm returned NaN"):
-        engine.step()
-    assert engine.cache.bytes_in_use == 0
+    engine = small_engine()
+    bad = engine.add(prompt_of(40), greedy(3), kv_policy=policy)
+    good = engine.add(prompt_of(40, seed=1), greedy(3))
+    assert bad in engine.step()
+    assert bad.finished and bad.sequences[0].finish_reason == "error"
+    assert "score of knorm returned NaN" in str(bad.error) and bad.request_id in str(bad.error)
+    assert run(engine, [good]) == expected and good.error is None
+    assert not engine.requests and not engine.has_work
     engine.cache.check_invariants()
-    assert run(engine, [engine.add(prompt_of(40), greedy(3))])

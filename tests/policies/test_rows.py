@@ -17,11 +17,11 @@ SPELLED = {"streaming": "sinks=3,window=13", "window": "size=16", "scissorhands"
            "kvzip": "budget=16,sinks=2", "random": "budget=16,sinks=7"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCORERS)
-@pytest.mark.parametrize("refined", ["", "+vatp(sinks=4)"])
+@pytest.mark.parametrize(
+    "name, refined",
+    [(name, "") for name in SCORERS] + [(name, "+vatp(sinks=4)") for name in SCORERS if METHODS.get(name).attention],
+)
 def test_a_scorer_protects_as_many_tokens_as_its_row_says(name, refined):
-    if refined and not METHODS.get(name).attention:
-        pytest.skip("vatp takes attention only")
     policy = Policy.parse(f"{name}({SPELLED.get(name, 'budget=16')}){refined}")
     life = Life(random_layers(2, 2, 40, count=3), str(policy.spec), 40)
     life.prefill()

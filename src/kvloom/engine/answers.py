@@ -71,12 +71,15 @@ class Answers:
             if draw.end is not None and sequence.detokenizer is not None:
                 sequence.detokenizer.finish()
 
-    def settle(self, draws: list[Draw]) -> None:
-        """End the sequences whose last token this was, and all of requests that failed; their blocks are free."""
+    def settle(self, draws: list[Draw], failed: list[Request]) -> None:
+        """End the sequences whose last token this was, and all of requests that failed; their blocks are free.
+
+        `failed` are those that did so while evicting.
+        """
         for draw in draws:
             if draw.end is not None:
                 self.scheduler.queues.finish(draw.sequence, *draw.end)
-        for request in dict.fromkeys(draw.sequence.request for draw in draws):
+        for request in dict.fromkeys([*(draw.sequence.request for draw in draws), *failed]):
             if request.error is not None:
                 for sequence in request.sequences:
                     if not sequence.finished:

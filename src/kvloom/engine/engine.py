@@ -196,8 +196,9 @@ class Engine:
 
         Where the kernels compute the model, torch keeps to one thread.
 
-        A request for which no token can be chosen ends with `finish_reason` "error" and its `error` set; the others go
-        on. When the step itself fails, the requests of this step are aborted, their blocks are free, and it raises.
+        A request for which no token can be chosen, or whose cache method fails, ends with `finish_reason` "error" and
+        its `error` set; the others go on. When the step itself fails, the requests of this step are aborted, their
+        blocks are free, and it raises.
         """
         with one_torch_thread(not self.runner.model.computes_in_torch):
             return self._step()
@@ -215,16 +216,16 @@ class Engine:
             self.runner.observe(work, forward)
             self.scheduler.prefixes.publish(work)
             traffic = Traffic(self.cache, work)
-            self.evictions.evict(work)
+            failed = self.evictions.evict(work)
             traffic.returned(self.cache)
             draws += self._branch(draws, forward)
-            self.answers.settle(draws)
+            self.answers.settle(draws, failed)
         except BaseException:
             for item in scheduled:
                 self.abort(item.sequence.request.request_id)
             raise
         self._count_step(scheduled, draws, time.perf_counter() - started, traffic)
-        return self._progressed(draws)
+        return self._progressed(draws, failed)
 
     def _note_started(self, work: list[Work]) -> None:
         now = time.monotonic()
@@ -256,7 +257,7 @@ class Engine:
         This comes after evictions, so that a prompt is evicted once for all its sequences. A beam that was preempted in
         this step offers its tokens when it is computed again.
         """
-        there = [d for d in draws if d.error is None]
+        there = [d for d in draws if d.error is None and d.sequence.request.error is None]
         there = [d for d in there if d.sequence.request.beams is None or d.sequence.row is not None]
         children: list[tuple[Sequence, int]] = []
         for draw in there:
@@ -283,8 +284,8 @@ class Engine:
         """Tokens that end an answer."""
         return self.sampler.eos_token_ids
 
-    def _progressed(self, draws: list[Draw]) -> list[Request]:
-        changed = list(dict.fromkeys(draw.sequence.request for draw in draws))
+    def _progressed(self, draws: list[Draw], failed: list[Request]) -> list[Request]:
+        changed = list(dict.fromkeys([*(draw.sequence.request for draw in draws), *failed]))
         now = time.monotonic()
         for request in changed:
             if request.error is None:

@@ -3,11 +3,11 @@
 import numpy as np
 
 from kvloom.attention.batch import AttentionBatch
-from kvloom.engine.request import Sequence
+from kvloom.engine.request import Request, Sequence
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
 from kvloom.engine.work import Work
-from kvloom.errors import DoesNotFitError
+from kvloom.errors import DoesNotFitError, MethodError
 from kvloom.models.model import StepWanted
 from kvloom.policies.eviction import Eviction
 from kvloom.policies.replay import ReplayPass, ReplayScores
@@ -24,20 +24,28 @@ class Evictions:
         self.scheduler = scheduler
         self.evicted_tokens = 0
 
-    def evict(self, work: list[Work]) -> None:
+    def evict(self, work: list[Work]) -> list[Request]:
         """Let the policies that are due forget; what they drop is back in the arena afterwards.
 
-        Other sequences may be preempted. Raises `DoesNotFitError` when blocks are short for ever.
+        Other sequences may be preempted. Returns the requests whose method failed, with their `error` set; nothing of
+        them was evicted by it. Raises `DoesNotFitError` when blocks are short for ever.
         """
+        failed: list[Request] = []
         for item in work:
             sequence = item.sequence
             if sequence.eviction is None or sequence.row is None or not sequence.eviction.due(sequence.row):
                 continue
             before = sequence.eviction.evicted_tokens
-            self._replay(sequence)
-            while not sequence.eviction.apply(sequence.row):
-                self._make_room(sequence)
+            try:
+                self._replay(sequence)
+                while not sequence.eviction.apply(sequence.row):
+                    self._make_room(sequence)
+            except MethodError as error:
+                request = sequence.request
+                request.error = MethodError(f"request {request.request_id}: {error}")
+                failed.append(request)
             self.evicted_tokens += sequence.eviction.evicted_tokens - before
+        return failed
 
     def _make_room(self, sequence: Sequence) -> None:
         if not self.scheduler.make_room(sequence):

@@ -1,6 +1,6 @@
 """Choice: which slots of which lanes stay, by scores, budget, refinements and merging."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.kvcache import KVCache
 from kvloom.cache.survivors import Survivors
+from kvloom.errors import MethodError
 from kvloom.policies.budgets import LayerScores
 from kvloom.policies.context import ScoreContext
 from kvloom.policies.contexts import Contexts
@@ -55,7 +56,7 @@ class Choice:
 
     def _select_by(self, rule: Selector, layer: int, row: int, state: dict[str, torch.Tensor]) -> torch.Tensor:
         context = self.contexts.of_layer(layer, row, state)
-        return checked_mask(context, rule.keep(context), "keep") & context.valid
+        return checked_mask(context, _result(context, rule.keep, "keep"), "keep") & context.valid
 
     def _merged(
         self, row: int, keep: KeptSlots, parts: list[LayerScores], masks: list[torch.Tensor], state: State
@@ -143,11 +144,21 @@ class Choice:
         return LayerScores(*(torch.stack([getattr(p, x) for p in parts]) for x in ("scores", "protected", "valid")))
 
     def _score(self, rule: Scorer, context: ScoreContext) -> LayerScores:
-        scores = checked_scores(context, rule.score(context))
-        protected = checked_mask(context, rule.protected(context), "protected")
+        scores = checked_scores(context, _result(context, rule.score, "score"))
+        protected = checked_mask(context, _result(context, rule.protected, "protected"), "protected")
         for refinement in self.policy.refinements:
             scores = refinement.reweigh(scores, context)
             protected = protected | refinement.protected(context)
         if not rule.comparable and not self.policy.budget.even:
             scores = standardised(scores, context.valid)
         return LayerScores(scores, protected & context.valid, context.valid)
+
+
+def _result(context: ScoreContext, function: Callable[[ScoreContext], torch.Tensor], what: str) -> torch.Tensor:
+    """Return what a method's own code gives; what it raises becomes a `MethodError` that names it."""
+    try:
+        return function(context)
+    except MethodError:
+        raise
+    except Exception as error:
+        raise MethodError(f"{what} of {context.method} raised {type(error).__name__}: {error}") from error
