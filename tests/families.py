@@ -21,6 +21,9 @@ MPT = {"vocab_size": 131, "d_model": 48, "n_heads": 4, "n_layers": 3, "max_seq_l
 ROUTED = {"num_experts_per_tok": 2, "num_local_experts": 5}
 
 
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 0.7}
+
+
 def rope(kind, **entries):
     """Return rope parameters of one kind."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **entries}}
@@ -101,6 +104,21 @@ VARIANTS = {
                                "moe_intermediate_size": 40, "norm_topk_prob": True}),
     "qwen3-moe, every other layer": ("Qwen3Moe", {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3,
                                                   "moe_intermediate_size": 40, "decoder_sparse_step": 2}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "glm4, neighbours on half of each head": ("Glm4", {"head_dim": 16, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "ernie": ("Ernie4_5", {"head_dim": 16}),
+    "ernie, biases": ("Ernie4_5", {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False}),
+    "granite": ("Granite", GRANITE),
+    "granite, biases": ("Granite", {**GRANITE, "attention_bias": True, "mlp_bias": True}),
+    "granite-moe": ("GraniteMoe", {**GRANITE, **ROUTED}),
+    "starcoder2": ("Starcoder2", {}),
+    "starcoder2, window": ("Starcoder2", {"sliding_window": 9, "use_bias": False}),
+    "cohere": ("Cohere", {"logit_scale": 1.5}),
+    "cohere, biases": ("Cohere", {"logit_scale": 1.5, "attention_bias": True}),
+    "cohere2": ("Cohere2", {"logit_scale": 1.5, "num_hidden_layers": 5, "sliding_window": 9}),
+    "nemotron": ("Nemotron", {}),
+    "nemotron, biases": ("Nemotron", {"attention_bias": True, "mlp_bias": True}),
     "gpt-oss": ("GptOss", {**ROUTED, "head_dim": 16, "sliding_window": 9,
                            **rope("yarn", **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False)}),
 }  # fmt: skip
@@ -131,7 +149,7 @@ def spread(model):
                 fan = weight.shape[0] if turned else weight.shape[-1]
                 weight.normal_(std=1.3 / fan**0.5)
             else:  # Gemma stores norms as their distance from one
-                weight.normal_(mean=0.0 if "Gemma" in type(model).__name__ else 1.0, std=0.2)
+                weight.normal_(mean=0.0 if type(model).__name__.startswith(("Gemma", "Nemotron")) else 1.0, std=0.2)
     return model
 
 

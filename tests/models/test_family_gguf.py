@@ -40,6 +40,7 @@ CASES = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "mistral, window": ("llama", {"attention.sliding_window": 11}),
+    "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"attention.sliding_window": 9, "attn_logit_softcapping": 3.0,
                           "final_logit_softcapping": 8.0}),
     "phi3": ("phi3", {"attention.sliding_window": 0}),
@@ -89,7 +90,7 @@ def write(path, family, model, metadata, factors, quant=None):
         values = weight.float().numpy()
         if family == "llama" and (".q_proj." in name or ".k_proj." in name):
             values = paired(values, config.num_attention_heads if ".q_" in name else config.num_key_value_heads)
-        if family == "gemma2" and values.ndim == 1:
+        if family in ("gemma", "gemma2") and values.ndim == 1:
             values = values + 1
         if quant is not None and values.ndim == 2 and values.shape[1] % 32 == 0:
             writer.add_tensor(gguf_name(name, family), gguf.quantize(values, quant), raw_dtype=quant)

@@ -20,7 +20,7 @@ from kvloom.plan.serving import serve_refusals
 from kvloom.plan.source import find_model
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
 from kvloom.spec.hardware import DeviceSpec, find_device
-from kvloom.spec.packedmodel import HEAD_DIMS
+from kvloom.spec.packedmodel import HEAD_DIMS, KERNEL_ACTIVATIONS
 from kvloom.spec.packing import QUANTIZATIONS
 from tiny_model import tiny_config
 
@@ -101,9 +101,11 @@ def test_the_plan_knows_which_shapes_the_kernels_run(variant, tmp_path):
 
 
 def test_the_plan_knows_which_blocks_and_heads_the_kernels_take():
+    from kvloom.kernels.cpu.elements import ACTIVATION
     from kvloom.models.compiled import BLOCK_SLOTS, unsupported
 
     assert BLOCK_SLOTS == KERNEL_BLOCK
+    assert tuple(ACTIVATION) == KERNEL_ACTIVATIONS
     for head_dim in range(4, 420, 4):
         runs = unsupported(tiny_config("llama", head_dim=head_dim), BLOCK_SLOTS) == []
         assert runs is (head_dim in HEAD_DIMS)

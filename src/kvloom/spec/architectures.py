@@ -112,13 +112,6 @@ def _routed(config: Config, layer: int) -> Experts | None:
                    config.number("moe_intermediate_size"), shared or 0, shared_gate=shared is not None)
 
 
-def _gemma(config: Config) -> ModelSpec:
-    hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
-    mixer = attention(config, head_dim=config.number("head_dim", default=256))
-    layers = [LayerSpec(mixer, Mlp(config.number("intermediate_size")), norm_params=2 * hidden)] * count
-    return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True))
-
-
 def _gemma3n(config: Config) -> ModelSpec:
     hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
     head_dim = config.number("head_dim", default=256)
@@ -214,7 +207,7 @@ def _mamba(config: Config) -> ModelSpec:
 
 
 for _name, _reader in (
-    ("gemma", _gemma), ("gemma3n_text", _gemma3n), ("gemma3n", _gemma3n), ("deepseek_v2", _deepseek),
+    ("gemma3n_text", _gemma3n), ("gemma3n", _gemma3n), ("deepseek_v2", _deepseek),
     ("deepseek_v3", _deepseek), ("phi", _phi), ("qwen3_next", _qwen3_next), ("mamba", _mamba),
 ):  # fmt: skip
     ARCHITECTURES.register(_name, _reader)

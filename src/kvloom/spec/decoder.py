@@ -94,12 +94,13 @@ class DecoderConfig:
     embedding. `sandwich_norm` puts a norm after attention and MLP as well as before (Gemma 2, 3). `qk_norm` normalises
     each head of q and k before the rotation. With `parallel_residual` attention and MLP read the same input and both
     are added; `shared_norm` lets both read one norm. `embedding_scale` multiplies embeddings, after it was rounded to
-    float32 and then to their dtype; `query_scale` multiplies q.k. `activation` is "silu", "gelu_tanh" or "gelu"; the
-    MLP is activation(gate) * up when `gated`, else activation(up). `attention_bias` puts a bias on q, k and v,
-    `output_bias` on the projection after attention, `mlp_bias` on those of the MLP. `qkv_clip` bounds q, k and v.
-    `score_softcap` c makes scores c tanh(score / c), `logit_softcap` does the same to logits, `logit_scale` multiplies
-    them. `slopes`, one for each query head, subtract slope * distance from scores (ALiBi). `sinks` are learned scores,
-    one for each query head, that join the denominator. `learned_positions` adds a row of a table to each embedding.
+    float32 and then to their dtype; `query_scale` multiplies q.k. `activation` is "silu", "gelu_tanh", "gelu" or
+    "relu2" (max(x, 0) squared); the MLP is activation(gate) * up when `gated`, else activation(up). `attention_bias`
+    puts a bias on q, k and v, `output_bias` on the projection after attention, `mlp_bias` on those of the MLP.
+    `qkv_clip` bounds q, k and v. `score_softcap` c makes scores c tanh(score / c), `logit_softcap` does the same to
+    logits, `logit_scale` multiplies them. `slopes`, one for each query head, subtract slope * distance from scores
+    (ALiBi). `sinks` are learned scores, one for each query head, that join the denominator. `learned_positions` adds a
+    row of a table to each embedding.
     """
 
     family: str

@@ -168,10 +168,6 @@ def _entry(header: GGUFHeader, key: str) -> Any:
     return _single(value, name, header) if isinstance(value, np.ndarray) else value
 
 
-def _gemma(header: GGUFHeader) -> dict[str, Any]:
-    return _planned(header, "gemma")
-
-
 def _deepseek2(header: GGUFHeader) -> dict[str, Any]:
     def of(*keys: str) -> Any:
         return next((value for value in (_entry(header, key) for key in keys) if value is not None), None)
@@ -192,5 +188,5 @@ def _deepseek2(header: GGUFHeader) -> dict[str, Any]:
     }
 
 
-PLANNED: dict[str, Callable[[GGUFHeader], dict[str, Any]]] = {"gemma": _gemma, "deepseek2": _deepseek2}
+PLANNED: dict[str, Callable[[GGUFHeader], dict[str, Any]]] = {"deepseek2": _deepseek2}
 """Architectures of GGUF files that are planned and do not run, with what makes their config.json."""

@@ -10,6 +10,9 @@ from kvloom.spec.packing import FLOAT_BYTES, PACKINGS, Matrix, Packing, products
 HEAD_DIMS = range(16, 385, 16)
 """Head sizes that the kernels take."""
 
+KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+"""Activations that the kernels have, by the name that a `DecoderConfig` has for them."""
+
 
 @dataclass(frozen=True)
 class PackedModel:
@@ -40,6 +43,9 @@ class PackedModel:
         """Every reason in the model's shape why the kernels do not run it, and their packing is not known."""
         found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
         found += ["the output head has a bias"] * self.model.head_bias
+        decoder = self.model.decoder
+        if decoder is not None and decoder.activation not in KERNEL_ACTIVATIONS:
+            found.append(f"activation {decoder.activation!r} is not one of {', '.join(KERNEL_ACTIVATIONS)}")
         return tuple(dict.fromkeys(found))
 
     @property

@@ -8,7 +8,7 @@ from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.rope import ROPE_ALIASES, longest_position, rope_config, rope_params
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-               "gelu": "gelu"}  # fmt: skip
+               "gelu": "gelu", "relu2": "relu2"}  # fmt: skip
 """Names of activations in a config, and what they are here."""
 
 
@@ -79,7 +79,6 @@ def skeleton(
         "head_dim": width,
         "layers": layers_of(windows, rope),
         "max_position": longest_position(rope, reader.integer("max_position_embeddings")),
-        "norm_eps": reader.number("rms_norm_eps"),
         "activation": "silu",
         "query_scale": width**-0.5,
         "tie_embeddings": reader.flag("tie_word_embeddings"),
@@ -89,6 +88,8 @@ def skeleton(
         "eos_token_ids": reader.token_ids("eos_token_id"),
         "bos_token_id": next(iter(reader.token_ids("bos_token_id")), None),
     }
+    if "norm_eps" not in changes:
+        entries["norm_eps"] = reader.number("rms_norm_eps")
     if "activation" not in changes:
         entries["activation"] = reader.choice("hidden_act", ACTIVATIONS)
     return DecoderConfig(**{**entries, **changes})

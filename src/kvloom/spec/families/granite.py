@@ -1,0 +1,81 @@
+"""Granite 3: Llama with multipliers on embeddings, scores, residuals and logits; dense, or with experts.
+
+What attention and MLP add to the residual stream x is multiplied by r. All that reads x are RMSNorms, which take no
+notice of a factor if their epsilon has it too: the decoder runs on x / r, which adds without a multiplier,
+
+    norm(x) = x / sqrt(mean(x ** 2) + eps) = y / sqrt(mean(y ** 2) + eps / r ** 2)   with y = x / r.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
+from kvloom.spec.families.config_reader import ConfigReader
+from kvloom.spec.families.family import FamilyConfig
+from kvloom.spec.families.skeleton import nothing_implied, skeleton
+
+
+def _multiplied(reader: ConfigReader, family: str, **changes: Any) -> DecoderConfig:
+    residual = reader.number("residual_multiplier", 1.0)
+    return skeleton(
+        reader,
+        family,
+        [None] * reader.integer("num_hidden_layers"),
+        embedding_scale=reader.number("embedding_multiplier", 1.0) / residual,
+        query_scale=reader.number("attention_multiplier", 1.0),
+        norm_eps=reader.number("rms_norm_eps") / residual**2,
+        logit_scale=1.0 / reader.number("logits_scaling", 1.0),
+        **changes,
+    )
+
+
+def _granite(reader: ConfigReader) -> DecoderConfig:
+    return _multiplied(reader, "granite")
+
+
+def _granite_moe(reader: ConfigReader) -> DecoderConfig:
+    """Shares of experts are the softmax over those chosen, which is the softmax over all divided by their sum."""
+    experts = ExpertsConfig(
+        reader.integer("num_local_experts"),
+        reader.integer("num_experts_per_tok"),
+        reader.integer("intermediate_size"),
+    )
+    if experts.per_token > experts.count:
+        reader.wrong("num_experts_per_tok", f"at most {experts.count}, the number of experts", experts.per_token)
+    config = _multiplied(reader, "granite_moe", experts=experts)
+    return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
+
+
+_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+GRANITE = FamilyConfig(
+    name="granite",
+    architectures=("GraniteForCausalLM",),
+    model_types=("granite",),
+    gguf_architecture=None,
+    defaults=_DEFAULTS,
+    configure=_granite,
+    from_gguf=nothing_implied,
+)
+
+GRANITE_MOE = FamilyConfig(
+    name="granite_moe",
+    architectures=("GraniteMoeForCausalLM",),
+    model_types=("granitemoe",),
+    gguf_architecture=None,
+    defaults={**_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+    configure=_granite_moe,
+    from_gguf=nothing_implied,
+)
