@@ -107,6 +107,8 @@ VARIANTS = {
     "gemma": ("Gemma", {"head_dim": 16}),
     "glm4, neighbours on half of each head": ("Glm4", {"head_dim": 16, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "seed-oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True}),
+    "seed-oss, biases of the MLP": ("SeedOss", {"head_dim": 16, "attention_bias": False, "mlp_bias": True}),
     "ernie": ("Ernie4_5", {"head_dim": 16}),
     "ernie, biases": ("Ernie4_5", {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False}),
     "granite": ("Granite", GRANITE),

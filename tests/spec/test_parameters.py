@@ -49,6 +49,7 @@ TINY = {
         "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
     },
     "glm4": {**DECODER, "head_dim": 16, "pad_token_id": 0},
+    "seed_oss": {**DECODER, "head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
     "ernie4_5": {**DECODER, "head_dim": 16, "use_bias": True},
     "granite": {**DECODER, "attention_bias": True, "mlp_bias": True},
     "granitemoe": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -19,6 +19,7 @@ from kvloom.models.families.nemotron import NEMOTRON
 from kvloom.models.families.phi3 import PHI3
 from kvloom.models.families.qwen import QWEN2, QWEN3
 from kvloom.models.families.routed import MIXTRAL, QWEN3_MOE
+from kvloom.models.families.seed_oss import SEED_OSS
 from kvloom.models.families.smollm3 import SMOLLM3
 from kvloom.models.families.starcoder2 import STARCODER2
 from kvloom.registry import Registry
@@ -26,7 +27,7 @@ from kvloom.registry import Registry
 FAMILIES: Registry[Family] = Registry("model family")
 for _family in (
     LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, PHI3, GLM, GPT_NEOX, GPT2, GPT_BIGCODE, FALCON,
-    BLOOM, MPT, MIXTRAL, QWEN3_MOE, GPT_OSS, GEMMA, GLM4, ERNIE, GRANITE, GRANITE_MOE, STARCODER2,
+    BLOOM, MPT, MIXTRAL, QWEN3_MOE, GPT_OSS, GEMMA, GLM4, SEED_OSS, ERNIE, GRANITE, GRANITE_MOE, STARCODER2,
     COHERE, COHERE2, NEMOTRON,
 ):  # fmt: skip
     FAMILIES.register(_family.name, _family)

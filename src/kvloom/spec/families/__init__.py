@@ -24,13 +24,14 @@ from kvloom.spec.families.nemotron import NEMOTRON
 from kvloom.spec.families.phi3 import PHI3
 from kvloom.spec.families.qwen import QWEN2, QWEN3
 from kvloom.spec.families.routed import MIXTRAL, QWEN3_MOE
+from kvloom.spec.families.seed_oss import SEED_OSS
 from kvloom.spec.families.smollm3 import SMOLLM3
 from kvloom.spec.families.starcoder2 import STARCODER2
 
 FAMILY_CONFIGS: Registry[FamilyConfig] = Registry("model family")
 for _family in (
     LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, PHI3, GLM, GPT_NEOX, GPT2, GPT_BIGCODE, FALCON,
-    BLOOM, MPT, MIXTRAL, QWEN3_MOE, GPT_OSS, GEMMA, GLM4, ERNIE, GRANITE, GRANITE_MOE, STARCODER2,
+    BLOOM, MPT, MIXTRAL, QWEN3_MOE, GPT_OSS, GEMMA, GLM4, SEED_OSS, ERNIE, GRANITE, GRANITE_MOE, STARCODER2,
     COHERE, COHERE2, NEMOTRON,
 ):  # fmt: skip
     FAMILY_CONFIGS.register(_family.name, _family)
