@@ -164,6 +164,13 @@ def test_what_a_family_cannot_run_is_planned_with_every_reason():
     assert spec.refused == ("use_bidirectional_attention True", "layers of type 'chunked'")
 
 
+def test_an_mpt_whose_heads_share_keys_is_planned_with_those_though_it_is_refused():
+    config = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 1}}
+    spec = spec_from_config(config, "m")
+    assert spec.refused == ("attn_config.kv_n_heads 1",)
+    assert spec.kv_spec(16, "bf16").bytes_per_token == 2 * 2 * 16 * 2
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "\x00"])
 def test_a_file_that_is_no_config_is_a_checkpoint_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

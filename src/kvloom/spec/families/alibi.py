@@ -52,11 +52,13 @@ def _mpt(reader: ConfigReader) -> DecoderConfig:
         reader.refuse("attn_config.alibi false: positions are learned")
     if attention.get("kv_n_heads") not in (None, reader.integer("n_heads")):
         reader.refuse(f"attn_config.kv_n_heads {attention['kv_n_heads']!r}")
-    if reader.get("no_bias") is False:
+    biased = reader.get("no_bias") is False
+    if biased:
         reader.refuse("no_bias false: projections with biases")
     if reader.get("logit_scale") is not None:
         reader.refuse(f"logit_scale {reader.get('logit_scale')!r}")
     hidden_size, num_heads = reader.integer("d_model"), reader.integer("n_heads")
+    kv_heads = attention.get("kv_n_heads")
     scale, clip = attention.get("softmax_scale"), attention.get("clip_qkv")
     return classic(
         reader,
@@ -65,11 +67,14 @@ def _mpt(reader: ConfigReader) -> DecoderConfig:
         hidden_size=hidden_size,
         intermediate_size=reader.integer("expansion_ratio") * hidden_size,
         num_heads=num_heads,
-        num_kv_heads=num_heads,
+        num_kv_heads=kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else num_heads,
         max_position=reader.integer("max_seq_len"),
         norm_eps=reader.number("layer_norm_epsilon"),
         activation="gelu",
-        norm_bias=False,
+        norm_bias=biased,
+        attention_bias=biased,
+        output_bias=biased,
+        mlp_bias=biased,
         query_scale=(hidden_size // num_heads) ** -0.5 if scale is None else float(scale),
         qkv_clip=float(clip) if clip else None,
         slopes=_mpt_slopes(num_heads, float(attention.get("alibi_bias_max", 8))),
