@@ -60,7 +60,9 @@ def _mlp(config: DecoderConfig, layer: LayerConfig) -> FeedForward:
         experts.count,
         experts.per_token,
         experts.intermediate_size,
+        experts.shared_size,
         matrices=matrices,
         bias=experts.bias,
-        router_params=experts.count if experts.bias else 0,
+        router_params=experts.count * (experts.bias + experts.selection_bias),
+        shared_gate=experts.shared_gate,
     )
