@@ -4,6 +4,8 @@ What attention and MLP add to the residual stream x is multiplied by r. All that
 notice of a factor if their epsilon has it too: the decoder runs on x / r, which adds without a multiplier,
 
     norm(x) = x / sqrt(mean(x ** 2) + eps) = y / sqrt(mean(y ** 2) + eps / r ** 2)   with y = x / r.
+
+Policies that ask for the input of a layer are shown y, beside which what attention adds has its true size.
 """
 
 from dataclasses import replace
