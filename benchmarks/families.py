@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers_cache import continued
 
 from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.models.model import StepWanted
-from transformers_cache import continued
 
 SCHEMA_VERSION = 1
 PROMPT, NEW, THREADS, SEED = 1024, 48, 2, 0

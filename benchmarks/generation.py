@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers_cache import continued
 
 from kvloom import LLM, SamplingParams
 from kvloom.kernels import cpu
 from kvloom.models.pull import pull
-from transformers_cache import continued
 
 SCHEMA_VERSION = 1
 Times = tuple[float, float]

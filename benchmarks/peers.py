@@ -63,7 +63,6 @@ def transformers_engine(checkpoint: str) -> Stamps:
     """Return transformers with its default cache, one request at a time or a batch of equal lengths."""
     import torch
     from transformers import AutoModelForCausalLM
-
     from transformers_cache import continued
 
     torch.set_num_threads(THREADS)

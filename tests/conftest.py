@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from gemma import gemma_gguf
+from harness.gemma import gemma_gguf
 
 # Timing never decides a test, and a failure found once is found again by everybody.
 settings.register_profile("kvloom", deadline=None, derandomize=True, print_blob=True)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dense_attention import CheckedBackend, DenseBackend, through_int8
+from harness.dense_attention import CheckedBackend, DenseBackend, through_int8
+from harness.tiny_model import batch_of, cache_of, feed, random_tokens, random_weights, tiny_config, tiny_decoder
+from harness.tolerances import ATTENTION_BFLOAT16, ATTENTION_FLOAT32, LOGITS_SAME_WEIGHTS
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.errors import InvalidInputError, UnsupportedError
@@ -13,8 +15,6 @@ from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel
 from kvloom.models.model import Model, StepWanted
 from kvloom.spec.store import SLAB_BYTES
-from tiny_model import batch_of, cache_of, feed, random_tokens, random_weights, tiny_config, tiny_decoder
-from tolerances import ATTENTION_BFLOAT16, ATTENTION_FLOAT32, LOGITS_SAME_WEIGHTS
 
 P = 16
 ALIBI = (0.03, 0.02, 0.01, 0.005)
@@ -176,8 +176,8 @@ def test_a_lane_of_16_bit_then_int8_then_16_bit_segments_equals_dense_attention(
     cache = cache_of(decoder)
     checked = CheckedBackend(ReferenceBackend(), decoder.config, tolerance)
     sequence, native = cache.lanes.open(), P * 32 * dtype.itemsize
-    feed(decoder, cache, sequence, random_tokens(120), checked)
-    feed(decoder, cache, sequence, random_tokens(8, seed=1), checked, chunk=1)
+    feed(decoder, cache, sequence, random_tokens(120), backend=checked)
+    feed(decoder, cache, sequence, random_tokens(8, seed=1), backend=checked, chunk=1)
     assert cache.bytes_in_use == 6 * 8 * native  # 128 tokens: 8 blocks in each of 3 layers x 2 lanes
 
     # lane 3 (head 1 of layer 1): two blocks of sinks stay, four are encoded, two of the newest stay; lane 0: one is
@@ -191,10 +191,10 @@ def test_a_lane_of_16_bit_then_int8_then_16_bit_segments_equals_dense_attention(
     assert cache.lanes.sequence_bytes(sequence) == 43 * native + 5 * int8
 
     before = checked.compared
-    feed(decoder, cache, sequence, random_tokens(30, seed=2), checked, chunk=1)
+    feed(decoder, cache, sequence, random_tokens(30, seed=2), backend=checked, chunk=1)
     assert cache.encode(sequence, [3], "int8", 6, 8)  # the encoded run grows while the generation goes on
     checked.beside.dense.encode(sequence, 1, 1, 6 * P, 8 * P)
-    feed(decoder, cache, sequence, random_tokens(40, seed=3), checked, chunk=7)
+    feed(decoder, cache, sequence, random_tokens(40, seed=3), backend=checked, chunk=7)
     assert checked.compared == before + 3 * (30 + 6)
     assert cache.bytes_in_use == (6 * 13 - 7) * native + 7 * int8  # 198 tokens: 13 blocks a lane
     cache.lanes.close(sequence)

@@ -11,7 +11,7 @@ from kvloom.cli.main import run
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from serving import make_model
+    from harness.serving import make_model
 
     return str(make_model(tmp_path_factory.mktemp("tiny")))
 

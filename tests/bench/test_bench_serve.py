@@ -7,18 +7,18 @@ import math
 
 import pytest
 
+from harness.serving import call, make_llm, running
 from kvloom.bench.connection import Endpoint, ServerAnswerError
 from kvloom.bench.figures import meets, percentile, read_goals, summary
 from kvloom.bench.load import Load, Outcome
 from kvloom.bench.prompts import LoadPrompt, custom_prompts, random_prompts
 from kvloom.cli.main import run
 from kvloom.errors import InvalidInputError
-from serving import call, make_llm, running
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    from serving import make_model
+    from harness.serving import make_model
 
     with running(make_llm(make_model(tmp_path_factory.mktemp("tiny"))), max_num_queued_reqs=100) as found:
         yield found

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.threads import threads
 from kvloom.engine.llm import LLM
-from threads import threads
 
 
 @pytest.fixture(autouse=True, scope="module")

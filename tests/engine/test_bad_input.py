@@ -10,6 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from harness.tiny import edit_json, save_tiny
+from harness.tiny_engine import letters, nothing_left
 from kvloom import LLM, SamplingParams
 from kvloom.cache import memory
 from kvloom.engine import config as engine_config
@@ -24,8 +26,6 @@ from kvloom.errors import (
     UnsupportedError,
 )
 from kvloom.models.checkpoint import open_checkpoint
-from tiny import edit_json, save_tiny
-from tiny_engine import letters, nothing_left
 
 SMALL = {"dtype": "float32", "kv_cache_memory_bytes": 4 << 20}
 

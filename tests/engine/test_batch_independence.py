@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from harness.tiny_engine import Margins, assert_same_unless_tied, finish, greedy, nothing_left, run, tiny_engine
+from harness.tiny_model import batch_of, cache_of, random_tokens, random_weights, tiny_config
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.engine.engine import Engine
 from kvloom.models.decoder import Decoder
-from tiny_engine import Margins, assert_same_unless_tied, finish, greedy, nothing_left, run, tiny_engine
-from tiny_model import batch_of, cache_of, random_tokens, random_weights, tiny_config
 
 SHAPES = {"llama": {"num_heads": 4, "head_dim": 64}, "gemma3": {"num_heads": 2, "head_dim": 256}}
 """Wide heads: 3 KiB a token of llama, 2 KiB a token and layer of gemma3, so that one slab is little memory."""

@@ -4,19 +4,14 @@ import pytest
 import torch
 import transformers
 
-from families import decoder_of, spread
+from harness.families import decoder_of, spread
+from harness.tiny_engine import engine_of, finish, greedy, nothing_left
+from harness.tiny_model import random_tokens
 from kvloom.attention.reference import ReferenceBackend
-from kvloom.cache.kvcache import KVCache
 from kvloom.engine.beam import BeamSearchParams
-from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
-from kvloom.engine.runner import Runner
-from kvloom.engine.scheduler import Scheduler
 from kvloom.errors import InvalidInputError
 from kvloom.models.eager import EagerModel
-from kvloom.spec.store import SLAB_BYTES
-from tiny_engine import finish, greedy, nothing_left
-from tiny_model import random_tokens
 
 EOS = 2
 CONFIG = {
@@ -34,12 +29,10 @@ def models(tmp_path_factory):
     return oracle, decoder_of(oracle, tmp_path_factory.mktemp("model"))
 
 
-def engine_of(decoder, *, slabs=8, max_num_seqs=16, block_size=4, eos=(EOS,)):
-    """Return an engine in float32."""
-    cache = KVCache(decoder.config.kv_spec(block_size, "fp32"), slabs * SLAB_BYTES, max_num_seqs, torch.float32)
-    scheduler = Scheduler(cache.lanes, max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
-    runner = Runner(EagerModel(decoder, ReferenceBackend()), cache)
-    return Engine(runner, scheduler, None, max_model_len=256, eos_token_ids=eos)
+def beam_engine(decoder, *, max_num_seqs=16, eos=(EOS,)):
+    """Return an engine in float32 with room for all beams."""
+    model = EagerModel(decoder, ReferenceBackend())
+    return engine_of(model, max_num_seqs=max_num_seqs, block_size=4, max_model_len=256, eos=eos)
 
 
 def of_transformers(oracle, prompt, params):
@@ -66,7 +59,7 @@ def of_transformers(oracle, prompt, params):
 def test_beams_are_those_of_transformers(models, penalty, early):
     oracle, decoder = models
     params = BeamSearchParams(4, 24, length_penalty=penalty, early_stopping=early)
-    engine = engine_of(decoder)
+    engine = beam_engine(decoder)
     requests = [engine.add_beam_search(prompt, params) for prompt in PROMPTS]
     finish(engine)
     ended = 0
@@ -83,7 +76,7 @@ def test_beams_are_those_of_transformers(models, penalty, early):
 
 
 def test_four_beams_hold_far_fewer_blocks_than_four_copies(models):
-    engine = engine_of(models[1], eos=())
+    engine = beam_engine(models[1], eos=())
     request = engine.add_beam_search(PROMPTS[1], BeamSearchParams(4, 20))
     most = copies = 0
     while engine.has_work:
@@ -97,7 +90,7 @@ def test_four_beams_hold_far_fewer_blocks_than_four_copies(models):
 
 
 def test_an_aborted_search_leaves_nothing_behind(models):
-    engine = engine_of(models[1])
+    engine = beam_engine(models[1])
     request = engine.add_beam_search(PROMPTS[1], BeamSearchParams(4, 24))
     for _ in range(6):
         engine.step()
@@ -106,7 +99,7 @@ def test_an_aborted_search_leaves_nothing_behind(models):
 
 
 def test_the_best_n_are_returned_best_first(models):
-    engine = engine_of(models[1])
+    engine = beam_engine(models[1])
     every = engine.add_beam_search(PROMPTS[2], BeamSearchParams(4, 12))
     two = engine.add_beam_search(PROMPTS[2], BeamSearchParams(4, 12, n=2))
     finish(engine)
@@ -115,10 +108,10 @@ def test_the_best_n_are_returned_best_first(models):
 
 
 def test_other_requests_beside_a_search_are_not_changed_by_it(models):
-    alone = engine_of(models[1])
+    alone = beam_engine(models[1])
     expected = alone.add(PROMPTS[0], greedy(12))
     finish(alone)
-    engine = engine_of(models[1])
+    engine = beam_engine(models[1])
     request = engine.add(PROMPTS[0], greedy(12))
     engine.add_beam_search(PROMPTS[1], BeamSearchParams(4, 12))
     finish(engine)
@@ -127,10 +120,10 @@ def test_other_requests_beside_a_search_are_not_changed_by_it(models):
 
 def test_beams_that_are_preempted_find_the_same_sequences(models):
     params = BeamSearchParams(4, 40)
-    roomy = engine_of(models[1], eos=())
+    roomy = beam_engine(models[1], eos=())
     expected = roomy.add_beam_search(PROMPTS[1], params)
     finish(roomy)
-    tight = engine_of(models[1], eos=(), max_num_seqs=5)
+    tight = beam_engine(models[1], eos=(), max_num_seqs=5)
     request = tight.add_beam_search(PROMPTS[1], params)
     steps = 0
     while tight.has_work:
@@ -150,7 +143,7 @@ def test_beams_that_are_preempted_find_the_same_sequences(models):
 
 
 def test_log_probabilities_of_a_beam_sum_to_its_own_and_have_the_best_tokens(models):
-    engine = engine_of(models[1])
+    engine = beam_engine(models[1])
     plain = engine.add_beam_search(PROMPTS[0], BeamSearchParams(beam_width=4, max_tokens=10))
     finish(engine)
     request = engine.add_beam_search(PROMPTS[0], BeamSearchParams(beam_width=4, max_tokens=10, logprobs=5))
@@ -174,7 +167,7 @@ def test_log_probabilities_of_a_beam_sum_to_its_own_and_have_the_best_tokens(mod
 
 
 def test_a_stop_token_finishes_a_beam_and_is_named(models):
-    engine = engine_of(models[1])
+    engine = beam_engine(models[1])
     first = engine.add_beam_search(PROMPTS[0], BeamSearchParams(max_tokens=8, ignore_eos=True, length_penalty=0.0))
     finish(engine)
     token = first.sequences[0].output_token_ids[3]
@@ -188,7 +181,7 @@ def test_a_stop_token_finishes_a_beam_and_is_named(models):
 
 
 def test_what_beams_cannot_do_is_refused(models):
-    engine = engine_of(models[1])
+    engine = beam_engine(models[1])
     for wrong in (
         {"beam_width": 1}, {"max_tokens": 0}, {"n": 5}, {"length_penalty": "long"}, {"stop": ["x"]}, {"logprobs": -1},
         {"stop_token_ids": [-1]},

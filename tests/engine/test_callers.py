@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.serving import make_llm, make_model
+from harness.tiny_engine import nothing_left
 from kvloom import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from kvloom.errors import InvalidInputError
-from serving import make_llm, make_model
-from tiny_engine import nothing_left
 
 NUM_THREADS = 8
 NUM_CALLS = int(os.environ.get("KVLOOM_TEST_CALLS", "25"))

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from harness.threads import threads
 from kvloom.engine import distribution
 from kvloom.engine.distribution import Distribution, best
 from kvloom.engine.occurrences import Occurrences
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request, Sequence
 from kvloom.engine.sampler import Sampler, penalise, uniform_at
-from threads import threads
 
 VOCABULARY = 20_011
 FILTERS: dict[str, dict[str, float]] = {

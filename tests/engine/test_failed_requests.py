@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from harness.tiny_engine import finish, greedy, nothing_left, tiny_engine
+from harness.tiny_model import random_weights, tiny_config
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.cli.answer import Answer
@@ -15,8 +17,6 @@ from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel, _best_tokens
 from kvloom.spec.store import SLAB_BYTES
-from tiny_engine import finish, greedy, nothing_left, tiny_engine
-from tiny_model import random_weights, tiny_config
 
 PROMPT = [3, 17, 98, 41, 5, 62, 17, 98] * 3
 POISON = 210

@@ -3,16 +3,11 @@
 import pytest
 import torch
 
-from families import decoder_of, oracle_of
+from harness.families import decoder_of, oracle_of
+from harness.tiny_engine import engine_of, finish, greedy, nothing_left
+from harness.tiny_model import random_tokens
 from kvloom.attention.reference import ReferenceBackend
-from kvloom.cache.kvcache import KVCache
-from kvloom.engine.engine import Engine
-from kvloom.engine.runner import Runner
-from kvloom.engine.scheduler import Scheduler
 from kvloom.models.eager import EagerModel
-from kvloom.spec.store import SLAB_BYTES
-from tiny_engine import finish, greedy, nothing_left
-from tiny_model import random_tokens
 
 PROMPT = random_tokens(24, 131)
 
@@ -24,17 +19,15 @@ def models(request, tmp_path_factory):
     return oracle, decoder_of(oracle, tmp_path_factory.mktemp("model"))
 
 
-def engine_of(decoder, prefix=True):
-    """Return an engine in float32."""
-    cache = KVCache(decoder.config.kv_spec(8, "fp32"), 8 * SLAB_BYTES, 8, torch.float32)
-    scheduler = Scheduler(cache.lanes, max_num_seqs=8, max_num_batched_tokens=16, enable_prefix_caching=prefix)
-    runner = Runner(EagerModel(decoder, ReferenceBackend()), cache)
-    return Engine(runner, scheduler, None, max_model_len=120, eos_token_ids=())
+def short_engine(decoder, prefix=True):
+    """Return an engine in float32 for texts of up to 120 tokens."""
+    model = EagerModel(decoder, ReferenceBackend())
+    return engine_of(model, block_size=8, max_num_batched_tokens=16, prefix=prefix, max_model_len=120)
 
 
 def test_a_request_that_may_grow_long_is_rotated_for_long_texts_from_its_first_token(models):
     oracle, decoder = models
-    engine = engine_of(decoder)
+    engine = short_engine(decoder)
     long, short = engine.add(PROMPT, greedy(40)), engine.add(PROMPT, greedy(8))
     finish(engine)
     for request, total in ((short, 32), (long, 64)):  # the oracle forgets to go back from 64 to 32
@@ -47,7 +40,7 @@ def test_a_request_that_may_grow_long_is_rotated_for_long_texts_from_its_first_t
 
 
 def test_a_prefix_is_shared_only_by_requests_with_the_same_frequencies(models):
-    engine = engine_of(models[1])
+    engine = short_engine(models[1])
     hits = []
     for max_tokens in (8, 8, 40, 40, 8):
         request = engine.add(PROMPT, greedy(max_tokens))
@@ -57,18 +50,18 @@ def test_a_prefix_is_shared_only_by_requests_with_the_same_frequencies(models):
 
 
 def test_requests_of_both_kinds_run_in_one_batch_as_they_do_alone(models):
-    mixed = engine_of(models[1])
+    mixed = short_engine(models[1])
     together = [mixed.add(PROMPT, greedy(count)) for count in (40, 8, 40)]
     finish(mixed)
     for request, count in zip(together, (40, 8, 40), strict=True):
-        alone = engine_of(models[1], prefix=False)
+        alone = short_engine(models[1], prefix=False)
         expected = alone.add(PROMPT, greedy(count))
         finish(alone)
         assert request.sequences[0].output_token_ids == expected.sequences[0].output_token_ids
 
 
 def test_a_policy_moves_keys_by_the_frequencies_of_their_request(models):
-    engine = engine_of(models[1])
+    engine = short_engine(models[1])
     request = engine.add(PROMPT, greedy(40), kv_policy="streaming(sinks=2,window=14)")
     leader = request.sequences[0].eviction.model
     own = models[1].inverse_frequencies(0, request.length_class)

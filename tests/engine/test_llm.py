@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.tiny_engine import nothing_left
 from kvloom import LLM, RequestOutput, SamplingParams
 from kvloom.errors import InvalidInputError, KvloomError
-from tiny_engine import nothing_left
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("two_threads")]
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from harness.tiny_engine import finish, greedy, nothing_left, tiny_engine
+from harness.tiny_model import cache_of, feed, random_tokens, tiny_decoder
+from harness.tolerances import LOGITS_SAME_WEIGHTS, LOGPROB_FLOAT32
 from kvloom.engine import runner
 from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Logprob, Request
 from kvloom.errors import InvalidInputError
-from tiny_engine import finish, greedy, nothing_left, tiny_engine
-from tiny_model import cache_of, feed, random_tokens, tiny_decoder
-from tolerances import LOGITS_SAME_WEIGHTS, LOGPROB_FLOAT32
 
 PROMPT = random_tokens(90, seed=2)
 KINDS = pytest.mark.parametrize("kind", ["eager", "cpu"])

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from harness.tiny_engine import nothing_left
+from harness.tolerances import LOGITS_FLOAT32
+from harness.transformers_cache import continued
 from kvloom import LLM, SamplingParams
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.solo import solo_peak
-from tiny_engine import nothing_left
-from tolerances import LOGITS_FLOAT32
-from transformers_cache import continued
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("two_threads"), pytest.mark.timeout(1800)]
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from harness.tiny_model import batch_of, random_tokens, random_weights, tiny_config
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.model import StepOutput, StepWanted
 from kvloom.spec.store import SLAB_BYTES
-from tiny_model import batch_of, random_tokens, random_weights, tiny_config
-from tolerances import LOGITS_FLOAT32
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.tiny_engine import finish, greedy, nothing_left, tiny_engine
+from harness.tiny_model import FULL, random_tokens
 from kvloom.engine.engine import Engine
 from kvloom.engine.llm import LLM
-from tiny_engine import finish, greedy, nothing_left, tiny_engine
-from tiny_model import FULL, random_tokens
 
 LIMIT, TENTH = 566_231_040, 56_623_104
 AFTER_PREFILL, TENTH_AFTER_PREFILL = 377_487_360, 37_748_736

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from harness.tiny_engine import finish, greedy, nothing_left, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.cache.arena import Addresses
 from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
-from tiny_engine import finish, greedy, nothing_left, run, tiny_engine
-from tiny_model import random_tokens
 
 PREFIX = random_tokens(1000, seed=9)
 KINDS = pytest.mark.parametrize("kind", ["eager", "cpu"])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from harness.tiny_engine import finish, nothing_left
+from harness.tiny_model import random_tokens
+from harness.tolerances import GREEDY_TIE, LOGITS_FLOAT32
 from kvloom import LLM, SamplingParams
 from kvloom.models.tokenizer import Tokenizer
-from tiny_engine import finish, nothing_left
-from tiny_model import random_tokens
-from tolerances import GREEDY_TIE, LOGITS_FLOAT32
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("two_threads"), pytest.mark.timeout(900)]
 

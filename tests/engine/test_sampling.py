@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from harness.tiny_engine import finish, greedy, letters, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.engine.distribution import Distribution
 from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request, Sequence
 from kvloom.engine.sampler import uniform_at
-from tiny_engine import finish, greedy, letters, run, tiny_engine
-from tiny_model import random_tokens
 
 PROMPT = random_tokens(20, seed=1)
 

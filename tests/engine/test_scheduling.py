@@ -2,12 +2,12 @@
 
 import pytest
 
+from harness.tiny_engine import finish, greedy, letters, nothing_left, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request, Status
 from kvloom.errors import DoesNotFitError, InvalidInputError
-from tiny_engine import finish, greedy, letters, nothing_left, run, tiny_engine
-from tiny_model import random_tokens
 
 WIDE = {"num_heads": 4, "head_dim": 64}
 """3 KiB a token: 682 tokens a slab, 42 rows of blocks of 16 tokens in six lanes."""

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from characters import EOS, characters
+from harness.characters import EOS, characters
+from harness.tiny_engine import finish, nothing_left, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.structured_params import StructuredOutputsParams
 from kvloom.errors import InvalidInputError, UnsupportedError
-from tiny_engine import finish, nothing_left, tiny_engine
-from tiny_model import random_tokens
 
 pytest.importorskip("xgrammar", reason="the extra kvloom[structured] is not installed")
 

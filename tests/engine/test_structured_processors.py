@@ -2,11 +2,11 @@
 
 import pytest
 
-from characters import characters
+from harness.characters import characters
+from harness.tiny_engine import finish, greedy, nothing_left, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import InvalidInputError
-from tiny_engine import finish, greedy, nothing_left, run, tiny_engine
-from tiny_model import random_tokens
 
 PROMPT = random_tokens(20)
 

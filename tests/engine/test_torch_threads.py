@@ -5,15 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from harness.threads import threads
+from harness.tiny_engine import greedy, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.engine.callers import Call, Callers, add_all
 from kvloom.engine.config import EngineConfig
 from kvloom.errors import InvalidInputError
 from kvloom.kernels import cpu
 from kvloom.kernels.threads import keep_one_torch_thread, one_torch_thread, set_threads
 from kvloom.policies.scorers.knorm import Knorm
-from threads import threads
-from tiny_engine import greedy, run, tiny_engine
-from tiny_model import random_tokens
 
 
 def watched(engine, monkeypatch, policy="knorm(budget=20,skip_layers=0)"):

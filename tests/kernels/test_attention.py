@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tests.kernels.conftest import FilledLanes, fill_lanes
 
+from harness.filled_lanes import FilledLanes, fill_lanes
+from harness.threads import threads
 from kvloom.errors import InvalidInputError
 from kvloom.kernels import cpu, reference, reference_dense
-from threads import threads
 
 FLOAT = 1e-5  # float32 sums in another order
 BF16 = 3e-2  # queries and probabilities rounded to 8 bits of mantissa

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tests.kernels.conftest import FilledLanes, fill_lanes
 
+from harness.threads import threads
 from kvloom.kernels import cpu
-from threads import threads
 
 COUNTS = (2, 3, 5, 8, 13, 16)
 RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32, 48, 71)

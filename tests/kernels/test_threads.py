@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from harness.threads import threads
+from harness.tiny_engine import finish, greedy, nothing_left, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.kernels import cpu
 from kvloom.kernels.cpu import _ext
-from threads import threads
-from tiny_engine import finish, greedy, nothing_left, run, tiny_engine
-from tiny_model import random_tokens
 
 TASKS = Path("/proc/self/task")
 linux = pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted in /proc")
@@ -250,8 +250,8 @@ def test_a_child_forked_in_the_middle_of_calls_computes_on_its_own_threads() -> 
 FORK_OF_AN_ENGINE = """
 import os
 import torch
-from tiny_engine import greedy, run, tiny_engine
-from tiny_model import random_tokens
+from harness.tiny_engine import greedy, run, tiny_engine
+from harness.tiny_model import random_tokens
 from kvloom.kernels import cpu
 
 torch.set_num_threads(2)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from harness.serving import make_model
 from kvloom import LLM
-from serving import make_model
 
 
 @pytest.fixture(scope="session")

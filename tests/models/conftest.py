@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from threads import threads
+from harness.threads import threads
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
+from harness import tiny
 from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 

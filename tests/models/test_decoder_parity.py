@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 
+from harness.tiny_model import cache_of, feed, random_tokens
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
-from tiny_model import cache_of, feed, random_tokens
-from tolerances import LOGITS_FLOAT32
 
 LENGTH = 110
 

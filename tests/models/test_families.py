@@ -2,7 +2,7 @@
 
 import pytest
 
-import tiny
+from harness import tiny
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.families import FAMILIES
 from kvloom.spec.decoder import RopeConfig

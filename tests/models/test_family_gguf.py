@@ -6,11 +6,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Quant
 
-from families import BASE, VARIANTS, expected_logits, feed, longrope, oracle_of
+from harness.families import BASE, VARIANTS, expected_logits, longrope, oracle_of
+from harness.tiny_model import cache_of, feed, random_tokens
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
-from tiny_model import cache_of, random_tokens
-from tolerances import LOGITS_FLOAT32
 
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -9,14 +9,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Quant
 
-from families import VARIANTS, expected_logits, feed, oracle_of
-from gguf_families import write
+from harness.families import VARIANTS, expected_logits, oracle_of
+from harness.gguf_families import write
+from harness.tiny_model import cache_of, feed, random_tokens
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
 from kvloom.spec.families import family_of_gguf
-from tiny_model import cache_of, random_tokens
-from tolerances import LOGITS_FLOAT32
 
 ARCHITECTURES = {
     "gpt2": "gpt2", "gpt2, untied": "gpt2", "gpt-bigcode": "starcoder", "gpt-neox": "gptneox",

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from families import VARIANTS, decoder_of, expected_logits, longrope, oracle_of
+from harness.families import VARIANTS, decoder_of, expected_logits, longrope, oracle_of
+from harness.tiny_model import batch_of, random_tokens
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
 from kvloom.models.compiled import CompiledModel, unsupported
 from kvloom.models.model import StepWanted
 from kvloom.spec.store import SLAB_BYTES
-from tiny_model import batch_of, random_tokens
-from tolerances import LOGITS_FLOAT32
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 
@@ -122,9 +122,8 @@ def test_sequences_of_unlike_length_are_rotated_each_by_its_own_frequencies(tmp_
 
 
 def test_sinks_and_slopes_mean_the_same_in_both_decoders(tmp_path):
-    from families import feed
+    from harness.tiny_model import cache_of, feed, random_weights, tiny_config
     from kvloom.models.decoder import Decoder
-    from tiny_model import cache_of, random_weights, tiny_config
 
     config = tiny_config("llama")
     weights = random_weights(config)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from families import VARIANTS
+from harness.families import VARIANTS
 from kvloom.models.families import FAMILIES
 from kvloom.models.page import recomputed
 

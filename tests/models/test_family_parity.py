@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from families import VARIANTS, decoder_of, expected_logits, feed, oracle_of
-from tiny_model import cache_of, random_tokens
-from tolerances import LOGITS_FLOAT32
+from harness.families import VARIANTS, decoder_of, expected_logits, oracle_of
+from harness.tiny_model import cache_of, feed, random_tokens
+from harness.tolerances import LOGITS_FLOAT32
 
 LENGTH = 70
 """Tokens of a test text: twice the original context of the variants that extend it."""
@@ -36,7 +36,7 @@ def test_chunks_and_single_tokens_after_a_prefill_have_the_logits_of_transformer
     cache = cache_of(decoder)
     sequence = cache.lanes.open()
     first = feed(decoder, cache, sequence, tokens[:37], total=LENGTH)
-    rest = feed(decoder, cache, sequence, tokens[37:], chunk, total=LENGTH)
+    rest = feed(decoder, cache, sequence, tokens[37:], chunk=chunk, total=LENGTH)
     cache.check_invariants()
     assert (torch.cat((first, rest)) - expected_logits(oracle, tokens)).abs().max() < LOGITS_FLOAT32
 
@@ -46,7 +46,7 @@ def test_an_adopted_prefix_is_as_good_as_a_computed_one(pair):
     tokens = random_tokens(LENGTH, 131)
     cache = cache_of(decoder)
     first = cache.lanes.open()
-    feed(decoder, cache, first, tokens[:64], 9, total=LENGTH)
+    feed(decoder, cache, first, tokens[:64], chunk=9, total=LENGTH)
     cache.lanes.publish(first, cache.chain(), tokens, 0, 4)
     cache.lanes.close(first)
     second = cache.lanes.open()

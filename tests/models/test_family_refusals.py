@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 
-import tiny
+from harness import tiny
 from kvloom import LLM
 from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint

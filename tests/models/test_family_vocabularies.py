@@ -2,9 +2,9 @@
 
 import pytest
 
+from harness.vocabularies import NAMES, vocabularies
 from kvloom.models.gguf_file import GGUFFile
 from kvloom.models.tokenizer import tokenizer_from_gguf
-from vocabularies import NAMES, vocabularies
 
 pytestmark = pytest.mark.real_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Quant
 
-import tiny
+from harness import tiny
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.spec.decoder import RopeConfig

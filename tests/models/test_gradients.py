@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from families import VARIANTS, decoder_of, oracle_of
-from tolerances import LOGITS_FLOAT32
+from harness.families import VARIANTS, decoder_of, oracle_of
+from harness.tolerances import LOGITS_FLOAT32
 
 SOURCES = {
     "embed": "model.embed_tokens.weight",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-import tiny
+from harness import tiny
 from kvloom.errors import DownloadError, ModelNotFoundError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.hub import FILES, download_model, is_hub_id

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from harness.tiny_model import FULL, batch_of, cache_of, feed, random_tokens, random_weights, tiny_config
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference_dense
 from kvloom.models.compiled import CompiledModel
@@ -14,8 +16,6 @@ from kvloom.models.model import StepWanted
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.store import SLAB_BYTES
 from mixtures import HIDDEN, WIDE, mixture_of
-from tiny_model import FULL, batch_of, cache_of, feed, random_tokens, random_weights, tiny_config
-from tolerances import LOGITS_FLOAT32
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 

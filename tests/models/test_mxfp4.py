@@ -8,7 +8,9 @@ import safetensors.torch
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from families import VARIANTS, decoder_of, expected_logits, feed, oracle_of
+from harness.families import VARIANTS, decoder_of, expected_logits, oracle_of
+from harness.tiny_model import batch_of, cache_of, feed, random_tokens
+from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
 from kvloom.errors import CheckpointError
 from kvloom.models.checkpoint import open_checkpoint
@@ -19,8 +21,6 @@ from kvloom.models.model import StepWanted
 from kvloom.models.mxfp4 import Mxfp4Tensors
 from kvloom.models.safetensors_folder import SafetensorsFolder
 from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
-from tiny_model import batch_of, cache_of, random_tokens
-from tolerances import LOGITS_FLOAT32
 
 EXPERTS = ("gate_up_proj", "down_proj")
 
@@ -81,7 +81,7 @@ def test_the_logits_are_those_of_transformers(packed):
     for chunk in (0, 7):
         tokens = random_tokens(40, 131)
         cache = cache_of(decoder)
-        logits = feed(decoder, cache, cache.lanes.open(), tokens, chunk)
+        logits = feed(decoder, cache, cache.lanes.open(), tokens, chunk=chunk)
         assert (logits - expected_logits(oracle, tokens)).abs().max() < LOGITS_FLOAT32
 
 

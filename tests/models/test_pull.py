@@ -173,7 +173,7 @@ def test_a_name_that_the_catalogue_lacks_is_not_found_with_the_nearest():
 
 
 def test_a_catalogue_name_opens_and_is_fetched_when_absent(index, monkeypatch, tmp_path):
-    import tiny
+    from harness import tiny
 
     file = tiny.write_tiny_gguf(tmp_path / "model.gguf", "llama", tiny.tiny_model("llama"))
     content = file.read_bytes()

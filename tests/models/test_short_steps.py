@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from harness.tiny_model import batch_of, random_tokens, random_weights, tiny_config
 from kvloom.cache.kvcache import KVCache
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.model import StepWanted
 from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
-from tiny_model import batch_of, random_tokens, random_weights, tiny_config
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from families import VARIANTS, decoder_of, oracle_of
+from harness.families import VARIANTS, decoder_of, oracle_of
+from harness.small_engine import small_engine
+from harness.tiny_engine import greedy
 from kvloom.errors import UnsupportedError
 from kvloom.plan.question import Question
 from kvloom.plan.serving import policy_refusals
@@ -16,7 +18,6 @@ from kvloom.plan.source import find_model
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.hardware import find_device
 from kvloom.spec.policy import PolicySpec
-from policies.small import greedy, small_engine
 
 KNOWN = [
     "full", "streaming(sinks=2,window={a})", "window(size={a})", "h2o(budget={a})", "tova(budget={a})",

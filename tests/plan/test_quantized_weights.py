@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from families import VARIANTS, oracle_of
+from harness.families import VARIANTS, oracle_of
+from harness.tiny_model import tiny_config
 from kvloom.cli.plantext import show
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.plan.advice import advise
@@ -22,7 +23,6 @@ from kvloom.spec.catalogue import catalogue_names, catalogue_spec
 from kvloom.spec.hardware import DeviceSpec, find_device
 from kvloom.spec.packedmodel import HEAD_DIMS, KERNEL_ACTIVATIONS
 from kvloom.spec.packing import QUANTIZATIONS
-from tiny_model import tiny_config
 
 
 def ask(model="smollm2", device="cpu:8GiB", prompt=3584, output=512, **facts):

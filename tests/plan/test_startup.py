@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-from families import VARIANTS, decoder_of, oracle_of
+from harness.families import VARIANTS, decoder_of, oracle_of
+from harness.serving import make_model
+from harness.small_engine import GEMMA, LLAMA, prompt_of, small_engine
+from harness.tiny_engine import greedy
 from kvloom import LLM
 from kvloom.engine.startup import engine_figures
 from kvloom.errors import DoesNotFitError
@@ -19,8 +22,6 @@ from kvloom.spec.hardware import find_device
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.shape import model_spec
 from kvloom.spec.store import SLAB_BYTES
-from policies.small import GEMMA, LLAMA, greedy, prompt_of, small_engine
-from serving import make_model
 
 ARENA = 2 * SLAB_BYTES
 

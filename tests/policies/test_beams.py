@@ -2,8 +2,9 @@
 
 import pytest
 
+from harness.small_engine import prompt_of, run, small_engine
+from harness.tiny_engine import greedy
 from kvloom.engine.beam import BeamSearchParams
-from policies.small import greedy, prompt_of, run, small_engine
 
 POLICIES = ["h2o(budget=40)", "snapkv(budget=40,window=8)+adaptive", "streaming(sinks=4,window=36)",
             "streaming(sinks=2,window=30,positions=cache)", "tova(budget=40)+slack(tokens=8)",

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.small_engine import GEMMA, LLAMA, prompt_of, run, small_engine
+from harness.tiny_engine import greedy
 from kvloom.models.eager import EagerModel
 from kvloom.policies import plugins
 from kvloom.policies.budgets import BUDGETS
 from kvloom.policies.policy import Policy
 from kvloom.policies.scorer import RULES, Selector
 from kvloom.spec.method import METHODS
-from policies.small import GEMMA, LLAMA, greedy, prompt_of, run, small_engine
 from policies.watched import Shadow
 
 plugins.load_all()

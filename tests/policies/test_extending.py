@@ -14,7 +14,8 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 ENTRY_POINT = next(code for language, code in BLOCKS if language == "toml")
 
 RUN = """
-from policies.small import greedy, prompt_of, run, small_engine
+from harness.small_engine import prompt_of, run, small_engine
+from harness.tiny_engine import greedy
 import torch
 engine = small_engine()
 request = engine.add(prompt_of(80), greedy(4), kv_policy="valuenorm(budget=20,sinks=3)")

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from harness.small_engine import prompt_of, run, small_engine
+from harness.tiny_engine import greedy
+from harness.tiny_model import FULL, random_weights, tiny_config
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel
 from kvloom.policies.keymass import KeyMass
-from policies.small import greedy, prompt_of, run, small_engine
 from policies.test_conformance import policy_of, survivors
-from tiny_model import FULL, random_weights, tiny_config
 
 CONFIG = tiny_config("llama", num_heads=9, num_kv_heads=3, head_dim=64, layers=(FULL,) * 2, max_position=4096)
 METHODS = ["h2o", "scissorhands", "fastgen", "snapkv", "tova", "expected", "keydiff", "knorm", "kvzip"]

@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 
+from harness.small_engine import GEMMA, LLAMA, prompt_of, run, small_engine
+from harness.tiny_engine import greedy
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
 from kvloom.policies.policy import Policy
-from policies.small import GEMMA, LLAMA, greedy, prompt_of, run, small_engine
 
 POLICIES = ["h2o(budget=40)", "snapkv(budget=40,window=8)+adaptive", "streaming(sinks=4,window=36)",
             "kvzip(budget=40,chunk=64)", "tova(budget=40)+slack(tokens=8)", "h2o(budget=48)+d2o(mass=true)",

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from harness.small_engine import GEMMA, LLAMA, prompt_of, run, small_engine
+from harness.tiny_engine import greedy
+from harness.tiny_model import FULL, random_weights, tiny_config
 from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
 from kvloom.models.compiled import CompiledModel
 from kvloom.spec.footprint import request_footprint
 from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import SLAB_BYTES
-from policies.small import GEMMA, LLAMA, greedy, prompt_of, run, small_engine
-from tiny_model import FULL, random_weights, tiny_config
 
 PROMPT, OUTPUT, BUDGET = 2048, 64, 512
 CONFIG = tiny_config("llama", num_heads=9, num_kv_heads=3, head_dim=64, layers=(FULL,) * 2, max_position=1 << 15)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from harness.small_engine import greedy, prompt_of, run, small_engine
 from kvloom.errors import MethodError
 from kvloom.policies.scorers.duo import Duo
 from kvloom.policies.scorers.knorm import Knorm
 from policies.lifelike import Life, random_layers
-from policies.small import greedy, prompt_of, run, small_engine
 
 TOKENS = 20
 

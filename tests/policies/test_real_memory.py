@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from harness.small_engine import prompt_of, run, small_engine
+from harness.threads import threads
+from harness.tiny_engine import greedy
 from kvloom.errors import DoesNotFitError
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
@@ -13,8 +16,6 @@ from kvloom.spec.footprint import request_footprint
 from kvloom.spec.hardware import find_device
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import SLAB_BYTES
-from policies.small import greedy, prompt_of, run, small_engine
-from threads import threads
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from harness.dense_attention import dense_attention
 from kvloom.attention.reference import ReferenceBackend
 
 
@@ -91,12 +92,13 @@ class Shadow(ReferenceBackend):
                 for head in range(q.shape[1]):
                     lane = view.first + head // group
                     entries = self.lists[row, lane]
-                    logs = 0.0
+                    logs = None
                     if row in cache.lanes.log_counts:
-                        logs = torch.from_numpy(cache.lanes.log_counts[row][lane, : len(entries)]).double()
-                    k = torch.stack([k for _, k, _ in entries]).double()
-                    v = torch.stack([v for _, _, v in entries]).double()
-                    weights = torch.softmax(k @ q[end - 1, head].double() * scale + logs, 0)
-                    torch.testing.assert_close(out[end - 1, head].double(), weights @ v, rtol=1e-4, atol=1e-4)
+                        logs = torch.from_numpy(cache.lanes.log_counts[row][lane, : len(entries)])
+                    k = torch.stack([k for _, k, _ in entries])
+                    v = torch.stack([v for _, _, v in entries])
+                    all_of_it = torch.ones(1, len(entries), dtype=torch.bool)
+                    expected, _ = dense_attention(q[end - 1 : end, head], k, v, all_of_it, scale, logs)
+                    torch.testing.assert_close(out[end - 1, head].double(), expected[0], rtol=1e-4, atol=1e-4)
                     self.checked += 1
         return out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving import make_llm, make_model, running
+from harness.serving import make_llm, make_model, running
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from serving import call, complete, converse, in_background, make_llm, open_stream, running, until
+from harness.serving import call, complete, converse, in_background, make_llm, open_stream, running, until
 
 
 @contextmanager

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from harness.serving import converse, make_llm, make_model, running
 from kvloom.errors import UnsupportedError
 from kvloom.server.fields import Body
 from kvloom.server.tools import ToolCallReader, offered_tools
-from serving import converse, make_llm, make_model, running
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 

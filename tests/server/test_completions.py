@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from serving import call, complete
+from harness.serving import call, complete
 
 
 def answer(reply):

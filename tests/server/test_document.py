@@ -10,8 +10,8 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
+from harness.serving import call, make_llm, running
 from kvloom.server.app import ROUTES
-from serving import call, make_llm, running
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = {"/v1/completions": 150, "/v1/chat/completions": 150}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving import call, complete, make_llm, open_stream, running, until
+from harness.serving import call, complete, make_llm, open_stream, running, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 

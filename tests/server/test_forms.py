@@ -6,7 +6,7 @@ import re
 import openai
 import pytest
 
-from serving import complete, converse, make_llm, make_model, running
+from harness.serving import complete, converse, make_llm, make_model, running
 
 pytest.importorskip("xgrammar", reason="the extra kvloom[structured] is not installed")
 

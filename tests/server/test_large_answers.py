@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
+from harness.serving import complete, converse
 from kvloom.server.exchange import SLICE, encode_json, encode_large_json
 from kvloom.server.logprobs import LogprobFormat
-from serving import complete, converse
 
 LONG = list(range(2 * SLICE + 3))
 

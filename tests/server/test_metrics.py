@@ -7,10 +7,10 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from harness.serving import call, complete, converse, make_llm, open_stream, running
 from kvloom.server.enginestats import read_stats
 from kvloom.server.logs import JSONFormatter
 from kvloom.server.metrics import TWINS, ServerMetrics
-from serving import call, complete, converse, make_llm, open_stream, running
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving import call, complete, open_stream
+from harness.serving import call, complete, open_stream
 
 ARGUMENTS = ["--port", "0", "--dtype", "float32", "--block-size", "4", "--kv-cache-memory-bytes", "8MiB"]
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from harness.serving import call, complete, in_background, make_llm, running, until
 from kvloom.server.queue import Queue
 from kvloom.server.refusal import Refusal
 from kvloom.server.serve import spare_collections
-from serving import call, complete, in_background, make_llm, running, until
 
 
 def test_places_of_a_body_are_taken_while_it_is_looked_at_and_given_back():

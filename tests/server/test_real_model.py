@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from serving import running
+from harness.serving import running
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -2,9 +2,9 @@
 
 import pytest
 
+from harness.serving import call, complete, converse, make_llm, running
 from kvloom.errors import InvalidInputError
 from kvloom.server.kvpolicy import allowed_policies
-from serving import call, complete, converse, make_llm, running
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 

@@ -3,8 +3,8 @@
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from harness.serving import call, complete, make_llm, running
 from kvloom.server.tracing import Tracer
-from serving import call, complete, make_llm, running
 
 
 @pytest.fixture

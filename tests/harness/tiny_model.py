@@ -90,17 +90,28 @@ def batch_of(work: list[tuple[int, int, list[int]]]) -> AttentionBatch:
 
 
 def feed(
-    decoder: Decoder, cache: KVCache, sequence: int, tokens: list[int], backend: object = None, chunk: int = 0
+    decoder: Decoder,
+    cache: KVCache,
+    sequence: int,
+    tokens: list[int],
+    *,
+    chunk: int = 0,
+    total: int | None = None,
+    backend: object = None,
 ) -> torch.Tensor:
-    """Put `tokens` through the model, `chunk` at a time (0: at once); returns their logits [n, V]."""
+    """Put `tokens` through the decoder, `chunk` at a time (0: at once); returns their logits [n, V].
+
+    Rotary frequencies that depend on the length are those of a text of `total` tokens (None: the last of `tokens`
+    ends it).
+    """
     rows = []
-    step = chunk or len(tokens)
-    for at in range(0, len(tokens), step):
-        part = tokens[at : at + step]
-        start = int(cache.lanes.seen[sequence])
+    first = int(cache.lanes.seen[sequence])
+    length_class = np.array([decoder.config.length_class(total or first + len(tokens))], np.int32)
+    for at in range(0, len(tokens), chunk or len(tokens)):
+        part = tokens[at : at + (chunk or len(tokens))]
         assert cache.lanes.extend(sequence, len(part))
-        hidden = decoder.forward(batch_of([(sequence, start, part)]), cache, backend or ReferenceBackend())  # type: ignore[arg-type]
-        rows.append(decoder.logits(hidden))
+        batch = replace(batch_of([(sequence, first + at, part)]), length_class=length_class)
+        rows.append(decoder.logits(decoder.forward(batch, cache, backend or ReferenceBackend())))  # type: ignore[arg-type]
     return torch.cat(rows)
 
 

@@ -14,6 +14,27 @@ from kvloom.spec.decoder import DecoderConfig
 Entry = tuple[torch.Tensor, torch.Tensor, int]
 
 
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax(scale q k' + bias) v [n, Dv] and its log-sum-exp [n] in float64, for one query head.
+
+    q [n, D], k [S, D], v [S, Dv]; query i sees entry s where visible[i, s]. `bias` [S] or [n, S] holds slopes, or the
+    logarithms of the numbers of tokens that entries stand for.
+    """
+    scores = scale * (q.double() @ k.double().T)
+    if bias is not None:
+        scores = scores + bias.double()
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    return torch.exp(scores - lse[:, None]) @ v.double(), lse
+
+
 def through_int8(x: torch.Tensor) -> torch.Tensor:
     """What a vector is after symmetric rounding to 127 steps, in its own dtype."""
     scale = x.float().abs().max() / 127
@@ -75,16 +96,13 @@ class DenseBackend:
             at = torch.from_numpy(batch.positions[start:end]).long()[:, None]
             for head in range(config.num_kv_heads):
                 entries = self.dense.lanes[sequence, layer, head]
-                k = torch.stack([entry[0] for entry in entries]).double()
-                v = torch.stack([entry[1] for entry in entries]).double()
+                k = torch.stack([entry[0] for entry in entries])
+                v = torch.stack([entry[1] for entry in entries])
                 position = torch.tensor([entry[2] for entry in entries])[None, :]
                 seen = (position <= at) if window is None else (position <= at) & (position > at - window)
                 for h in range(head * group, (head + 1) * group):
-                    scores = q[start:end, h].double() @ k.T * scale
-                    if config.slopes:
-                        scores -= config.slopes[h] * (at - position)
-                    scores = scores.masked_fill(~seen, -torch.inf)
-                    out[start:end, h] = (torch.softmax(scores, dim=-1) @ v).to(q.dtype)
+                    bias = -config.slopes[h] * (at - position) if config.slopes else None
+                    out[start:end, h] = dense_attention(q[start:end, h], k, v, seen, scale, bias)[0].to(q.dtype)
         return out
 
 

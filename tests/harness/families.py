@@ -1,15 +1,10 @@
 """Tiny random models of every family and position variant, beside the same models in transformers."""
 
-from dataclasses import replace
-
-import numpy as np
 import torch
 import transformers
 
-from kvloom.attention.reference import ReferenceBackend
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
-from tiny_model import batch_of
 
 BASE = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -166,17 +161,3 @@ def expected_logits(oracle, tokens):
     """Return the logits [n, V] of transformers for tokens [n] in one piece."""
     with torch.no_grad():
         return oracle(torch.tensor([tokens])).logits[0].float()
-
-
-def feed(decoder, cache, sequence, tokens, chunk=0, total=None):
-    """Put `tokens` through the decoder, `chunk` at a time (0: at once), as part of `total` tokens; returns logits."""
-    rows = []
-    start = int(cache.lanes.seen[sequence])
-    total = start + len(tokens) if total is None else total
-    length_class = np.array([decoder.config.length_class(total)], np.int32)
-    for at in range(0, len(tokens), chunk or len(tokens)):
-        part = tokens[at : at + (chunk or len(tokens))]
-        assert cache.lanes.extend(sequence, len(part))
-        batch = replace(batch_of([(sequence, start + at, part)]), length_class=length_class)
-        rows.append(decoder.logits(decoder.forward(batch, cache, ReferenceBackend())))
-    return torch.cat(rows)

@@ -6,6 +6,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models
 
+from harness.tiny_model import random_weights, tiny_config
+from harness.tolerances import GREEDY_TIE
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
 from kvloom.engine.engine import Engine
@@ -16,10 +18,9 @@ from kvloom.engine.scheduler import Scheduler
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel
+from kvloom.models.model import Model
 from kvloom.models.tokenizer import Tokenizer
-from kvloom.spec.store import SLAB_BYTES
-from tiny_model import random_weights, tiny_config
-from tolerances import GREEDY_TIE
+from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
 
 
 def letters() -> Tokenizer:
@@ -31,6 +32,48 @@ def letters() -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend, special_tokens={})
+
+
+def engine_of(
+    model: Model,
+    *,
+    dtype: torch.dtype = torch.float32,
+    slabs: int = 8,
+    block_size: int = 16,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    rows: int | None = None,
+    prefix: bool = True,
+    max_model_len: int | None = None,
+    eos: tuple[int, ...] = (),
+    tokenizer: Tokenizer | None = None,
+    **options: object,
+) -> Engine:
+    """Return an engine around `model`, which computes in `dtype`, with an arena of `slabs`.
+
+    The lane table has `rows` rows (None: one a sequence). A request may have `max_model_len` tokens (None: as many as
+    the arena holds and the model was made for). `options` go to `Engine`.
+    """
+    spec = model.config.kv_spec(block_size, NATIVE_STORE[str(dtype).removeprefix("torch.")])
+    cache = KVCache(spec, slabs * SLAB_BYTES, rows or max_num_seqs, dtype, layout=model.layout)
+    scheduler = Scheduler(
+        cache.lanes,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=prefix,
+    )
+    if max_model_len is None:
+        max_model_len = min(
+            spec.max_tokens_in(cache.arena.num_bytes, max_num_batched_tokens), model.config.max_position
+        )
+    return Engine(
+        Runner(model, cache),
+        scheduler,
+        tokenizer,
+        max_model_len=max_model_len,
+        eos_token_ids=eos,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def tiny_engine(
@@ -52,19 +95,21 @@ def tiny_engine(
     config = tiny_config(family, **changes)
     weights = random_weights(config)
     if kind == "eager":
-        model = EagerModel(Decoder(config, weights), ReferenceBackend())
+        model: Model = EagerModel(Decoder(config, weights), ReferenceBackend())
     else:
         model = CompiledModel(config, weights.items(), torch.float32)
-    layout = "cpu" if kind == "cpu" else "rows"
-    spec = config.kv_spec(block_size, "fp32")
-    cache = KVCache(spec, slabs * SLAB_BYTES, max_num_seqs, torch.float32, layout=layout)
-    scheduler = Scheduler(
-        cache.lanes,
+    return engine_of(
+        model,
+        slabs=slabs,
+        block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=prefix,
+        prefix=prefix,
+        max_model_len=max_model_len,
+        eos=eos,
+        tokenizer=tokenizer,
+        seed=seed,
     )
-    return Engine(Runner(model, cache), scheduler, tokenizer, max_model_len=max_model_len, eos_token_ids=eos, seed=seed)
 
 
 def greedy(max_tokens: int, **options: object) -> SamplingParams:
