@@ -257,7 +257,7 @@ def test_compaction_happens_before_encoding_or_not_at_all() -> None:
     with pytest.raises(UnsupportedError) as refused:
         cache.compact(sequence, keep)
     assert refused.value.reasons == (
-        "lane 0 is windowed and forgets by its window",
+        "lane 0 has a sliding window, which alone frees its blocks",
         "lane 2 has encoded blocks; select before encoding",
     )
     with pytest.raises(UnsupportedError, match="small windows stay in 16 bit"):

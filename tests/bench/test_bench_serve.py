@@ -120,7 +120,7 @@ def test_errors_are_counted_and_shown(bench):
 
 def test_nobody_there_is_said_so(capsys):
     assert run(["bench", "serve", "--base-url", "http://127.0.0.1:1"]) == 2
-    assert "nobody answers" in capsys.readouterr().err
+    assert "no server answers" in capsys.readouterr().err
 
 
 def test_an_error_status_carries_the_servers_words(server):

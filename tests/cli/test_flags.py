@@ -1,4 +1,4 @@
-"""A flag means the same on the command line, in its environment twin and in a config file."""
+"""A flag means the same on the command line, in its environment variable and in a config file."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Beam search under policies: every beam forgets for itself, and what it had is what its own tokens lead to."""
+"""Beam search under policies: every beam evicts separately, and holds what its own tokens lead to."""
 
 import pytest
 

@@ -183,7 +183,7 @@ class KVCache:
             out[head, out.shape[1] - count :] = torch.from_numpy(values)
         return out.to(self.memory.device)
 
-    # ---- forgetting -----------------------------------------------------------------------------------------------
+    # ---- eviction -------------------------------------------------------------------------------------------------
 
     def compact(
         self,
@@ -262,7 +262,7 @@ class KVCache:
         """Raise unless all of `lanes` may lose tokens."""
         segments, reasons = self.lanes.segments, []
         for lane in lanes[self._windowed[lanes]].tolist():
-            reasons.append(f"lane {lane} is windowed and forgets by its window")
+            reasons.append(f"lane {lane} has a sliding window, which alone frees its blocks")
         if segments.any_encoded(sequence):
             for lane in lanes.tolist():
                 if not segments.is_native(sequence, lane):

@@ -191,7 +191,7 @@ class PrefixIndex:
                 del self._entries[digest]
 
     def clear(self) -> None:
-        """Forget every entry and release its blocks."""
+        """Remove every entry and release its blocks."""
         self.forget(list(self._entries))
 
     def held_blocks(self) -> Iterator[Addresses]:

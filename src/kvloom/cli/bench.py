@@ -132,7 +132,7 @@ async def _vocabulary(endpoint: "Endpoint") -> int:
     except (ServerAnswerError, KeyError, TypeError, ValueError):
         return DEFAULT_VOCABULARY
     except OSError as error:
-        raise InvalidInputError(f"nobody answers at {endpoint.base_url}: {error}. Is the server running?") from None
+        raise InvalidInputError(f"no server answers at {endpoint.base_url}: {error}. Is the server running?") from None
 
 
 def _percentiles(text: str) -> list[float]:
@@ -239,13 +239,13 @@ bench_serve = Command(
     "serve",
     callback=run,
     short_help="Put a load on a running server.",
-    help="""Send requests to a running OpenAI server, kvloom's or another, and tell what its clients waited for: time
+    help="""Send requests to a running OpenAI server, kvloom's or another, and report latencies of its clients: time
     to first token, time per output token, inter-token and end-to-end latency, throughput and goodput.
 
     Arrivals follow --request-rate whatever the server does (open loop); with --max-concurrency alone each client
     sends when its last answer has ended (closed loop).""",
     params=[
-        _flag("--base-url", "Where the server answers.", "Server", type=Text(), default="http://127.0.0.1:8000"),
+        _flag("--base-url", "URL of the server.", "Server", type=Text(), default="http://127.0.0.1:8000"),
         _flag("--endpoint", "Route of the requests.", "Server", type=Text(), default="/v1/completions"),
         _flag("--model", "Served name; the server's first when absent.", "Server", type=Text()),
         _flag("--api-key", "Key to send.", "Server", type=Text()),

@@ -76,7 +76,7 @@ def _model(argument: str | None, flag: str) -> str:
 
 
 def _engine(name: str, values: dict[str, Any]) -> "LLM":
-    """Return the model; the prefix cache is off unless asked for, or each iteration after the first would find it."""
+    """Return the model; the prefix cache is off by default, else each iteration after the first would hit it."""
     asked = click.get_current_context().get_parameter_source("enable_prefix_caching")
     arguments = engine_arguments(values)
     if asked is click.core.ParameterSource.DEFAULT:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WORDS = ("/exit", "/reset", "/help")
 """Lines that speak to the program instead of the model."""
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+HELP = "/reset discards the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
 class Conversation:
@@ -40,7 +40,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every message but the system's."""
+        """Discard every message but the system's."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def hear(self, line: str) -> bool:
@@ -126,7 +126,7 @@ chat = Command(
     "chat",
     callback=run,
     short_help="Talk with a model.",
-    help="""Talk with MODEL (default: the catalogue's smollm2, fetched on first use). /reset forgets the conversation,
+    help="""Talk with MODEL (default: the catalogue's smollm2, fetched on first use). /reset discards the conversation,
     /exit or Ctrl-D ends it, Ctrl-C stops the answer and not the program. Piped input is taken as one message a
     line.""",
     params=[

@@ -137,6 +137,6 @@ collect_env = Command(
     "collect-env",
     callback=run,
     short_help="Describe this machine and installation.",
-    help="Describe this machine and installation, for a report of a problem. Nothing is sent anywhere.",
+    help="Describe this machine and installation, for a bug report. Nothing is sent anywhere.",
     params=[Flag(["--json", "as_json"], is_flag=True, help="Print one line of JSON.")],
 )

@@ -1,4 +1,4 @@
-"""Command, Group and Flag: click's, with an environment twin for every flag, `--config`, and sections in `--help`."""
+"""Command, Group and Flag: click's, with an environment variable per flag, `--config`, and sections in `--help`."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from kvloom.cli.foreign import foreign_flag
 
 
 class Flag(click.Option):
-    """An option whose environment twin is KVLOOM_<FLAG>, listed under `section` in the help of its command."""
+    """An option that KVLOOM_<FLAG> sets too, listed under `section` in the help of its command."""
 
     def __init__(self, declarations: Iterable[str], *, section: str = "Options", **attributes: Any) -> None:
         super().__init__(list(declarations), **attributes)
@@ -48,11 +48,11 @@ class Command(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=self._load_config,
-                help="Read flags from a YAML file; the command line and the environment win over it.",
+                help="Read flags from a YAML file; the command line and the environment take precedence.",
             )
         )
         self.epilog = (
-            "Every flag has an environment twin: --some-flag is KVLOOM_SOME_FLAG. "
+            "An environment variable sets each flag: KVLOOM_SOME_FLAG sets --some-flag. "
             "Order of precedence: command line, environment, --config, default."
         )
 

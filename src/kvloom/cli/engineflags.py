@@ -54,7 +54,7 @@ ENGINE_FLAGS = [
     ),
     _flag(
         "--max-model-len",
-        "Longest prompt plus answer; 4k is 4000, 4K is 4096. auto: what the model was made for and the memory holds.",
+        "Longest prompt plus answer; 4k is 4000, 4K is 4096. auto: the model's context length, if the memory holds it.",
         "--context-length",
         type=TokenCount(),
         metavar="TOKENS",
@@ -75,13 +75,13 @@ ENGINE_FLAGS = [
     _flag("--max-num-seqs", "Most sequences that run at once.", type=int),
     _flag(
         "--max-num-batched-tokens",
-        "Most tokens in one step; longer prompts are read in chunks of it.",
+        "Most tokens in one step; longer prompts are computed in chunks of it.",
         type=TokenCount(),
         metavar="TOKENS",
     ),
     _flag(
         "--kv-policy",
-        "What requests forget of their KV cache, e.g. 'snapkv(budget=1024)+adaptive'. Without it: nothing.",
+        "Eviction policy of requests that name none, e.g. 'snapkv(budget=1024)+adaptive'. Default: no eviction.",
         type=Text(),
         metavar="POLICY",
     ),

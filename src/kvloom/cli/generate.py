@@ -45,7 +45,7 @@ def run(
 
 
 def _request(llm: Any, prompt: str, raw: bool, system: str | None) -> str | dict[str, Any]:
-    """Return the prompt as a message of the chat template when the model has one and `raw` is not asked for."""
+    """Return the prompt as a message of the chat template when the model has one and `raw` is not set."""
     if raw or not (llm.tokenizer.has_chat_template or system is not None):
         return prompt
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -74,7 +74,7 @@ generate = Command(
             ["--json", "as_json"],
             section="Prompt and output",
             is_flag=True,
-            help="Print the whole RequestOutput, with its facts about the KV cache, as one line of JSON.",
+            help="Print the whole RequestOutput, with the figures of its KV cache, as one line of JSON.",
         ),
         Flag(
             ["--stats"],

@@ -1,7 +1,7 @@
 """The `kvloom` command: its tree of commands, and how every failure becomes one line and an exit code.
 
-Exit codes: 0 done; 2 wrong usage or input; 3 to 8 the other deliberate errors (`kvloom.errors`); 70 a bug of ours;
-130 interrupted by Ctrl-C; 141 nobody reads the output any more.
+Exit codes: 0 done; 2 wrong usage or input; 3 to 8 the other deliberate errors (`kvloom.errors`); 70 a bug of kvloom;
+130 interrupted by Ctrl-C; 141 the output was closed.
 """
 
 import os

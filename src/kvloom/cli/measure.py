@@ -78,7 +78,7 @@ def run(
         _follow(session, results, file)
     _report(results, session, name, as_json)
     if interrupt.asked:
-        _say(f"stopped; {f'the same command goes on from {file}' if file else 'with --json FILE it could go on'}")
+        _say(f"stopped; {f'the same command continues from {file}' if file else 'with --json FILE it could continue'}")
         raise KeyboardInterrupt
 
 
@@ -142,7 +142,7 @@ def _canonical(policies: tuple[str, ...]) -> list[str]:
 
 
 def _chosen(llm: "LLM", window: "Window", named: bool, everything: bool, keep: tuple[float, ...]) -> Iterator[str]:
-    """Yield the policies of the lists that were asked for; says on standard error what is left out, and why."""
+    """Yield the policies of the lists that were named; prints on standard error what is left out, and why."""
     from kvloom.measure.policies import DEFAULT_METHODS, at_share, registered_methods, registered_stores
     from kvloom.measure.session import runnable
     from kvloom.policies.plugins import load_all
@@ -249,7 +249,7 @@ FLAGS = [
     Flag(["--cost-runs"], section=_WHAT, type=int, default=2, metavar="N",
          help="Windows that are also run alone, for TTFT, TPOT and bytes of the KV cache."),
     Flag(["--json", "as_json"], section=_TELL, type=ResultsFile(), is_flag=False, flag_value="-", metavar="[FILE]",
-         help="Keep results in FILE, and go on from what it holds; without FILE print one line of JSON."),
+         help="Store results in FILE, and continue from those it has; without FILE print one line of JSON."),
 ]  # fmt: skip
 
 measure = Command(
@@ -260,7 +260,7 @@ measure = Command(
     divergence from the full cache over the text's own next tokens, bytes of KV cache read off the arena, time to the
     first token and per output token. The engine is the one that serves.
 
-    Ctrl-C keeps what is finished; the same command with the same --json FILE goes on from there. The file is what
+    Ctrl-C keeps what is finished; the same command with the same --json FILE continues from there. The file is what
     `kvloom plan --measured` reads.""",
     params=[
         click.Argument(["argument"], required=False, metavar="[MODEL]"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def choose_model(ctx: click.Context, argument: str | None, flag: str) -> str:
-    """Return the model's name from the MODEL argument, else from `--model`, its environment twin or the config."""
+    """Return the model's name from the MODEL argument, else from `--model`, its environment variable or the config."""
     if argument is None:
         return flag
     if ctx.get_parameter_source("model") is click.core.ParameterSource.COMMANDLINE and argument != flag:

@@ -10,7 +10,7 @@ from kvloom.cli.main import cli
 
 
 def reference() -> str:
-    """Return the page as Markdown: each command with its text, and a table of its flags with their twins."""
+    """Return the page as Markdown: each command with its text, and a table of its flags with their variables."""
     return "\n".join(_page()) + "\n"
 
 

@@ -27,7 +27,7 @@ SAMPLING_FLAGS = [
     _flag(
         "--max-tokens", "Longest answer; auto: up to --max-model-len.", type=TokenCount(), metavar="TOKENS", default=256
     ),
-    _flag("--min-tokens", "No end of sequence and no stop before so many tokens.", type=int, metavar="TOKENS"),
+    _flag("--min-tokens", "Shortest answer: no end of sequence and no stop before.", type=int, metavar="TOKENS"),
     _flag(
         "--stop",
         "End the answer before this text; may be repeated, and KVLOOM_STOP may be a JSON list.",
@@ -36,13 +36,13 @@ SAMPLING_FLAGS = [
     ),
     _flag("--stop-token-ids", "End the answer at this token; may be repeated.", type=int, metavar="ID", multiple=True),
     _flag("--include-stop-str-in-output", "Keep the stop text in the answer.", is_flag=True),
-    _flag("--ignore-eos", "Go on past the model's end of sequence, to --max-tokens.", is_flag=True),
-    _flag("--presence-penalty", "Subtracted from tokens that the answer has already.", type=float),
-    _flag("--frequency-penalty", "Subtracted once per earlier use in the answer.", type=float),
-    _flag("--repetition-penalty", "Divides the score of tokens in prompt or answer; 1 is none.", type=float),
+    _flag("--ignore-eos", "Continue past the model's end of sequence, to --max-tokens.", is_flag=True),
+    _flag("--presence-penalty", "Subtracted from the logits of tokens in the answer.", type=float),
+    _flag("--frequency-penalty", "Subtracted from the logits of tokens, once per use in the answer.", type=float),
+    _flag("--repetition-penalty", "Divides the logits of tokens in prompt or answer; 1 is none.", type=float),
     _flag(
         "--logit-bias",
-        """Added to the scores of tokens: '{"17": -5}'.""",
+        """Added to the logits of tokens: '{"17": -5}'.""",
         type=TokenBiases(),
         metavar="JSON",
         default=None,

@@ -31,10 +31,10 @@ MAX_PRODUCTS = 128
 SERVER_FLAGS = [
     _flag("--host", "Address to listen on; others than loopback should have an --api-key.", type=Text()),
     _flag("--port", "Port to listen on; 0 takes a free one.", type=int),
-    _flag("--root-path", "Path under which a proxy shows the server, e.g. /llm.", type=Text()),
+    _flag("--root-path", "Path prefix of the server behind a proxy, e.g. /llm.", type=Text()),
     _flag(
         "--served-model-name",
-        "Name by which clients ask for the model; may be repeated. Without it: MODEL as given.",
+        "Name of the model in requests; may be repeated. Without it: MODEL as given.",
         type=Text(),
         multiple=True,
         default=None,
@@ -85,7 +85,7 @@ SERVER_FLAGS = [
         ["--enable-chunked-prefill/--no-enable-chunked-prefill"],
         section="Server",
         default=True,
-        help="Read long prompts in chunks of --max-num-batched-tokens; it cannot be switched off.",
+        help="Compute long prompts in chunks of --max-num-batched-tokens; it cannot be switched off.",
     ),
     _flag("--shutdown-timeout", "Time for running answers to finish after SIGTERM.", type=float, metavar="SECONDS"),
 ]
@@ -97,7 +97,7 @@ LIMIT_FLAGS = [
         metavar="POLICY",
         multiple=True,
         help="Policy that requests may ask for by `kv_policy`: a method with any arguments, or one whole policy; may "
-        "be repeated; `all`, `none`. Without it: every method but those that read the prompt a second time.",
+        "be repeated; `all`, `none`. Without it: every method but those that compute the prompt a second time.",
     ),
     _flag("--max-num-queued-reqs", "Most prompts that wait; more are refused with 429.", "Limits", type=int),
     _flag("--max-concurrent-requests", "Most HTTP requests at once; more are refused with 503.", "Limits", type=int),
@@ -106,7 +106,7 @@ LIMIT_FLAGS = [
     _flag("--max-logprobs", "Most log-probabilities a token.", "Limits", type=int),
     _flag(
         "--client-timeout",
-        "Cut off a client that sends or takes nothing for so long.",
+        "Disconnect a client that sends or receives nothing for so long.",
         "Limits",
         type=float,
         metavar="SECONDS",
@@ -163,7 +163,7 @@ serve = Command(
     help="""Serve MODEL (default: the catalogue's smollm2, fetched on first use) behind OpenAI's API at
     http://HOST:PORT/v1, with streaming, log-probabilities, token-id prompts and figures at /metrics.
 
-    Admission is by bytes of KV cache: what can never fit is refused, what cannot fit now waits.""",
+    Admission is by bytes of KV cache: a request that can never fit is refused, one that does not fit now waits.""",
     params=[
         click.Argument(["argument"], required=False, metavar="[MODEL]"),
         MODEL_FLAG,

@@ -1,4 +1,4 @@
-"""Environment twins of flags: finds variables that look like one and are none, so that no setting is lost silently."""
+"""Environment variables of flags: finds misspelt ones, so that no setting is ignored silently."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ PREFIX = "KVLOOM_"
 
 
 def misspelt_twins(environment: Iterable[str], cli: Group) -> list[str]:
-    """Return a warning for each variable of `environment` whose name is nearly, but not quite, the twin of a flag."""
+    """Return a warning for each variable of `environment` whose name is nearly, but not quite, that of a flag."""
     flags = {flag for _, command in cli.leaves() for flag in command.flags}
     known = sorted(flag.upper().replace("-", "_") for flag in flags)
     warnings = []

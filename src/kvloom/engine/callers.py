@@ -191,7 +191,7 @@ class Callers(EngineThread):
         answer.set_result(outputs)
 
     def _abort(self, call: Call) -> None:
-        """Forget `call`, aborting what has not ended."""
+        """Remove `call`, aborting what has not ended."""
         call.ended = True
         if call in self._calls:
             self._calls.remove(call)

@@ -49,7 +49,7 @@ class Engine:
         allow_kv_policies: Seq[str] | None = None,
         max_position: int | None = None,
     ) -> None:
-        """Take requests of up to `max_model_len` tokens; under a policy that forgets, of up to `max_position`.
+        """Take requests of up to `max_model_len` tokens; under a policy that evicts, of up to `max_position`.
 
         `kv_policy` is the policy of requests that name none; they may name those in `allow_kv_policies` (None: any).
         """
@@ -156,7 +156,7 @@ class Engine:
     def add_beam_search(
         self, prompt_token_ids: Seq[int], params: BeamSearchParams, *, prompt: str | None = None, **options: Any
     ) -> Request:
-        """Queue a beam search; `options` are those of `add`. Under a policy each beam forgets for itself.
+        """Queue a beam search; `options` are those of `add`. Under a policy each beam evicts separately.
 
         The request's sequences are its beams, until it is finished and they are the best `params.n`, best first.
         Raises as `add` does.

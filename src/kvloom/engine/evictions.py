@@ -25,7 +25,7 @@ class Evictions:
         self.evicted_tokens = 0
 
     def evict(self, work: list[Work]) -> list[Request]:
-        """Let the policies that are due forget; what they drop is back in the arena afterwards.
+        """Run the policies that are due; the blocks of evicted tokens are free afterwards.
 
         Other sequences may be preempted. Returns the requests whose method failed, with their `error` set; nothing of
         them was evicted by it. Raises `DoesNotFitError` when blocks are short for ever.

@@ -10,7 +10,7 @@ from kvloom.engine.work import Work
 
 
 class Traffic:
-    """Bytes of one step, taken when the model has run and before policies forget.
+    """Bytes of one step, taken when the model has run and before policies evict.
 
     `read_bytes` are those of K and V that the step's sequences hold, encoded blocks as they are stored: attention read
     each of them at least once. `returned_bytes` are those that policies gave back to the arena.

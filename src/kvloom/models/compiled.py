@@ -24,7 +24,7 @@ from kvloom.spec.packedmodel import HEAD_DIMS
 from kvloom.spec.packing import products_of
 
 PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Numbers in which a model of that dtype multiplies when it is not quantised."""
+"""Compute dtype of a model of that dtype when it is not quantised."""
 
 BLOCK_SLOTS = 16
 """Blocks must hold a multiple of this many tokens."""

@@ -102,7 +102,7 @@ def convert(file: GGUFFile) -> tokenizers.Tokenizer:
     elif kind == "llama":
         tokenizer = _sentencepiece(facts, gemma=file.metadata["general.architecture"].startswith("gemma"))
     else:
-        raise UnsupportedError(f"the tokenizer of {file.path}", [f"its kind is {kind!r}; kvloom knows gpt2 and llama"])
+        raise UnsupportedError(f"the tokenizer of {file.path}", [f"its kind is {kind!r}; kvloom reads gpt2 and llama"])
     _add_tokens(tokenizer, facts)
     _add_template(tokenizer, facts, kind)
     return tokenizer

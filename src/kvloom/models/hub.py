@@ -60,7 +60,7 @@ def download_model(model: str, revision: str | None) -> Path:
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"fetching {where} from the hub failed: {reason}. Try again: it goes on where it was"
+            f"fetching {where} from the hub failed: {reason}. Try again: the download resumes"
         ) from error
 
 

@@ -23,7 +23,7 @@ SCHEMA = "kvloom.measure/1"
 class Measurement:
     """One measured policy: `loss` against the full cache, `loss_high` the upper end of its interval; times in s.
 
-    `kv_bytes` were in use at the last token, `kv_peak_bytes` at most; `evicted_tokens` were forgotten, over all lanes.
+    `kv_bytes` were in use at the last token, `kv_peak_bytes` at most; `evicted_tokens` were evicted, over all lanes.
     `windows` pieces of text were measured.
     """
 
@@ -40,7 +40,7 @@ class Measurement:
     windows: float | None = None
 
     def forgot_enough_for(self, prompt: int) -> bool:
-        """Return whether the policy showed what forgetting costs, if it would forget anything of such a prompt.
+        """Return whether the policy evicted tokens when it was measured, if it would evict any of such a prompt.
 
         A budget that the measured text never filled says nothing about a longer one.
         """

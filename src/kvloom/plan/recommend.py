@@ -51,7 +51,7 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
     """Return the fitting policy of least loss; among equals the one that leaves more room.
 
     The full cache is taken when it fits. A measured policy counts when the upper end of its loss is at most
-    `max_loss` and it was measured at no less than half the asked context, where it did forget something.
+    `max_loss` and it was measured at no less than half the asked context, where it did evict tokens.
     """
     full = replace(asked, policy=PolicySpec())
     if Memory(full).fits:

@@ -1,1 +1,1 @@
-"""What to forget: scorer x budget x trigger x action. No model class, no engine."""
+"""Which tokens to evict: scorer x budget x trigger x action. No model class, no engine."""

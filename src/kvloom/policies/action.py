@@ -1,4 +1,4 @@
-"""Action: what becomes of evicted tokens. `Drop` forgets them; merging folds them into survivors."""
+"""Action: what becomes of evicted tokens. `Drop` discards them; merging folds them into survivors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

@@ -64,7 +64,7 @@ class Eviction:
         return other
 
     def restart(self) -> None:
-        """Forget all observations: the sequence is computed again from its tokens."""
+        """Discard all observations: the sequence is computed again from its tokens."""
         assert not self.evicted_tokens, "a sequence that lost tokens is never computed again"
         self.record.clear()
 

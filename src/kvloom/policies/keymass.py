@@ -173,7 +173,7 @@ class KeyMass:
                 sums[kept.lanes, : kept.width] = own
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Discard everything."""
         self._all = self._near = np.zeros((0, 0))
 
     def fork(self) -> "KeyMass":

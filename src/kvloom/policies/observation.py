@@ -141,7 +141,7 @@ class Observation:
             self.mass.keep(kept)
 
     def clear(self) -> None:
-        """Forget everything: the policy has acted for the last time, or starts again."""
+        """Discard everything: the policy has acted for the last time, or starts again."""
         self._queries = self._lse = None
         self.mass.clear()
         self._moments.clear()

@@ -27,7 +27,7 @@ class Record:
     acted_at: int = 0
 
     def clear(self) -> None:
-        """Forget all observations: the sequence is computed again from its tokens."""
+        """Discard all observations: the sequence is computed again from its tokens."""
         self.observation.clear()
         self.replay_scores.clear()
         self.remembered.clear()

@@ -3,7 +3,7 @@
     lanes    | context: sinks ... chunk first .. last - 1 ... | instruction, chunk again |
     softmax    ^^^^^          ^^^^^^^^^^^^^^^^^^^^^^^^^^^^      ^^^^^^^ causal ^^^^^^^^^^
 
-What is fed again is forgotten afterwards; only the scores of the context remain.
+What is fed again is discarded afterwards; only the scores of the context remain.
 """
 
 from collections.abc import Callable, Sequence

@@ -35,7 +35,7 @@ MAX_CHOICES = 1024
 
 
 class Effect(enum.Enum):
-    """What becomes of a field that kvloom knows."""
+    """How a supported field is handled."""
 
     USED = "used"
     NONE = "none"  # informational for others; cannot change the answer
@@ -143,8 +143,8 @@ SAMPLING = _table(
     Field("cache_salt", Text(MAX_NAME_CHARS), "Shares cached prefixes only with requests of the same salt."),
     Field("priority", Integer(-(2**31), 2**31), "Lower runs earlier, with --scheduling-policy priority."),
     Field("request_id", Text(128, 1), "The id of this request in the logs and in the answer's id."),
-    Field("kv_policy", Text(MAX_NAME_CHARS), "What the KV cache forgets or stores in fewer bits."),
-    Field("vllm_xargs", Object(), "Further options by name; those that kvloom knows count as if in the body."),
+    Field("kv_policy", Text(MAX_NAME_CHARS), "Policy of the KV cache: eviction and storage."),
+    Field("vllm_xargs", Object(), "Further options by name; supported ones count as if in the body."),
     _none("user", "The caller's name for its user."),
     _none("metadata", "The caller's own notes."),
     _none("store", "Asks a hosted service to keep the answer; nothing is kept here."),

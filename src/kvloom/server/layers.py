@@ -165,7 +165,7 @@ class ConcurrencyLayer:
         """Pass the exchange on; raises `Refusal` when there are too many."""
         limit = self.service.config.max_concurrent_requests
         if self.service.num_open > limit and route_path(scope) not in OPEN_ROUTES:
-            message = f"{limit} requests are being answered, which is --max-concurrent-requests; come back later"
+            message = f"{limit} requests are being answered, which is --max-concurrent-requests; try again later"
             raise Refusal(503, message, code="too_many_requests", headers={"Retry-After": "1"})
         await self.app(scope, receive, send)
 

@@ -72,7 +72,7 @@ def document(root_path: str, with_keys: bool) -> dict[str, Any]:
     for path, method, summary in (
         ("/health", "get", "Whether requests are taken."),
         ("/ping", "get", "Whether requests are taken."),
-        ("/reset_prefix_cache", "post", "Forget cached prefixes."),
+        ("/reset_prefix_cache", "post", "Discard cached prefixes."),
     ):
         responses = {"200": {"description": "Done."}, **_errors((401, 500, 503))}
         paths[path] = {method: {"summary": summary, "responses": responses}}

@@ -132,7 +132,7 @@ async def metrics(request: Request, service: Service) -> ASGIApp:
 
 
 async def reset_prefix_cache(request: Request, service: Service) -> ASGIApp:
-    """Answer POST /reset_prefix_cache: forget all cached prefixes; requests that run keep what they hold."""
+    """Answer POST /reset_prefix_cache: discard all cached prefixes; running requests keep their blocks."""
     await unless_gone(request.receive, service.between_steps(lambda engine: engine.cache.index.clear()))
     return Response(status_code=200)
 

@@ -57,7 +57,7 @@ class Queue:
         self._tickets.update(tickets)
 
     def leave(self, tickets: Sequence[Ticket], *, ended: bool) -> None:
-        """Forget `tickets`; `ended` says that they came to their end and were not aborted."""
+        """Remove `tickets`; `ended` says that they came to their end and were not aborted."""
         self._tickets.difference_update(tickets)
         if ended:
             self._ends.append(time.monotonic())

@@ -218,7 +218,7 @@ class Service:
         return tickets[0].feed
 
     def release(self, tickets: Sequence[Ticket]) -> None:
-        """Forget `tickets`, aborting those that have not ended; call it once for each `submit`."""
+        """Remove `tickets`, aborting those that have not ended; call it once for each `submit`."""
         self._live.difference_update(tickets)
         aborted = bool(tickets and tickets[0].feed.num_open)
         self.queue.leave(tickets, ended=not aborted)

@@ -11,9 +11,9 @@ from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 class Hypothesis:
     """The numbers of a model that is only imagined; None is derived from the others or absent.
 
-    `global_every` makes every so-manieth layer read everything, the rest a `window`. `share_kv` layers in a row read
+    `global_every` gives every Nth layer global attention and the others a `window`. `share_kv` layers in a row read
     one K/V (CLA); `yoco` lets the second half of the layers read one global K/V. `kv_rank` and `rope_dim` make the
-    attention latent (MLA). `recurrent_every` leaves softmax attention to every so-manieth layer and gives the others
+    attention latent (MLA). `recurrent_every` leaves softmax attention to every Nth layer and gives the others
     a state of `state_elements` numbers.
     """
 

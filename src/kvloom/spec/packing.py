@@ -1,4 +1,4 @@
-"""Packing: the bytes of a matrix as the CPU's kernels hold it, in the numbers in which a layer multiplies.
+"""Packing: the bytes of a matrix as the CPU's kernels hold it, by compute dtype.
 
 A matrix lies in panels of 32 outputs, a panel in rows of a few inputs of each. Inputs are cut into as many slices of
 equally many rows as keep the activations of a slice within 1536 bytes. Padding to whole panels and slices counts.
@@ -41,7 +41,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Packing:
-    """Numbers in which a layer multiplies: `bits` of a weight, scales of its group included.
+    """A compute dtype: `bits` of a weight, scales of its group included.
 
     `row_inputs` inputs of an output lie side by side, and meet activations of `activation_bytes` each. Of each output
     `scale_bytes` are kept beside its weights, and `sum_bytes` that follow from them.

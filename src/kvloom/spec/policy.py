@@ -47,7 +47,7 @@ _FULL, _UNIFORM, _DROP = Term("full"), Term("uniform"), Term("drop")
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What is forgotten and how the rest is stored; `str()` gives the spelling that parses back to it.
+    """Which tokens are evicted and how the rest is stored; `str()` gives the spelling that parses back to it.
 
     `store` is None for the model's own dtype. `triggers` is never empty unless the selector is `full`.
     """

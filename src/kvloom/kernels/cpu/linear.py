@@ -8,7 +8,7 @@ from kvloom.kernels.cpu.elements import ACTIVATION, contiguous, element_of, poin
 from kvloom.kernels.cpu.threads import follow_torch
 
 PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5, "int4": 6, "int4_fp32": 7}
-"""Numbers in which a layer multiplies: the weight's, and for int8 and int4 ("weight-only") bf16 or float32 activations.
+"""Compute dtypes of a product: the weight's, and for int8 and int4 ("weight-only") bf16 or float32 activations.
 "w8a8" quantises each row of activations when it arrives. "fp16" has float32 activations. Sums are float32 (int32
 in w8a8)."""
 
