@@ -3,8 +3,6 @@
 import pytest
 from hypothesis import settings
 
-from harness.gemma import gemma_gguf
-
 # Timing never decides a test, and a failure found once is found again by everybody.
 settings.register_profile("kvloom", deadline=None, derandomize=True, print_blob=True)
 # `pytest --hypothesis-profile=explore` looks at other examples each time, and at more of them.
@@ -23,6 +21,8 @@ def smollm2_path():
 @pytest.fixture(scope="session")
 def gemma_path():
     """Path of Gemma 3 270M, fetched on first use."""
+    from harness.gemma import gemma_gguf
+
     return gemma_gguf()
 
 

@@ -25,14 +25,14 @@ class Module:
         return "cli" if parts[1:] == ["__main__"] else parts[min(1, len(parts) - 1)]
 
 
-def read_modules() -> list[Module]:
+def read_modules() -> tuple[Module, ...]:
     """Return every module of the package."""
     modules = []
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         modules.append(Module(name, path, ast.parse(path.read_text(encoding="utf-8"), str(path))))
-    return modules
+    return tuple(modules)
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +42,6 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def modules() -> list[Module]:
+def modules() -> tuple[Module, ...]:
     """All modules of the package."""
     return read_modules()
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test that asks for `module` every module in turn."""
-    if "module" in metafunc.fixturenames:
-        found = read_modules()
-        metafunc.parametrize("module", found, ids=[module.name for module in found])
