@@ -6,7 +6,8 @@ Blocks of 4 tokens; lanes 0 and 1 have no window, lane 2 has a window of 6 and l
 import numpy as np
 import pytest
 
-from kvloom.cache.arena import Arena, Move
+from harness.lane_desk import BIG, HUGE, SPEC, Desk, P
+from kvloom.cache.arena import Arena
 from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.pool import BlockPool
@@ -14,40 +15,6 @@ from kvloom.cache.prefix import PrefixChain, PrefixIndex
 from kvloom.errors import InvalidInputError
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.store import SLAB_BYTES
-
-P = 4
-SPEC = KVSpec((LayerKV(2, 8192, 8192), LayerKV(1, 16384, 16384, window=6)), P, "fp32")
-BIG, HUGE = 256 << 10, 512 << 10
-"""Bytes of a block of lanes 0 and 1, eight to a slab, and of lane 2, four to a slab."""
-
-
-class Desk:
-    """A lane table on an arena of `num_slabs`, and the moves that it ordered."""
-
-    def __init__(self, num_slabs: int = 8, sequences: int = 4) -> None:
-        self.moves: list[Move] = []
-        self.arena = Arena(num_slabs * SLAB_BYTES, [BIG, HUGE])
-        self.index = PrefixIndex(SPEC, self.arena)
-        self.pool = BlockPool(self.arena, self.index, self.moves.append)
-        self.lanes = LaneTable(SPEC, self.pool, sequences)
-
-    def opened(self, num_tokens: int = 0, step: int = 1000) -> int:
-        """Return a new sequence with `num_tokens` tokens, given `step` at a time."""
-        sequence = self.lanes.open()
-        while num_tokens:
-            number = min(step, num_tokens)
-            assert self.lanes.extend(sequence, number)
-            num_tokens -= number
-        return sequence
-
-    def blocks(self, sequence: int) -> list[int]:
-        """Number of blocks of each lane."""
-        counts: list[int] = (self.lanes.table[sequence] >= 0).sum(axis=1).tolist()
-        return counts
-
-    def check(self) -> None:
-        self.pool.check_invariants()
-        self.lanes.check_invariants()
 
 
 @pytest.fixture
@@ -337,67 +304,6 @@ def test_repacking_without_room_for_the_copies_changes_nothing() -> None:
     assert desk.lanes.repack(sequence, np.array([0]), np.array([2], np.int32), np.array([0], np.int32)) is None
     assert (desk.lanes.table == before).all()
     desk.check()
-
-
-# ---- moving ----------------------------------------------------------------------------------------------------------
-
-
-def test_tables_and_index_follow_an_evacuation(desk: Desk) -> None:
-    tokens, chain = list(range(8)), PrefixChain()
-    first, second, third = desk.opened(8), desk.opened(8), desk.opened(8)
-    desk.lanes.publish(third, chain, tokens, 0, 2)
-    forked = desk.lanes.fork(third)
-    desk.lanes.close(first)
-    desk.lanes.close(second)
-    before = desk.lanes.table[third].copy()
-    desk.pool.evacuate()
-    desk.check()
-    assert (desk.lanes.table[forked] == desk.lanes.table[third]).all()
-    assert desk.arena.stranded_bytes == SLAB_BYTES - 4 * BIG + SLAB_BYTES - 2 * HUGE
-    moved = {(int(s), int(t)) for move in desk.moves for s, t in zip(move.source, move.target, strict=True)}
-    after = desk.lanes.table[third]
-    assert {(int(a), int(b)) for a, b in zip(before[before >= 0], after[after >= 0], strict=True) if a != b} == moved
-    match = desk.index.match([*tokens, 9], PrefixChain(), 8)
-    adopted = desk.lanes.open()
-    desk.lanes.adopt(adopted, match)
-    assert (desk.lanes.table[adopted, :2] == after[:2]).all()
-
-
-def test_room_is_found_by_evacuating_first_and_by_reclaiming_cached_prefixes_next() -> None:
-    desk = Desk(num_slabs=3)
-    tokens, chain = list(range(8)), PrefixChain()
-    cached = desk.opened(8)  # 4 of lanes 0 and 1, 2 of lane 2: two slabs
-    desk.lanes.publish(cached, chain, tokens, 0, 2)
-    desk.lanes.close(cached)
-    assert desk.pool.ensure({BIG: 4}) and len(desk.index) == 2
-    assert desk.pool.ensure({BIG: 12}) and len(desk.index) == 2
-    assert desk.pool.ensure({BIG: 13}) and desk.index.num_reclaimed > 0
-    assert not desk.pool.ensure({BIG: 25})
-    assert desk.pool.ensure({BIG: 24}) and len(desk.index) == 0
-    desk.check()
-
-
-def test_no_more_is_reclaimed_than_an_allocation_needs() -> None:
-    desk = Desk(num_slabs=3)
-    tokens, chain = list(range(16)), PrefixChain()
-    cached = desk.opened(16)  # 8 blocks of lanes 0 and 1 in one slab, 4 of lane 2 in another
-    desk.lanes.publish(cached, chain, tokens, 0, 4)
-    desk.lanes.close(cached)
-    desk.index.touch(chain.digests)
-    assert desk.pool.ensure({BIG: 10})
-    assert desk.index.num_reclaimed == 2
-    assert desk.index.match(list(range(16)), PrefixChain(), 16).num_blocks == 3
-    desk.check()
-
-
-def test_an_allocation_that_cannot_fit_whatever_is_reclaimed_reclaims_nothing() -> None:
-    desk = Desk(num_slabs=2)
-    cached = desk.opened(8)
-    desk.lanes.publish(cached, PrefixChain(), list(range(8)), 0, 2)
-    desk.lanes.close(cached)
-    assert not desk.pool.ensure({BIG: 17})
-    assert not desk.pool.ensure({BIG: 9, HUGE: 4})
-    assert len(desk.index) == 2
 
 
 def test_ragged_ranges_are_laid_end_to_end() -> None:
