@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tests.kernels.conftest import FilledLanes, fill_lanes
 
+from harness.filled_lanes import FilledLanes, fill_lanes
 from harness.threads import threads
 from kvloom.kernels import cpu
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from harness.small_engine import greedy, prompt_of, run, small_engine
+from harness.small_engine import prompt_of, run, small_engine
+from harness.tiny_engine import greedy
 from kvloom.errors import MethodError
 from kvloom.policies.scorers.duo import Duo
 from kvloom.policies.scorers.knorm import Knorm
