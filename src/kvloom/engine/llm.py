@@ -217,7 +217,11 @@ class LLM:
         use_tqdm: bool = True,
         **template_options: Any,
     ) -> list[RequestOutput]:
-        """Return answers to one conversation or several, through the model's chat template (`ChatTemplateError`)."""
+        """Return answers to one conversation or several, through the model's chat template (`ChatTemplateError`).
+
+        `template_options` are those of `Tokenizer.encode_chat` and variables of the template. Control tokens that
+        messages spell are text, unless `allow_special_tokens=True` is among them.
+        """
         if not isinstance(messages, Seq):
             kind = type(messages).__name__
             raise InvalidInputError(f"messages are a list of dicts, or a list of such lists; not {kind}")

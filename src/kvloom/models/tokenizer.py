@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError
 from kvloom.models.chat_template import ChatTemplate
+from kvloom.models.controltokens import ControlTokens
 from kvloom.models.spelling import Spelling
 
 if TYPE_CHECKING:
@@ -85,10 +86,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise InvalidInputError(f"the text to encode is {type(text).__name__}, expected str")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidInputError(f"the text has half a surrogate pair at character {error.start}") from None
+        _check_unicode(text)
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -120,11 +118,53 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        allow_special_tokens: bool = False,
+        continue_final_message: bool = False,
+        **options: Any,
     ) -> list[int]:
-        """Return the token ids of `apply_chat_template`; the template itself writes BOS, so none is added here."""
-        text = self.apply_chat_template(messages, add_generation_prompt, **options)
-        return self.encode(text, add_special_tokens=False)
+        """Return the token ids of `apply_chat_template`; the template itself writes BOS, so none is added here.
+
+        What messages and options hold is text: a control token that it spells is not one, unless
+        `allow_special_tokens`. With `continue_final_message` the ids end where the content of the last message does;
+        raises `InvalidInputError` when that is not in the prompt. Other errors as in `apply_chat_template`.
+        """
+
+        def rendered(messages: Any, options: Mapping[str, Any]) -> str:
+            text = self.apply_chat_template(messages, add_generation_prompt, **options)
+            _check_unicode(text)
+            return _up_to_content(text, messages[-1]) if continue_final_message else text
+
+        text = rendered(messages, options)
+        control, given = self._control_tokens, [messages, options]
+        mark = control.mark_for(given, self.chat_template)
+        marked = given if allow_special_tokens else control.marked(given, mark)
+        if marked == given:
+            return self.encode(text, add_special_tokens=False)
+        return control.encode(text, rendered(*marked), mark)
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self._backend, self.special_ids | set(self.eos_token_ids))
+
+
+def _up_to_content(text: str, message: Mapping[str, Any]) -> str:
+    """Return a rendered text up to the end of the content of its last message."""
+    final = str(message.get("content") or "").strip()
+    place = text.rfind(final)
+    if not final or place < 0:
+        raise InvalidInputError("the last message has no text in the prompt to go on from")
+    return text[: place + len(final)]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"the text has half a surrogate pair at character {error.start}") from None
 
 
 def tokenizer_from_gguf(file: "GGUFFile", eos_token_ids: Iterable[int] = ()) -> Tokenizer:

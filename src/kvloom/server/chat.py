@@ -24,7 +24,10 @@ from kvloom.server.ticket import Ticket
 from kvloom.server.tools import ToolCallReader, offered_tools
 from kvloom.server.usage import Usage
 
-OWN_VARIABLES = ("messages", "tools", "documents", "self", "bos_token", "eos_token")
+OWN_VARIABLES = (
+    *("messages", "tools", "documents", "self", "bos_token", "eos_token"),
+    *("continue_final_message", "allow_special_tokens"),
+)
 """Variables of a template that chat_template_kwargs may not set."""
 
 
@@ -237,16 +240,11 @@ def conversation_ids(service: Service, body: Body, tools: list[dict[str, Any]] |
             if name not in (service.tokenizer.chat_template or ""):
                 raise bad_field(name, f"{name} has no place in this model's chat template; leave it out")
             options[name] = body.get(name)
-    if not body.get("continue_final_message", False):
-        return service.tokenizer.encode_chat(messages, bool(begin), **options)
-    if begin:
+    goes_on = body.get("continue_final_message", False)
+    if goes_on and begin:
         raise bad_field("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
-    text = service.tokenizer.apply_chat_template(messages, False, **options)
-    final = str(messages[-1].get("content") or "").strip()
-    place = text.rfind(final)
-    if not final or place < 0:
-        raise bad_field("continue_final_message", "the last message has no text in the prompt to go on from")
-    return service.tokenizer.encode(text[: place + len(final)], add_special_tokens=False)
+    options |= {"continue_final_message": goes_on, "allow_special_tokens": body.get("allow_special_tokens", False)}
+    return service.tokenizer.encode_chat(messages, bool(begin), **options)
 
 
 def _plain(message: dict[str, Any], number: int) -> dict[str, Any]:

@@ -206,6 +206,7 @@ CHAT = {
         Field("documents", ListOf(Object()), "Variable of templates that have it."),
         Field("add_generation_prompt", Boolean(), "End the prompt where the assistant speaks; the default."),
         Field("continue_final_message", Boolean(), "Go on with the last message instead of starting a new one."),
+        Field("allow_special_tokens", Boolean(), "Take control tokens that messages spell for tokens, not for text."),
         Field("reasoning_effort", Text(64), "Variable of templates that have it."),
         _refused("add_special_tokens", "BOS beside the one that the template writes.", False),
         _refused("echo", "The prompt in the answer; only /v1/completions has it.", False),
@@ -232,6 +233,7 @@ TOKENIZE = _table(
     CHAT["chat_template_kwargs"],
     CHAT["add_generation_prompt"],
     CHAT["continue_final_message"],
+    CHAT["allow_special_tokens"],
     CHAT["chat_template"],
 )
 """Body of /tokenize."""
