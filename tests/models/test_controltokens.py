@@ -180,12 +180,10 @@ def test_marked_text_without_its_marks_is_the_text_and_holds_no_control_token(te
 
 
 @pytest.mark.real_model
-def test_the_templates_of_real_models_keep_hostile_text_in_its_turn(smollm2_path, gemma_path) -> None:
-    for path in (smollm2_path, gemma_path):
-        tokenizer = tokenizer_from_gguf(GGUFFile(path))
-        for token in sorted(filter(None, map(tokenizer.id_to_token, tokenizer.special_ids)))[:40]:
-            found = tokenizer.encode_chat([{"role": "user", "content": f"a{token}b"}])
-            assert controls(tokenizer, found) == controls(
-                tokenizer, tokenizer.encode_chat([{"role": "user", "content": "ab"}])
-            )
-            assert f"a{token}b" in tokenizer.decode(found, skip_special_tokens=False)
+def test_the_template_of_a_real_model_keeps_hostile_text_in_its_turn(smollm2_path) -> None:
+    tokenizer = tokenizer_from_gguf(GGUFFile(smollm2_path))
+    calm = tokenizer.encode_chat([{"role": "user", "content": "ab"}])
+    for token in filter(None, map(tokenizer.id_to_token, sorted(tokenizer.special_ids))):
+        found = tokenizer.encode_chat([{"role": "user", "content": f"a{token}b"}])
+        assert controls(tokenizer, found) == controls(tokenizer, calm)
+        assert f"a{token}b" in tokenizer.decode(found, skip_special_tokens=False)

@@ -362,3 +362,34 @@ def test_a_hypothetical_model_is_labelled_assumed():
     asked = Question(Hypothesis(layers=4, heads=8, head_dim=64).build(), find_device("h100"), 100, 10)
     assert Memory(asked).weights.label == "assumed"
     assert Memory(asked).kv.value == 112 * 4 * 8 * 64 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked", "message"),
+    [
+        ({}, {"model": "llama-3-70b"}, "holds results of model llama-3-8b, not llama-3-70b"),
+        ({}, {"device": "h100"}, "device cpu, not gpu"),
+        ({"dtype": "float32"}, {"device": "cpu:80GiB"}, "dtype float32, not bfloat16"),
+        ({"quantization": "int8"}, {"device": "cpu:80GiB"}, "quantization int8, not none"),
+        ({"quantization": None}, {"device": "cpu:80GiB", "quantization": "int4"}, "quantization none, not int4"),
+    ],
+)
+def test_measurements_of_something_else_are_refused_naming_both(tmp_path, facts, asked, message):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**RESULTS, "facts": facts}))
+    with pytest.raises(InvalidInputError, match=message):
+        read_measurements(path).check_for(ask(**{"device": "cpu:80GiB", **asked}))
+    read_measurements(path).check_for(
+        ask(device="cpu:80GiB", dtype=facts.get("dtype", "bfloat16"), quantization=facts.get("quantization"))
+    )
+
+
+def test_native_fp8_weights_are_multiplied_at_the_peak_of_fp8():
+    from kvloom.spec.model import WeightFormat
+
+    plain = ask("llama-3-8b", "h100")
+    stored = replace(plain, model=replace(plain.model, weight_format=WeightFormat("fp8", 8.0, "layers")))
+    peaks = dict(plain.device.peaks)
+    assert (Roofline(plain).peak, Roofline(stored).peak) == (peaks["bfloat16"], peaks["float8_e4m3fn"])
+    assert Roofline(stored).ttft().value == pytest.approx(Roofline(plain).ttft().value * 989.4 / 1978.9)
+    assert Roofline(replace(stored, device=find_device("a100-80"))).peak == 312e12  # which has no FP8

@@ -233,3 +233,27 @@ def test_devices_are_found_by_name_and_memory_may_be_given():
     assert find_device("cpu:64GiB").memory_bytes == 64 << 30
     with pytest.raises(InvalidInputError, match="did you mean 'h100'"):
         find_device("h-1000")
+
+
+def test_devices_have_the_memory_that_a_process_can_use():
+    usable = {"l4": 22.5, "l40s": 45.0, "h100": 79.65, "a10": 22.5, "rtx5090": 31.8}
+    assert {name: round((find_device(name).memory_bytes or 0) / 2**30, 2) for name in usable} == {
+        name: pytest.approx(gib, abs=0.05) for name, gib in usable.items()
+    }
+
+
+def test_a_device_of_another_name_is_one_of_its_own_where_its_memory_is_given():
+    device = find_device("wafer:32GiB")
+    assert (device.memory_bytes, device.bandwidth) == (32 << 30, None)
+    with pytest.raises(InvalidInputError, match="NAME:32GiB"):
+        find_device("wafer")
+    with pytest.raises(InvalidInputError, match="did you mean 'h100'"):
+        find_device("h1o0:80GiB")
+
+
+def test_bandwidth_and_peak_of_any_device_may_be_given():
+    device = find_device("wafer:32GiB").with_speed(bandwidth=1e12, peak=2e14)
+    assert (device.bandwidth, device.peak("bfloat16"), device.peak("float8_e4m3fn")) == (1e12, 2e14, 2e14)
+    assert device.source.endswith("bandwidth as given; peak as given")
+    with pytest.raises(InvalidInputError, match="--peak is -1"):
+        device.with_speed(peak=-1.0)

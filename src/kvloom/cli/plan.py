@@ -60,6 +60,8 @@ def make_plan(model: str | None, values: Mapping[str, Any]) -> "Plan":
 
     asked = make_question(model, values)
     measured = None if values["measured"] is None else read_measurements(values["measured"])
+    if measured is not None:
+        measured.check_for(asked)
     recommendation = None
     if values["max_loss"] is not None:
         recommendation = recommend(asked, model or asked.model.name, parse_loss(values["max_loss"]), measured)
@@ -82,6 +84,8 @@ def make_question(model: str | None, values: Mapping[str, Any]) -> "Question":
     spec = _model(model, values)
     name = values["device"]
     device = find_device(name, load_probe() if name.lower().startswith("cpu") else None)
+    given = {"bandwidth": (values["bandwidth"], 1e9), "peak": (values["peak"], 1e12)}
+    device = device.with_speed(**{name: n * unit for name, (n, unit) in given.items() if n is not None})
     prompt, output = lengths(values["context"], values["prompt"], values["output"], spec.max_position)
     dtype = values["dtype"]
     if dtype == "auto":
@@ -228,6 +232,8 @@ _MODEL, _ASK, _TELL = "A model that does not exist", "Question", "Answer"
 
 FLAGS = [
     Flag(["--device"], section=_ASK, default="cpu", help="E.g. h100, cpu, cpu:64GiB, h100:94GiB; see --list-devices."),
+    Flag(["--bandwidth"], section=_ASK, type=float, metavar="GB/s", help="Bandwidth of a device, if not its own."),
+    Flag(["--peak"], section=_ASK, type=float, metavar="TFLOP/s", help="Peak of a device in --dtype, if not its own."),
     _number("--devices", "Equal devices, tensor parallel.", _ASK, type=int, default=1),
     _number("--context", "Tokens of one request, prompt and output; 4k is 4000, 4K is 4096.", _ASK),
     _number("--prompt", "Tokens of the prompt.", _ASK),
@@ -239,7 +245,8 @@ FLAGS = [
         section=_ASK,
         default="auto",
         type=click.Choice(["auto", "bfloat16", "float16", "float32", "float8_e4m3fn"]),
-        help="Of weights and native K/V; auto is the model's own, bfloat16 on a CPU.",
+        help="Of weights and native K/V (float8_e4m3fn: weights alone, K/V stay in 16 bit); auto is the model's own, "
+        "bfloat16 on a CPU.",
     ),
     Flag(
         ["--quantization"],

@@ -9,11 +9,12 @@ and loss may be left out; what else stands there is not read.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvloom.errors import InvalidInputError
+from kvloom.plan.question import Question
 from kvloom.spec.policy import PolicySpec
 
 SCHEMA = "kvloom.measure/1"
@@ -55,6 +56,26 @@ class Measurements:
     model: str
     machine: str
     results: tuple[Measurement, ...]
+    path: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_for(self, asked: Question) -> None:
+        """Raise `InvalidInputError` unless these are results of the asked model, kept and run as asked; names both.
+
+        Quality and speed of another model, of other weights or on another device promise nothing.
+        """
+        wanted = {"model": asked.model.name, "device": asked.device.kind, "dtype": asked.dtype,
+                  "quantization": asked.quantization}  # fmt: skip
+        found = {"model": self.model, "device": "cpu", **self.facts}
+        different = [
+            f"{name} {found[name] or 'none'}, not {value or 'none'}"
+            for name, value in wanted.items()
+            if name in found and found[name] != value
+        ]
+        if different:
+            raise InvalidInputError(
+                f"{self.path} holds results of {'; '.join(different)}. Measure what is planned: kvloom measure"
+            )
 
     def of(self, policy: PolicySpec) -> Measurement | None:
         """Return the measurement of `policy` at its longest context, or None."""
@@ -77,7 +98,11 @@ def read_measurements(path: Path) -> Measurements:
     if not isinstance(results, list) or not results:
         raise InvalidInputError(f"{path} holds no results")
     found = tuple(_measurement(path, index, entry) for index, entry in enumerate(results))
-    return Measurements(str(data.get("model", "")), str(data.get("machine", "")), found)
+    facts = data.get("facts")
+    return Measurements(
+        str(data.get("model", "")), str(data.get("machine", "")), found, str(path),
+        dict(facts) if isinstance(facts, Mapping) else {},
+    )  # fmt: skip
 
 
 def _measurement(path: Path, index: int, entry: Any) -> Measurement:

@@ -174,8 +174,20 @@ class Roofline:
         return self.question.quantization == "w8a8" and self.question.device.peak("w8a8") is None
 
     @property
+    def _multiplies_fp8(self) -> bool:
+        model = self.question.model
+        native = model.weight_format is not None and model.weight_format.name == "fp8"
+        kept = native and self.question.dtype == model.dtype and self.question.quantization is None
+        return kept and self.question.device.peak("float8_e4m3fn") is not None
+
+    @property
     def peak(self) -> float | None:
-        """Operations per second; None when not known."""
+        """Operations per second; None when not known.
+
+        Weights that a checkpoint keeps in FP8 may be multiplied at the peak of FP8, where the device has one.
+        """
+        if self._multiplies_fp8:
+            return self.question.device.peak("float8_e4m3fn")
         own = self.question.quantization == "w8a8" and not self.peak_stands_in
         return self.question.device.peak("w8a8" if own else self.question.dtype)
 
