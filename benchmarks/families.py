@@ -1,11 +1,11 @@
 """Families beside transformers on random weights of a given shape: bf16, two threads, one process, taking turns.
 
 Regime: a model of 200 to 500 MB, batch of one. Prefill of 1,024 tokens is bound by arithmetic; decode behind them by
-the bytes of the weights over the read rate of the memory, which is its ceiling. Metric: tokens per second, of prefill
-1,024 over the time to the first token, of decode the tokens over the time from the first to the last. Each round runs
-both engines on each shape, in alternating order; the table gives medians, lowest and highest, and the median of the
-paired ratios. CPU seconds are those of all threads: where neighbours take the cores their ratio says more. The last
-line is JSON.
+the bytes of the weights (of experts, those that a token chose) over the read rate of the memory, which is its ceiling.
+Metric: tokens per second, of prefill 1,024 over the time to the first token, of decode the tokens over the time from
+the first to the last. Each round runs both engines on each shape, in alternating order; the table gives medians, lowest
+and highest, and the median of the paired ratios. CPU seconds are those of all threads: where neighbours take the cores
+their ratio says more. The last line is JSON.
 
     python benchmarks/families.py --shapes gpt_neox gpt2 --rounds 5
 """
@@ -37,6 +37,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12,
                              "num_attention_heads": 16, "vocab_size": 32000, "max_position_embeddings": 2048}),
     "gpt2": ("GPT2", {"n_embd": 1024, "n_layer": 16, "n_head": 16, "n_positions": 2048, "vocab_size": 32000}),
+    "mixtral": ("Mixtral", {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 6,
+                            "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 8,
+                            "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 2048}),
+    "qwen3_moe": ("Qwen3Moe", {"hidden_size": 768, "moe_intermediate_size": 256, "num_hidden_layers": 5,
+                               "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 64,
+                               "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 32000,
+                               "max_position_embeddings": 2048}),
 }  # fmt: skip
 """Name -> (class in transformers, what its config has beside the defaults)."""
 
