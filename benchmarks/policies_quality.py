@@ -5,7 +5,7 @@ compressed once, when the prompt is complete, to the same share of tokens (`--ke
 text's own next `--tokens` tokens by forced decode. Metric: KL(full || method) in nats per token, mean over prompts with
 a bootstrapped 95 % interval; agreement of the most likely token. The pass key is a number hidden in text of either
 kind at even depths; the question follows in the prompt, which helps methods that look at the end of it; share answered
-with a bootstrapped interval. Floors: random eviction; ceiling: the full cache against itself (0). The texts were in
+with its exact interval. Floors: random eviction; ceiling: the full cache against itself (0). The texts were in
 every model's training data, so read differences, never absolute values. FastGen has no budget: read its share kept.
 
 Rows are added to `--results` as they come, and those that it has are not run again, so the table may be made in pieces.
@@ -29,7 +29,7 @@ from policies_texts import MOBY_DICK, SOTU, text
 
 from kvloom import LLM, SamplingParams
 from kvloom.measure.forced import Reference, forced_scores
-from kvloom.measure.interval import bootstrap_interval
+from kvloom.measure.interval import bootstrap_interval, share_interval
 from kvloom.measure.policies import at_share
 from kvloom.measure.window import Window
 
@@ -92,7 +92,8 @@ def measured(
     hits = [float(key.number in answer.outputs[0].text.replace(",", ""))
             for key, answer in zip(keys, answers, strict=True)]  # fmt: skip
     losses = [score.kl for score in scores]
-    (low, high), (key_low, key_high) = bootstrap_interval(losses), bootstrap_interval(hits)
+    low, high = bootstrap_interval(losses)
+    key_low, key_high = share_interval(round(sum(hits)), len(hits))
     evicted = [score.evicted / len(window.prompt) for score, window in zip(scores, windows, strict=True)]
     evicted += [answer.kv.evicted_tokens / len(key.prompt) for key, answer in zip(keys, answers, strict=True)]
     return {
