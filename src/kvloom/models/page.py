@@ -22,7 +22,7 @@ def families_table() -> str:
         config = family.read({})
         architectures = ", ".join(f"`{entry}`" for entry in family.architectures)
         gguf = f"`{family.gguf_architecture}`" if family.gguf_architecture else "no"
-        kernels = "no" if unsupported(config, 16) else "yes"
+        kernels = "; ".join(unsupported(config, 16)) or "yes"
         lines.append(f"| {name} | {architectures} | {_positions(config)} | {_blocks(config)} | {gguf} | {kernels} |")
     return "\n".join(lines)
 
