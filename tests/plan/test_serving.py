@@ -1,6 +1,7 @@
 """What a plan prints to be run: the command line's own flags, the engine's own checks."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import fields, replace
 
 import pytest
@@ -9,7 +10,7 @@ from kvloom.cli.engineflags import engine_arguments
 from kvloom.cli.plan import make_question, plan
 from kvloom.cli.serve import serve
 from kvloom.engine.config import EngineConfig
-from kvloom.errors import KvloomError, UnsupportedError
+from kvloom.errors import InvalidInputError, KvloomError, UnsupportedError
 from kvloom.models.catalogue import CATALOGUE
 from kvloom.plan.advice import advise
 from kvloom.plan.compare import candidate_policies
@@ -30,6 +31,7 @@ from kvloom.spec.families import FAMILY_CONFIGS
 from kvloom.spec.format import SERVED_STORES, store_names
 from kvloom.spec.hardware import find_device
 from kvloom.spec.method import METHODS
+from kvloom.spec.model import DTYPE_BYTES
 from kvloom.spec.policy import PolicySpec
 
 
@@ -84,12 +86,15 @@ def test_the_printed_command_is_read_back_to_the_question_and_its_arena_holds_al
     assert asked.policy == PolicySpec() or Policy.parse(config.kv_policy) is not None
 
 
-@pytest.mark.parametrize("model", catalogue_names())
+@pytest.mark.parametrize("model", [name for name in catalogue_names() if catalogue_spec(name).kv_layers])
 def test_every_policy_that_is_recommended_without_a_reason_against_it_is_read_by_the_engine(model):
     asked = ask(model, "cpu:64GiB", prompt=900, output=100)
-    for policy in candidate_policies(asked) if asked.model.kv_layers else []:
+    candidates = candidate_policies(asked)
+    assert candidates
+    for policy in candidates:
         if not policy_refusals(replace(asked, policy=policy)):
-            Policy.parse(str(policy))
+            parsed = Policy.parse(str(policy))
+            assert (PolicySpec() if parsed is None else parsed.spec) == policy
 
 
 @pytest.mark.parametrize("store", store_names())
@@ -173,5 +178,9 @@ def test_every_change_that_is_advised_is_accepted_by_plan_and_fits_when_it_says_
 
 
 def test_float_types_that_are_served_are_those_of_the_engine():
-    for dtype in SERVED_DTYPES:
-        EngineConfig(dtype=dtype)
+    served = set()
+    for dtype in DTYPE_BYTES:
+        with suppress(InvalidInputError, UnsupportedError):
+            EngineConfig(dtype=dtype)
+            served.add(dtype)
+    assert served == set(SERVED_DTYPES)

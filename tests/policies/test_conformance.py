@@ -14,10 +14,14 @@ from kvloom.policies.budgets import BUDGETS
 from kvloom.policies.policy import Policy
 from kvloom.policies.scorer import RULES, Selector
 from kvloom.spec.method import METHODS
+from policies.brute_force import hash_number
 from policies.watched import Shadow
 
 plugins.load_all()
 BUDGET = 24
+LOSSLESS = ["", *(name for name in BUDGETS if name != "threshold")]
+"""Budgets that evict nothing where they hold everything; under a threshold the value of a score decides."""
+
 SPECIAL = {"window": "size=24", "streaming": "sinks=4,window=20", "fastgen": "recovery=0.6", "snapkv": "window=8",
            "scissorhands": "window=12", "kvzip": "chunk=40", "knorm": "skip_layers=1", "expected": "horizon=32",
            "duo": "pattern={pattern},sinks=2,window=12"}  # fmt: skip
@@ -123,10 +127,8 @@ def test_what_is_kept_depends_neither_on_the_chunk_size_nor_on_a_cached_prefix(n
 
 @pytest.mark.parametrize("name", [n for n, rule in RULES.items() if METHODS.get(n).budgeted])
 @settings(max_examples=2)
-@given(length=st.integers(30, 60), seed=st.integers(0, 99), budget=st.sampled_from(["", *BUDGETS]))
+@given(length=st.integers(30, 60), seed=st.integers(0, 99), budget=st.sampled_from(LOSSLESS))
 def test_a_budget_that_holds_everything_changes_no_bit(name, length, seed, budget):
-    if budget == "threshold":
-        return  # it goes by the value of the score, whatever the budget
     prompt = prompt_of(length, seed)
     engine = small_engine()
     free = engine.add(prompt, greedy(4, logprobs=3))
@@ -136,6 +138,15 @@ def test_a_budget_that_holds_everything_changes_no_bit(name, length, seed, budge
     assert free.sequences[0].token_ids == bound.sequences[0].token_ids
     assert free.sequences[0].logprobs == bound.sequences[0].logprobs
     assert engine.kv_usage(bound).evicted_tokens == 0
+
+
+def test_a_threshold_evicts_what_scores_below_it_even_where_the_budget_holds_everything():
+    prompt = prompt_of(60)
+    kept, _ = after_prompt("random(budget=100)+threshold(above=0.6)", prompt, prefix=False)
+    lanes = [(layer, g) for layer in range(LLAMA.config.num_layers) for g in range(2)]
+    expected = [[p for p in range(60) if hash_number(p, g, layer, 0) > 0.6] for layer, g in lanes]
+    assert kept == expected
+    assert all(0 < len(positions) < 60 for positions in expected)
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n != "duo"])

@@ -47,10 +47,6 @@ def python(tmp_path):
     return call
 
 
-def test_the_page_shows_a_method_of_fifteen_to_fifty_lines():
-    assert 15 <= len(PYTHON[0].splitlines()) <= 50
-
-
 def test_the_code_of_the_page_runs_in_order_and_its_method_frees_blocks(python):
     assert python("\n".join(PYTHON[1:]) + RUN) == ""
 

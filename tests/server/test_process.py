@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.serving import call, complete, open_stream
+from harness.serving import call, complete, open_stream, until
 
 ARGUMENTS = ["--port", "0", "--dtype", "float32", "--block-size", "4", "--kv-cache-memory-bytes", "8MiB"]
 
@@ -120,7 +120,7 @@ def test_a_second_signal_does_not_wait(start):
     sock = server.stream(max_tokens=240, n=8)
     sock.recv(100)
     server.send(signal.SIGINT)
-    time.sleep(0.2)
+    until(lambda: call(server, "GET", "/health").status == 503)  # else both signals could arrive as one
     server.send(signal.SIGINT)
     assert server.end()[0] == 0
 
