@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from harness.families import VARIANTS, decoder_of, oracle_of
 from harness.small_engine import small_engine
 from harness.tiny_engine import greedy
+from harness.walked_bytes import walk
 from kvloom.errors import UnsupportedError
 from kvloom.plan.question import Question
 from kvloom.plan.serving import policy_refusals
@@ -42,16 +43,6 @@ def model_of(variant):
     with TemporaryDirectory() as folder:
         decoder = decoder_of(oracle_of(variant), folder)
         return decoder, find_model(folder)
-
-
-def walk(cache, row):
-    """Return the bytes of the blocks of one sequence: unique addresses, each with the size of its lane's blocks."""
-    extents = {}
-    for lane, addresses in enumerate(cache.lanes.table[row]):
-        for address in addresses[addresses >= 0]:
-            assert int(address) not in extents
-            extents[int(address)] = cache.spec.layer_block_bytes(cache.spec.lane_layer[lane])
-    return sum(extents.values())
 
 
 @st.composite
