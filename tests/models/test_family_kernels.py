@@ -10,8 +10,9 @@ from harness.families import VARIANTS, decoder_of, expected_logits, longrope, or
 from harness.tiny_model import batch_of, random_tokens
 from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
-from kvloom.models.compiled import CompiledModel, unsupported
+from kvloom.models.compiled import CompiledModel
 from kvloom.models.model import StepWanted
+from kvloom.spec.kernels import unsupported
 from kvloom.spec.store import SLAB_BYTES
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")

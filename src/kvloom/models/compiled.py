@@ -12,7 +12,6 @@ from kvloom.cache.kvcache import KVCache, Layout
 from kvloom.errors import UnsupportedError
 from kvloom.kernels import reference
 from kvloom.kernels.cpu import Lanes, LayerShape, StepDecoder, linear
-from kvloom.kernels.cpu.elements import ACTIVATION
 from kvloom.models.compiled_weights import CompiledWeights
 from kvloom.models.lowering import lower_input, lower_layer, lower_output
 from kvloom.models.model import StepOutput, StepWanted
@@ -20,30 +19,11 @@ from kvloom.models.mxfp4 import Mxfp4Weight
 from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, Part, Up
 from kvloom.models.rope import amplitudes, inverse_frequencies
 from kvloom.spec.decoder import DecoderConfig, RopeConfig
-from kvloom.spec.packedmodel import HEAD_DIMS
+from kvloom.spec.kernels import BLOCK_SLOTS, unsupported
 from kvloom.spec.packing import products_of
 
 PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Compute dtype of a model of that dtype when it is not quantised."""
-
-BLOCK_SLOTS = 16
-"""Blocks must hold a multiple of this many tokens."""
-
-
-def unsupported(config: DecoderConfig, block_size: int) -> list[str]:
-    """Return every reason why the CPU kernels cannot run `config`: what they lack of its parts; [] means nothing."""
-    parts = [part for index in range(config.num_layers) for part in lower_layer(config, index)]
-    activations = dict.fromkeys(part.activation for part in parts if isinstance(part, Up))
-    if any(isinstance(part, AddExperts) for part in parts):
-        activations[config.activation] = None
-    known = ", ".join(ACTIVATION)
-    reasons = []
-    if config.head_dim not in HEAD_DIMS:
-        reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
-    reasons += [f"activation {name!r} is not one of {known}" for name in activations if name not in ACTIVATION]
-    if block_size % BLOCK_SLOTS:
-        reasons.append(f"block_size is {block_size}; the kernels take multiples of {BLOCK_SLOTS}")
-    return reasons
 
 
 class CompiledModel:

@@ -11,6 +11,7 @@ from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel
 from kvloom.models.heap import release_free_heap
 from kvloom.models.model import Model
+from kvloom.spec.kernels import unsupported
 
 
 def load_model(
@@ -48,6 +49,4 @@ def cpu_reasons(checkpoint: Checkpoint, block_size: int) -> list[str]:
     """Return every reason why the CPU kernels cannot run this checkpoint; [] means that they can."""
     if importlib.util.find_spec("kvloom.kernels.cpu._ext") is None:
         return ["the CPU kernels were not built; install kvloom with a C++17 compiler at hand"]
-    from kvloom.models.compiled import unsupported
-
     return unsupported(checkpoint.config, block_size)

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kvloom.models.compiled import unsupported
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families import FAMILY_CONFIGS
 from kvloom.spec.families.rope import ROPE_KINDS
+from kvloom.spec.kernels import unsupported
 
 
 def families_table() -> str:

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.registry import nearest
 from kvloom.spec.hardware import DeviceSpec
+from kvloom.spec.kernels import BLOCK_SLOTS
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.layer import Attention, Latent
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
@@ -18,9 +19,6 @@ FULL = PolicySpec()
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_CHUNK = 2048
 DEFAULT_UTILIZATION = 0.9
-
-KERNEL_BLOCK = 16
-"""The CPU's kernels take blocks of a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ class Question:
         applies = {
             f"its kernels run on CPUs, not on {self.device.name}": self.device.kind != "cpu",
             f"its kernels compute in 16 or 32 bits, not in {self.dtype}": self.dtype not in NATIVE_STORE,
-            f"its kernels take blocks of a multiple of {KERNEL_BLOCK} tokens, not of {self.block_size}": (
-                self.block_size % KERNEL_BLOCK > 0
+            f"its kernels take blocks of a multiple of {BLOCK_SLOTS} tokens, not of {self.block_size}": (
+                self.block_size % BLOCK_SLOTS > 0
             ),
         }
         reasons = [reason for reason, there in applies.items() if there]

@@ -3,15 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from kvloom.spec.kernels import HEAD_DIMS, model_reasons
 from kvloom.spec.layer import Attention, Experts, FeedForward, Latent, LayerSpec, Mixer
 from kvloom.spec.model import ModelSpec
 from kvloom.spec.packing import FLOAT_BYTES, PACKINGS, Matrix, Packing, products_of
-
-HEAD_DIMS = range(16, 385, 16)
-"""Head sizes that the kernels take."""
-
-KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-"""Activations that the kernels have, by the name that a `DecoderConfig` has for them."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +35,11 @@ class PackedModel:
 
     @cached_property
     def obstacles(self) -> tuple[str, ...]:
-        """Every reason in the model's shape why the kernels do not run it, and their packing is not known."""
+        """Every reason why the kernels do not run the model, and their packing is not known."""
+        if self.model.decoder is not None:
+            return tuple(model_reasons(self.model.decoder))
         found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
         found += ["the output head has a bias"] * self.model.head_bias
-        decoder = self.model.decoder
-        if decoder is not None and decoder.activation not in KERNEL_ACTIVATIONS:
-            found.append(f"activation {decoder.activation!r} is not one of {', '.join(KERNEL_ACTIVATIONS)}")
         return tuple(dict.fromkeys(found))
 
     @property
@@ -160,7 +154,7 @@ def _small_params(layer: LayerSpec, hidden: int) -> int:
 
 
 def _obstacles(layer: LayerSpec) -> list[str]:
-    """Return every reason why the kernels do not run such a layer."""
+    """Return every reason why the kernels do not run such a layer, of a model that no family describes."""
     mixer, mlp = layer.mixer, layer.mlp
     if not isinstance(mixer, Attention):
         return [f"it has {'latent attention' if isinstance(mixer, Latent) else 'recurrent layers'}"]

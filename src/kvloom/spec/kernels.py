@@ -1,0 +1,30 @@
+"""What the CPU kernels can run: each limit once, and one function of every reason against a model. Torch-free."""
+
+from kvloom.spec.decoder import DecoderConfig
+
+HEAD_DIMS = range(16, 385, 16)
+"""Head sizes that the kernels take."""
+
+KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+"""Activations that the kernels have, by the name that a `DecoderConfig` has for them."""
+
+BLOCK_SLOTS = 16
+"""Blocks must hold a multiple of this many tokens."""
+
+
+def model_reasons(config: DecoderConfig) -> list[str]:
+    """Return every reason in the model why the kernels cannot run it; [] means that they can."""
+    reasons = []
+    if config.head_dim not in HEAD_DIMS:
+        reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
+    if config.activation not in KERNEL_ACTIVATIONS:
+        reasons.append(f"activation {config.activation!r} is not one of {', '.join(KERNEL_ACTIVATIONS)}")
+    return reasons
+
+
+def unsupported(config: DecoderConfig, block_size: int) -> list[str]:
+    """Return every reason why the kernels cannot run the model in blocks of `block_size` tokens; [] means none."""
+    reasons = model_reasons(config)
+    if block_size % BLOCK_SLOTS:
+        reasons.append(f"block_size is {block_size}; the kernels take multiples of {BLOCK_SLOTS}")
+    return reasons
