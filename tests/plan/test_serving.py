@@ -131,7 +131,7 @@ def test_the_plan_knows_which_methods_compute_attention():
         (ask("deepseek-v2"), "'deepseek_v2' does not run"),
         (ask(dtype="float8_e4m3fn"), "float8"),
         (ask(policy=PolicySpec.parse("int4")), "store int4"),
-        (ask("mixtral-8x7b", quantization="int8"), "--quantization int8 does not run: it has a mixture"),
+        (ask("deepseek-v2", quantization="int8"), "--quantization int8 does not run: it has latent attention"),
         (ask(prompt=9000), "made for 8192"),
         (ask("gpt-oss-20b", policy=PolicySpec.parse("tova(budget=9)")), "scores of this model have sinks"),
         (ask("mistral-7b-v0.1", policy=PolicySpec.parse("tova(budget=9)")), "nothing to evict"),
