@@ -13,6 +13,7 @@ from kvloom.policies.eviction import Eviction
 from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.policy import Policy
 from kvloom.policies.tokenkinds import TokenKinds
+from kvloom.spec.policy import PolicySpec
 
 
 class KVPolicies:
@@ -30,7 +31,7 @@ class KVPolicies:
     ) -> None:
         """Raises `InvalidInputError` or `UnsupportedError` for an `own` or `allowed` policy that cannot be."""
         self.own = None if own is None else Policy.parse(own)
-        self.allowed = AllowList(allowed, own)
+        self.allowed = AllowList(allowed, None if own is None else _spec_of(self.own))
         self.runner = runner
         self.scheduler = scheduler
         model = runner.model
@@ -52,7 +53,7 @@ class KVPolicies:
         if asked is None:
             return self.own
         policy = Policy.parse(asked)
-        self.allowed.check(asked)
+        self.allowed.check(_spec_of(policy), asked)
         return policy
 
     def check_policy(self, policy: Policy, prompt: Seq[int], num_tokens: int, sequences: int) -> None:
@@ -93,3 +94,8 @@ class KVPolicies:
             sequence.eviction = Eviction(
                 policy, self.runner.cache, facts, sequence.token_ids, len(request.prompt_token_ids), request.seed
             )
+
+
+def _spec_of(policy: Policy | None) -> PolicySpec:
+    """Return what `policy` was parsed from; None keeps everything."""
+    return PolicySpec() if policy is None else policy.spec

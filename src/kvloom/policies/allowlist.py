@@ -12,7 +12,7 @@ class AllowList:
     None allows everything. The engine's own policy is always allowed, and so is `full`, which costs no more.
     """
 
-    def __init__(self, entries: Sequence[str] | None, own: str | None = None) -> None:
+    def __init__(self, entries: Sequence[str] | None, own: PolicySpec | None = None) -> None:
         """Read `entries`; raises `InvalidInputError` for one that is no policy."""
         self._names: set[str] = {"full"}
         self._whole: set[str] = set()
@@ -23,12 +23,11 @@ class AllowList:
             else:
                 self._whole.add(str(PolicySpec.parse(entry)))
         if own is not None:
-            self._whole.add(str(PolicySpec.parse(own)))
+            self._whole.add(str(own))
 
-    def check(self, policy: str) -> None:
-        """Raise `UnsupportedError` unless requests may ask for `policy`, `InvalidInputError` if it is none."""
-        spec = PolicySpec.parse(policy)
+    def check(self, spec: PolicySpec, asked: str) -> None:
+        """Raise `UnsupportedError` unless requests may ask for `spec`, which they spelled `asked`."""
         if self._all or spec.selector.name in self._names or str(spec) in self._whole:
             return
         known = ", ".join(sorted(self._names) + sorted(self._whole))
-        raise UnsupportedError(f"policy {policy!r}", [f"this engine allows only: {known}"])
+        raise UnsupportedError(f"policy {asked!r}", [f"this engine allows only: {known}"])
