@@ -7,7 +7,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kvloom.server.serve import Server, bind, build_server
+from kvloom.server.listening import bind
+from kvloom.server.serve import Server, build_server
 from kvloom.server.service import Service
 from kvloom.server.settings import ServerConfig
 
@@ -163,8 +164,8 @@ def open_stream(server, **fields):
     """Begin a streamed completion on a bare socket and return the socket."""
     body = json.dumps({"prompt": "hello", "stream": True, "temperature": 0, "ignore_eos": True, **fields}).encode()
     sock = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    sock.sendall(head.encode() + b"\r\n\r\n" + body)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    sock.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     return sock
 
 

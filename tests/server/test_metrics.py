@@ -3,13 +3,14 @@
 import io
 import json
 import logging
+import sys
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.serving import call, complete, converse, make_llm, open_stream, running
 from kvloom.server.enginestats import read_stats
-from kvloom.server.logs import JSONFormatter
+from kvloom.server.logs import JSONFormatter, configure_logs, wrapped_stderr
 from kvloom.server.metrics import TWINS, ServerMetrics
 
 LABELS = {"model_name": "tiny", "engine": "0"}
@@ -165,7 +166,7 @@ def test_a_log_line_is_json_with_the_request_id_and_no_prompt(tiny_server):
     finally:
         logger.removeHandler(handler)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert reply.headers["x-request-id"] == "abc-1" and reply.json()["id"] == "cmpl-abc-1"
+    assert reply.headers["x-request-id"] == "abc-1" and reply.json()["id"].startswith("cmpl-abc-1-")
     assert [line["path"] for line in lines] == ["/v1/completions", "/nowhere"]
     first = lines[0]
     assert (first["request_id"], first["status"], first["prompt_tokens"]) == ("abc-1", 200, 12)
@@ -175,3 +176,29 @@ def test_a_log_line_is_json_with_the_request_id_and_no_prompt(tiny_server):
 def test_an_id_that_could_forge_a_log_line_is_replaced(tiny_server):
     reply = call(tiny_server, "GET", "/version", headers={"X-Request-Id": 'x" "status'})
     assert reply.headers["x-request-id"] != 'x" "status' and len(reply.headers["x-request-id"]) == 24
+
+
+def test_lines_of_libraries_on_standard_error_become_log_lines(capfd):
+    import warnings
+
+    names = ("kvloom", "uvicorn", None)
+    before = [(logging.getLogger(n), logging.getLogger(n).handlers, logging.getLogger(n).level) for n in names]
+    stream = io.StringIO()
+    try:
+        configure_logs(stream)
+        with wrapped_stderr():
+            print("half a ", end="", file=sys.stderr)
+            print("line\n\rbar 10%\rbar 20%", file=sys.stderr)
+            logging.getLogger("some.library").warning("from %s", "logging")
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.warn("from warnings", UserWarning, stacklevel=1)
+            print("no end", end="", file=sys.stderr)
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers, level in before:
+            logger.handlers, logger.level, logger.propagate = handlers, level, True
+    said = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+    assert said[:4] == ["half a line", "bar 10%", "bar 20%", "from logging"]
+    assert "from warnings" in said[4] and said[5:] == ["no end"]
+    assert capfd.readouterr().err == ""

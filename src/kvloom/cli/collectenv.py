@@ -11,6 +11,7 @@ from typing import Any
 import kvloom
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
+from kvloom.errors import InvalidInputError
 from kvloom.units import KIB, format_bytes
 
 PACKAGES = ("torch", "numpy", "safetensors", "gguf", "tokenizers", "transformers", "huggingface_hub", "jinja2", "click")
@@ -130,7 +131,11 @@ def _models() -> dict[str, Any]:
     """Return the cache folder and the models of the catalogue that are in it."""
     from kvloom.models.pull import cache_dir, pulled
 
-    return {"cache_dir": str(cache_dir()), "pulled": pulled()}
+    try:
+        folder = str(cache_dir())
+    except InvalidInputError as error:
+        folder = f"none: {error}"
+    return {"cache_dir": folder, "pulled": pulled()}
 
 
 collect_env = Command(

@@ -31,7 +31,38 @@ MAX_PRODUCTS = 128
 SERVER_FLAGS = [
     _flag("--host", "Address to listen on; others than loopback should have an --api-key.", type=Text()),
     _flag("--port", "Port to listen on; 0 takes a free one.", type=int),
-    _flag("--root-path", "Path prefix of the server behind a proxy, e.g. /llm.", type=Text()),
+    _flag("--uds", "Unix socket to listen on in place of --host and --port.", type=Text(), metavar="PATH"),
+    _flag(
+        "--root-path",
+        "Path under which a proxy shows the server, e.g. /llm; it may take it off or leave it.",
+        type=Text(),
+    ),
+    _flag(
+        "--allowed-hosts",
+        "Host name by which the server may be asked for; may be repeated, *.example.org is all below it, * any. "
+        "Without it: this machine's own names on loopback without an --api-key, else any.",
+        type=Text(),
+        metavar="NAME",
+        multiple=True,
+        default=None,
+    ),
+    _flag(
+        "--allowed-origins",
+        "Origin whose pages may use the server from a browser, e.g. https://chat.example.org; may be repeated, * any.",
+        type=Text(),
+        metavar="ORIGIN",
+        multiple=True,
+        default=None,
+    ),
+    _flag(
+        "--ssl-certfile",
+        "PEM file with the certificate and its chain: the server speaks TLS.",
+        type=Text(),
+        metavar="FILE",
+    ),
+    _flag(
+        "--ssl-keyfile", "PEM file with the key of --ssl-certfile, if it is not in there.", type=Text(), metavar="FILE"
+    ),
     _flag(
         "--served-model-name",
         "Name of the model in requests; may be repeated. Without it: MODEL as given.",
@@ -111,6 +142,13 @@ LIMIT_FLAGS = [
         type=float,
         metavar="SECONDS",
     ),
+    _flag(
+        "--timeout-keep-alive",
+        "Keep a connection open so long after an answer; longer than clients' pools keep theirs.",
+        "Limits",
+        type=int,
+        metavar="SECONDS",
+    ),
 ]
 LOG_FLAGS = [
     _flag("--enable-log-requests", "Log the options of each request; never its text.", "Logs", is_flag=True),
@@ -141,7 +179,7 @@ def run(
         raise InvalidInputError("prompts are always read in chunks; raise --max-num-batched-tokens for larger ones")
     names = {entry.name for entry in fields(ServerConfig)}
     given = {key: value for key, value in values.items() if key in names and value is not None}
-    for several in ("served_model_name", "api_key"):
+    for several in ("served_model_name", "api_key", "allowed_hosts", "allowed_origins"):
         given[several] = tuple(given.get(several, ()))
     config = ServerConfig(**given)
 

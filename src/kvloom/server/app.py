@@ -8,18 +8,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvloom.server import chat, completions, operations
 from kvloom.server.layers import ConcurrencyLayer, ExchangeLayer, KeyLayer
+from kvloom.server.origins import OriginLayer
 from kvloom.server.service import Service
 from kvloom.server.tracing import Tracer
 
 Answer = Callable[[Request, Service], Awaitable[ASGIApp]]
 
 ROUTES: tuple[tuple[str, str, Answer], ...] = (
+    ("GET", "/", operations.root),
     ("GET", "/v1/models", operations.models),
     ("GET", "/v1/models/{model:path}", operations.model),
     ("POST", "/v1/completions", completions.respond),
     ("POST", "/v1/chat/completions", chat.respond),
     ("POST", "/tokenize", operations.tokenize),
     ("POST", "/detokenize", operations.detokenize),
+    ("GET", "/tokenizer_info", operations.tokenizer_info),
     ("GET", "/health", operations.health),
     ("GET POST", "/ping", operations.ping),
     ("GET", "/version", operations.version),
@@ -38,7 +41,7 @@ def build_app(service: Service, tracer: Tracer) -> ASGIApp:
         Route(path, _Endpoint(answer, service), methods=methods.split(), name=path) for methods, path, answer in ROUTES
     ]
     app: ASGIApp = KeyLayer(_Routes(routes), service.config.api_key)
-    return ExchangeLayer(ConcurrencyLayer(app, service), service, tracer)
+    return ExchangeLayer(OriginLayer(ConcurrencyLayer(app, service), service.config), service, tracer)
 
 
 class _Endpoint:

@@ -1,6 +1,5 @@
 """/v1/chat/completions: conversations through the model's chat template, with tools where it has them."""
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta, Update
+from kvloom.server.conversation import conversation_ids, note_reasoning_effort
 from kvloom.server.eventstream import event
 from kvloom.server.exchange import Context, encode_large_json
 from kvloom.server.fields import CHAT, Body
@@ -23,12 +23,6 @@ from kvloom.server.service import Service
 from kvloom.server.ticket import Ticket
 from kvloom.server.tools import ToolCallReader, offered_tools
 from kvloom.server.usage import Usage
-
-OWN_VARIABLES = (
-    *("messages", "tools", "documents", "self", "bos_token", "eos_token"),
-    *("continue_final_message", "allow_special_tokens"),
-)
-"""Variables of a template that chat_template_kwargs may not set."""
 
 
 @dataclass
@@ -70,6 +64,7 @@ class ChatJob:
         self.stream = bool(body.get("stream", False))
         self.show_ids = bool(body.get("return_token_ids", False))
         self.tools = offered_tools(body, service.tokenizer.chat_template)
+        note_reasoning_effort(body, service.tokenizer.chat_template, context)
         self.logprobs = self._num_logprobs()
         self.params = self._params()
         self.names = LogprobFormat(
@@ -89,6 +84,7 @@ class ChatJob:
         max_tokens = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
         if max_tokens == 0:
             raise bad_field("max_tokens", "max_tokens is 0; ask for at least 1 token")
+        max_tokens = None if max_tokens == -1 else max_tokens
         params = self.service.limits.params(self.body, n=self.n, max_tokens=max_tokens, logprobs=self.logprobs)
         if self.tools is not None and params.structured_outputs is not None:
             raise bad_field("tools", "an answer of a given form holds no calls; send tool_choice 'none' or ask no form")
@@ -117,7 +113,7 @@ class ChatJob:
         return Message(ToolCallReader(only_first) if self.tools is not None else None)
 
     def _head(self, kind: str) -> dict[str, Any]:
-        name = f"chatcmpl-{self.context.request_id}"
+        name = f"chatcmpl-{self.context.answer_id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model}
 
     def _note(self, usage: Usage, reasons: set[str]) -> None:
@@ -222,60 +218,6 @@ class ChatJob:
         if shown:
             bodies.append({"index": index, "delta": delta, **self._ending(message)})
         return bodies
-
-
-def conversation_ids(service: Service, body: Body, tools: list[dict[str, Any]] | None) -> list[int]:
-    """Return the token ids of a body's conversation; raises `Refusal` and `ChatTemplateError`. For any thread."""
-    messages = [_plain(message, number) for number, message in enumerate(body.get("messages"))]
-    options = dict(body.get("chat_template_kwargs", {}))
-    by_default = options.pop("add_generation_prompt", not body.get("continue_final_message"))
-    begin = body.get("add_generation_prompt", by_default)
-    for name in options:
-        if name in OWN_VARIABLES:
-            raise bad_field("chat_template_kwargs", f"chat_template_kwargs may not set {name!r}")
-    if tools is not None:
-        options["tools"] = tools
-    for name in ("documents", "reasoning_effort"):
-        if name in body:
-            if name not in (service.tokenizer.chat_template or ""):
-                raise bad_field(name, f"{name} has no place in this model's chat template; leave it out")
-            options[name] = body.get(name)
-    goes_on = body.get("continue_final_message", False)
-    if goes_on and begin:
-        raise bad_field("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
-    options |= {"continue_final_message": goes_on, "allow_special_tokens": body.get("allow_special_tokens", False)}
-    return service.tokenizer.encode_chat(messages, bool(begin), **options)
-
-
-def _plain(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """Return a message whose content is one string; raises `Refusal` for parts that are not text.
-
-    Arguments of earlier tool calls become objects, which is what templates expect.
-    """
-    plain = dict(message)
-    content = plain.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = str(part.get("type"))[:40]
-                raise bad_field("messages", f"message {number} has a part of type {kind!r}; only text is supported")
-        plain["content"] = "".join(part["text"] for part in content)
-    elif content is None:
-        plain["content"] = ""
-    calls = plain.get("tool_calls")
-    if isinstance(calls, list):
-        plain["tool_calls"] = [_readable(call) for call in calls]
-    return plain
-
-
-def _readable(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except (ValueError, RecursionError):
-        return call
 
 
 async def respond(request: Request, service: Service) -> ASGIApp:

@@ -80,7 +80,9 @@ class CompletionJob:
 
     def _params(self) -> SamplingParams:
         max_tokens = self.body.get("max_tokens", 16)
-        if max_tokens == 0:
+        if max_tokens == -1:
+            max_tokens = None
+        elif max_tokens == 0:
             if not self.echo:
                 raise bad_field("max_tokens", "max_tokens is 0, which needs echo=true; ask for at least 1 token")
             self.drop_answer, max_tokens = True, 1
@@ -186,7 +188,7 @@ class CompletionJob:
         )
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": f"cmpl-{self.context.request_id}", "object": kind, "created": self.created, "model": self.model}
+        return {"id": f"cmpl-{self.context.answer_id}", "object": kind, "created": self.created, "model": self.model}
 
     def _choice(self, index: int, choice: Choice, ticket: Ticket, prompt: PromptLogprobs | None) -> dict[str, Any]:
         """Return what `choice` has gained as a choice of the answer; the prompt comes before the first of it."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive
 
 from kvloom.server.refusal import Refusal
 from kvloom.server.watchdog import Watch, Watchdog
@@ -37,6 +38,7 @@ class Context:
 
     `key_digest` identifies the API key, empty without keys; `facts` are added to the log line. `answered` is when the
     answer was complete, if something of the exchange came after it; times are in `time.monotonic()` seconds.
+    `headers` are added to the reply.
     """
 
     request_id: str
@@ -46,6 +48,13 @@ class Context:
     facts: dict[str, Any] = field(default_factory=dict)
     error_code: str | None = None
     answered: float | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    unique: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    @property
+    def answer_id(self) -> str:
+        """What tells this exchange from every other in the ids of its answer; clients repeat the ids of requests."""
+        return f"{self.request_id}-{self.unique}"
 
 
 def context_of(request: Request) -> Context:
@@ -54,18 +63,15 @@ def context_of(request: Request) -> Context:
     return context
 
 
-def route_path(scope: Scope) -> str:
-    """Return the path of an exchange below the root path of the server."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) or "/"
-
-
 async def read_bytes(request: Request, max_bytes: int, dog: Watchdog) -> bytes:
     """Return the body, which says that it is JSON; raises `Refusal` for another type, one too large, or too slow."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         got = f"not {kind[:80]!r}" if kind else "which it does not say"
         raise Refusal(415, f"the body must be application/json, {got}; set the Content-Type header")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise Refusal(415, f"the body is encoded as {coding[:80]!r}; send it as it is, without Content-Encoding")
     declared = request.headers.get("content-length", "")
     chunks: list[bytes] = []
     size = int(declared) if declared.isdigit() else 0

@@ -119,7 +119,7 @@ SAMPLING = _table(
     Field("top_k", Integer(-1), "Sample among the K likeliest tokens; 0 and -1 are all."),
     Field("min_p", Number(0.0, 1.0), "Sample among tokens with this share of the best one's probability."),
     Field("seed", Integer(), "Makes sampling repeatable."),
-    Field("max_tokens", Integer(0), "Most tokens of one answer."),
+    Field("max_tokens", Integer(-1), "Most tokens of one answer; -1: as many as there is room for."),
     Field("min_tokens", Integer(0), "No end of sequence and no stop before so many tokens."),
     Field(
         "stop",
@@ -196,7 +196,7 @@ CHAT = {
     **SAMPLING,
     **_table(
         Field("messages", ListOf(MESSAGE, MAX_MESSAGES, 1), "The conversation, in order."),
-        Field("max_completion_tokens", Integer(1), "Most tokens of one answer; wins over `max_tokens`."),
+        Field("max_completion_tokens", Integer(-1), "Most tokens of one answer; wins over `max_tokens`."),
         Field("logprobs", Boolean(), "Log-probabilities of each token."),
         Field("top_logprobs", Integer(0, MAX_LOGPROBS), "Also of the K best tokens; needs `logprobs`."),
         Field("tools", ListOf(Object({"type": Text()}, required=("type",)), 128), "Functions that the model may call."),
@@ -217,7 +217,7 @@ CHAT = {
         _refused("modalities", "Answers other than text.", ["text"]),
         _refused("audio", "Spoken answers."),
         _refused("web_search_options", "Searching the web."),
-        _refused("verbosity", "A hosted model's length of answers.", "medium"),
+        _warned("verbosity", "A hosted model's length of answers."),
         _refused("include_reasoning", "Leaving reasoning out of the answer.", True),
     ),
 }

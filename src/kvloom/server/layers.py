@@ -14,19 +14,20 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvloom.errors import KvloomError
-from kvloom.server.exchange import DRAIN_FACTOR, ClientGoneError, Context, Incoming, json_response, route_path
+from kvloom.server.exchange import DRAIN_FACTOR, ClientGoneError, Context, Incoming, json_response
 from kvloom.server.refusal import TYPES, Refusal, refusal_of
 from kvloom.server.service import Service
+from kvloom.server.target import resolve_target
 from kvloom.server.tracing import Tracer
 from kvloom.server.watchdog import StalledError
 
 access_log = logging.getLogger("kvloom.access")
 logger = logging.getLogger("kvloom.server")
 
-OPEN_ROUTES = frozenset({"/health", "/ping", "/version", "/metrics"})
+OPEN_ROUTES = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
 """Routes that need no key: they tell nothing about requests or their contents."""
 
-QUIET_ROUTES = frozenset({"/health", "/ping", "/metrics", "/load"})
+QUIET_ROUTES = frozenset({"/", "/health", "/ping", "/metrics", "/load"})
 """Routes that monitors poll; logged only when they fail."""
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
@@ -49,6 +50,7 @@ class ExchangeLayer:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1000})
             return
+        resolve_target(scope, self.service.config.root_path)
         given = Headers(scope=scope).get("x-request-id", "")
         context = Context(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12))
         scope["kvloom.context"] = context
@@ -121,7 +123,7 @@ class ExchangeLayer:
         self.service.metrics.responded(route, status, context.error_code)
         for warning in context.warnings:
             logger.warning("request %s: %s", context.request_id, warning)
-        if route_path(scope) in QUIET_ROUTES and status < 400:
+        if path in QUIET_ROUTES and status < 400:
             return
         client = scope.get("client")
         facts = {
@@ -140,6 +142,7 @@ class ExchangeLayer:
 
 def _add_headers(headers: MutableHeaders, context: Context) -> None:
     headers["x-request-id"] = context.request_id
+    headers.update(context.headers)
     if context.warnings:
         text = "; ".join(context.warnings).encode("ascii", "backslashreplace").decode()
         headers["kvloom-warning"] = re.sub(r"[\x00-\x1f\x7f]", " ", text)[:MAX_WARNING_CHARS]
@@ -164,7 +167,7 @@ class ConcurrencyLayer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the exchange on; raises `Refusal` when there are too many."""
         limit = self.service.config.max_concurrent_requests
-        if self.service.num_open > limit and route_path(scope) not in OPEN_ROUTES:
+        if self.service.num_open > limit and scope["path"] not in OPEN_ROUTES:
             message = f"{limit} requests are being answered, which is --max-concurrent-requests; try again later"
             raise Refusal(503, message, code="too_many_requests", headers={"Retry-After": "1"})
         await self.app(scope, receive, send)
@@ -179,21 +182,30 @@ class KeyLayer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the exchange on; raises `Refusal` 401 without a right key."""
-        if self._digests and route_path(scope) not in OPEN_ROUTES:
+        if self._digests and scope["path"] not in OPEN_ROUTES:
             context: Context = scope["kvloom.context"]
-            context.key_digest = self._check(Headers(scope=scope).get("authorization", ""))
+            context.key_digest = self._check(Headers(scope=scope))
         await self.app(scope, receive, send)
 
-    def _check(self, header: str) -> str:
+    def _check(self, headers: Headers) -> str:
         """Return what identifies the key; every key is compared, so that time tells nothing about them."""
+        header = headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
+        bearer = scheme.lower() == "bearer"
+        if not bearer:
+            key = headers.get("x-api-key", "")
         given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         right = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if scheme.lower() != "bearer" or not any(right):
-            what = "no API key" if not header else "a wrong API key"
+        if not any(right):
+            if key.strip():
+                what = "a wrong API key"
+            elif bearer:
+                what = "no API key behind Bearer"
+            else:
+                what = "an Authorization header without Bearer" if header else "no API key"
             raise Refusal(
                 401,
-                f"{what}; send the header 'Authorization: Bearer KEY'",
+                f"{what}; send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -1,9 +1,12 @@
-"""Logs: one JSON object a line on standard error, for machines first."""
+"""Logs: one JSON object a line on standard error, for machines first; what libraries write there is wrapped."""
 
+import contextlib
+import io
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 
@@ -25,8 +28,38 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class StderrLines(io.TextIOBase):
+    """A text stream that logs every line written to it, under the name `stderr`; a thread may write parts of a line.
+
+    Carriage returns end a line too: progress bars use them.
+    """
+
+    def __init__(self) -> None:
+        self._logger = logging.getLogger("stderr")
+        self._held = ""
+
+    def write(self, text: str) -> int:
+        """Log the lines that `text` completes, and hold the rest."""
+        *lines, self._held = (self._held + text).replace("\r", "\n").split("\n")
+        for line in filter(str.strip, lines):
+            self._logger.warning("%s", line.rstrip())
+        return len(text)
+
+    def flush(self) -> None:
+        """Log a line that has no end yet."""
+        if self._held.strip():
+            self.write("\n")
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+
 def configure_logs(stream: TextIO | None = None) -> None:
-    """Send kvloom's and uvicorn's records to `stream` (standard error) as JSON lines; replaces their handlers."""
+    """Send all records to `stream` (standard error) as JSON lines; replaces handlers.
+
+    Of libraries only warnings and errors are written, Python's own warnings among them.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JSONFormatter())
     for name, level in (("kvloom", logging.INFO), ("uvicorn", logging.WARNING)):
@@ -34,3 +67,22 @@ def configure_logs(stream: TextIO | None = None) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(level)
+    logging.getLogger().handlers = [handler]
+    logging.captureWarnings(True)
+
+
+@contextlib.contextmanager
+def wrapped_stderr() -> Iterator[None]:
+    """Make log lines of what Python code writes to standard error meanwhile; `configure_logs` must have been called.
+
+    What compiled libraries write past Python, such as the last words of an abort, stays as it is: nothing may stand
+    between it and the log.
+    """
+    before = sys.stderr
+    lines = StderrLines()
+    sys.stderr = lines
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        lines.flush()

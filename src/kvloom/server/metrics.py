@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -187,6 +187,7 @@ class ServerMetrics:
         """Return everything in the text format of Prometheus."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Exposition(self._inner, stats, self._labels))
+        registry.register(ProcessCollector(registry=None))
         return generate_latest(registry)
 
 

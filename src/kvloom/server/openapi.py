@@ -6,7 +6,7 @@ from typing import Any
 from kvloom.server.fields import CHAT, COMPLETION, DETOKENIZE, REQUIRED, TOKENIZE, Effect, Field
 from kvloom.server.refusal import TYPES
 
-JSON_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503)
+JSON_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -32,6 +32,8 @@ POSTS: dict[str, tuple[str, Mapping[str, Field]]] = {
 }
 GETS = {
     "/v1/models": "The models that are served.",
+    "/": "What this is, and where to go on.",
+    "/tokenizer_info": "Special tokens, chat template and length of the model.",
     "/version": "The version of the server.",
     "/load": "How much runs and waits.",
     "/server_info": "Options of the server and figures of the engine.",
@@ -68,16 +70,16 @@ def document(root_path: str, with_keys: bool) -> dict[str, Any]:
         }
     for path, summary in GETS.items():
         answer = {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}}
-        paths[path] = {"get": {"summary": summary, "responses": {"200": answer, **_errors((401, 500, 503))}}}
+        paths[path] = {"get": {"summary": summary, "responses": {"200": answer, **_errors((401, 403, 500, 503))}}}
     for path, method, summary in (
         ("/health", "get", "Whether requests are taken."),
         ("/ping", "get", "Whether requests are taken."),
         ("/reset_prefix_cache", "post", "Discard cached prefixes."),
     ):
-        responses = {"200": {"description": "Done."}, **_errors((401, 500, 503))}
+        responses = {"200": {"description": "Done."}, **_errors((401, 403, 500, 503))}
         paths[path] = {method: {"summary": summary, "responses": responses}}
     text = {"text/plain": {"schema": {"type": "string"}}}
-    metrics = {"200": {"description": "Figures.", "content": text}, **_errors((500, 503))}
+    metrics = {"200": {"description": "Figures.", "content": text}, **_errors((403, 500, 503))}
     paths["/metrics"] = {"get": {"summary": "Figures in the text format of Prometheus.", "responses": metrics}}
     found: dict[str, Any] = {
         "openapi": "3.1.0",

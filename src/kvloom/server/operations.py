@@ -8,7 +8,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 import kvloom
-from kvloom.server.chat import conversation_ids
+from kvloom.models.tokenizer import SPECIAL_NAMES
+from kvloom.server.conversation import conversation_ids
 from kvloom.server.exchange import context_of, encode_large_json, encoded_response, json_response, unless_gone
 from kvloom.server.fields import DETOKENIZE, TOKENIZE, Body
 from kvloom.server.openapi import document
@@ -16,7 +17,17 @@ from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.service import Service, checked_text
 from kvloom.server.tools import offered_tools
 
+LINKS = {"models": "/v1/models", "openapi": "/openapi.json", "health": "/health", "metrics": "/metrics"}
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def root(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /: what this is and where to go on; the model's name only where no key is asked for."""
+    answer: dict[str, Any] = {"name": "kvloom", "version": kvloom.__version__}
+    if not service.config.api_key:
+        answer["model"] = service.names[0]
+    base = service.config.root_path
+    return json_response({**answer, "links": {name: base + path for name, path in LINKS.items()}})
 
 
 async def models(request: Request, service: Service) -> ASGIApp:
@@ -60,6 +71,23 @@ async def tokenize(request: Request, service: Service) -> ASGIApp:
         return encode_large_json(answer)
 
     return encoded_response(await unless_gone(request.receive, service.offload(encode)))
+
+
+async def tokenizer_info(request: Request, service: Service) -> ASGIApp:
+    """Answer GET /tokenizer_info: special tokens, the chat template and the length, as remote tokenizers want them."""
+    tokenizer = service.tokenizer
+    special: dict[str, Any] = {name: tokenizer.special_tokens.get(name) for name in SPECIAL_NAMES}
+    ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.items()}
+    return json_response(
+        {
+            **special,
+            **ids,
+            "eos_token_ids": list(service.engine.eos_token_ids),
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": service.engine.max_model_len,
+            "chat_template": tokenizer.chat_template,
+        }
+    )
 
 
 async def detokenize(request: Request, service: Service) -> ASGIApp:

@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,8 @@ from kvloom.engine.startup import engine_figures
 from kvloom.errors import InvalidInputError
 from kvloom.models.chat_template import read_template
 from kvloom.server.app import build_app
-from kvloom.server.logs import configure_logs
+from kvloom.server.listening import address_of, listen
+from kvloom.server.logs import configure_logs, wrapped_stderr
 from kvloom.server.sampling import generation_defaults
 from kvloom.server.service import Service
 from kvloom.server.settings import ServerConfig
@@ -32,7 +32,6 @@ from kvloom.server.tracing import Tracer
 logger = logging.getLogger("kvloom.server")
 
 BACKLOG = 1024
-KEEP_ALIVE_SECONDS = 15
 LAST_SECONDS = 5
 """Time for cancelled answers to be sent, after the shutdown timeout."""
 
@@ -62,7 +61,8 @@ class Server(uvicorn.Server):
         self.service.start()
         await super().startup(sockets)
         if self.started:
-            addresses = [f"http://{_address(sock)}" for server in self.servers for sock in server.sockets]
+            scheme = "https" if self.config.is_ssl else "http"
+            addresses = [address_of(sock, scheme) for server in self.servers for sock in server.sockets]
             logger.info("listening", extra={"facts": {"addresses": addresses, "model": self.service.names[0]}})
             if not self.service.config.disable_log_stats:
                 self._stats = asyncio.create_task(self._log_stats())
@@ -134,7 +134,9 @@ def build_server(llm: LLM, config: ServerConfig, *, tracer: Tracer | None = None
         app,
         host=config.host,
         port=config.port,
-        root_path=config.root_path,
+        uds=config.uds,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
         http="h11",
         ws="none",
         lifespan="off",
@@ -142,7 +144,7 @@ def build_server(llm: LLM, config: ServerConfig, *, tracer: Tracer | None = None
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=config.timeout_keep_alive,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
     return Server(options, service)
@@ -162,6 +164,17 @@ def serve(
     a file or the text of a template, None for the model's own.
     """
     configure_logs()
+    with wrapped_stderr():
+        _serve(model, config, llm_options, generation_config, chat_template)
+
+
+def _serve(
+    model: str,
+    config: ServerConfig,
+    llm_options: Mapping[str, Any],
+    generation_config: str,
+    chat_template: str | None,
+) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     tracer = Tracer(config.otlp_traces_endpoint, (config.served_model_name or (model,))[0])
     if not config.is_loopback and not config.api_key:
@@ -171,7 +184,7 @@ def serve(
             config.host,
         )
     template = None if chat_template is None else read_template(chat_template)
-    sock = bind(config.host, config.port)
+    sock = listen(config)
     started = time.monotonic()
     llm = LLM(model, **llm_options)
     if template is not None:
@@ -205,22 +218,6 @@ def spare_collections() -> None:
     gc.freeze()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet, so that a taken port is known before a model is loaded.
-
-    Raises `InvalidInputError`.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        message = f"cannot listen on {host} port {port}: {error}. Choose another --port or --host"
-        raise InvalidInputError(message) from None
-    return sock
-
-
 def _generation_defaults(source: str, llm: LLM) -> dict[str, Any]:
     """Return the sampling defaults of `source`; raises `InvalidInputError` for a file that cannot be read."""
     if source in ("auto", "vllm"):
@@ -235,9 +232,3 @@ def _generation_defaults(source: str, llm: LLM) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidInputError(f"the generation config {path} is not a JSON object")
     return generation_defaults(found)
-
-
-def _address(sock: Any) -> str:
-    name = sock.getsockname()
-    host = f"[{name[0]}]" if ":" in str(name[0]) else name[0]
-    return f"{host}:{name[1]}"

@@ -245,8 +245,9 @@ class Service:
 def _too_long(length: int, longest: int) -> Refusal:
     return Refusal(
         400,
-        f"the prompt has {length} tokens; the model's length is {longest} and at least one token is generated. "
-        "Shorten the prompt, send truncate_prompt_tokens, or raise --max-model-len",
+        f"This model's maximum context length is {longest} tokens. However, your prompt has {length} tokens, and at "
+        "least one is generated. Shorten the prompt, send truncate_prompt_tokens, or raise --max-model-len "
+        "(context_length_exceeded)",
         param="prompt",
         code="context_length_exceeded",
     )
