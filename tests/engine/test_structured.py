@@ -12,7 +12,7 @@ from kvloom.engine.params import SamplingParams
 from kvloom.engine.structured_params import StructuredOutputsParams
 from kvloom.errors import InvalidInputError, UnsupportedError
 
-pytest.importorskip("xgrammar", reason="the extra kvloom[structured] is not installed")
+pytest.importorskip("llguidance", reason="the extra kvloom[structured] is not installed")
 
 PROMPT = random_tokens(20)
 
@@ -102,7 +102,8 @@ def test_greedy_and_streamed_answers_are_kept_to_their_form_and_agree(engine):
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        ({"json": {"type": "object", "properties": 5}}, "json cannot be read"),
+        ({"json": {"type": "object", "properties": 5}}, "cannot be kept to at '/properties'"),
+        ({"json": {"const": "\ud800"}}, "cannot be"),
         ({"regex": "a(b"}, "regex cannot be read"),
         ({"regex": "[\U000b6a82-\u00e7"}, "regex cannot be read"),
         ({"grammar": "\U000b6a82 ::= \ud800"}, "grammar cannot be read"),

@@ -8,7 +8,7 @@ from kvloom.engine.llm import LLM
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.structured_params import StructuredOutputsParams
 
-pytest.importorskip("xgrammar", reason="the extra kvloom[structured] is not installed")
+pytest.importorskip("llguidance", reason="the extra kvloom[structured] is not installed")
 pytestmark = pytest.mark.real_model
 
 WORD = {"type": "string", "maxLength": 24}

@@ -2,9 +2,9 @@
 
 import pytest
 
+from harness.serving import call, make_llm, running
 from kvloom.errors import InvalidInputError
 from kvloom.server.settings import ServerConfig
-from serving import call, make_llm, running
 
 PAGE = "https://chat.example.org"
 JSON = {"Content-Type": "application/json"}

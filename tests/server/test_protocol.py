@@ -11,11 +11,11 @@ import threading
 
 import pytest
 
+from harness.serving import Reply, call, complete, converse, make_llm, make_model, running, until
 from kvloom.errors import InvalidInputError
 from kvloom.server.listening import bind_unix, listen
 from kvloom.server.serve import build_server
 from kvloom.server.settings import ServerConfig
-from serving import Reply, call, complete, converse, make_llm, make_model, running, until
 
 
 def raw_status(server, target, host="localhost"):

@@ -73,7 +73,7 @@ FORMS = {
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", FORMS)
 def test_an_answer_with_a_schema_fits_it_and_streams_the_same(client, name):
-    pytest.importorskip("xgrammar", reason="the extra kvloom[structured] is not installed")
+    pytest.importorskip("llguidance", reason="the extra kvloom[structured] is not installed")
     import jsonschema
 
     keys = FORMS[name]
