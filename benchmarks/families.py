@@ -36,7 +36,8 @@ BLOCK = 16
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12,
                              "num_attention_heads": 16, "vocab_size": 32000, "max_position_embeddings": 2048}),
-    "gpt2": ("GPT2", {"n_embd": 1024, "n_layer": 16, "n_head": 16, "n_positions": 2048, "vocab_size": 32000}),
+    "gpt2": ("GPT2", {"n_embd": 1024, "n_layer": 16, "n_head": 16, "n_positions": 2048, "vocab_size": 32000,
+                      "bos_token_id": 0, "eos_token_id": 0}),
     "mixtral": ("Mixtral", {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 6,
                             "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 8,
                             "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 2048}),
