@@ -1,15 +1,8 @@
 """/v1/chat/completions: templates, log-probabilities, tools, and streams that say the same."""
 
-import json
-
 import pytest
 
 from harness.serving import converse, make_llm, make_model, running
-from kvloom.errors import UnsupportedError
-from kvloom.server.fields import Body
-from kvloom.server.tools import ToolCallReader, offered_tools
-
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
 def answer(reply):
@@ -58,37 +51,3 @@ def test_a_model_without_a_template_refuses_conversations(tmp_path):
     with running(make_llm(make_model(tmp_path, template=None))) as server:
         reply = converse(server)
         assert (reply.status, reply.json()["error"]["code"]) == (400, "chat_template")
-
-
-def test_tools_reach_the_template_that_has_them(tiny_server):
-    plain, offered = answer(converse(tiny_server)), answer(converse(tiny_server, tools=[TOOL]))
-    assert offered["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 50
-    assert answer(converse(tiny_server, tools=[TOOL], tool_choice="none"))["choices"] == plain["choices"]
-
-
-def test_a_template_without_tools_refuses_them_with_all_reasons():
-    with pytest.raises(UnsupportedError) as refused:
-        offered_tools(Body({"tools": [{"type": "other"}]}), "{{ messages }}")
-    assert len(refused.value.reasons) == 2
-
-
-def test_forced_calls_are_refused(tiny_server):
-    assert converse(tiny_server, tools=[TOOL], tool_choice="required").status == 400
-
-
-@pytest.mark.parametrize("size", [1, 3, 7, 200])
-def test_calls_are_read_the_same_however_the_text_is_cut(size):
-    call = {"name": "add", "arguments": {"a": 1}}
-    text = f"well <tool_call>\n{json.dumps(call)}\n</tool_call> and <tool_call>no call</tool_call> < end"
-    reader, content, calls = ToolCallReader(), "", []
-    for start in range(0, len(text), size):
-        more, found = reader.read(text[start : start + size], start + size >= len(text))
-        content, calls = content + more, calls + found
-    assert content == "well  and <tool_call>no call</tool_call> < end"
-    assert [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls] == [("add", {"a": 1})]
-
-
-def test_an_unfinished_call_at_the_end_is_content():
-    reader = ToolCallReader()
-    assert reader.read("a<tool_call>{", False) == ("a", [])
-    assert reader.read('"x"', True) == ('<tool_call>{"x"', [])

@@ -18,6 +18,25 @@ BASES = ("$id", "id")
 """Keywords that change what references below them mean; the library reads them at the root only."""
 
 
+KEYWORDS = frozenset({
+    *SCHEMAS, *LISTS, *MAPS, *BASES, "$anchor", "$comment", "$dynamicAnchor", "$dynamicRef", "$recursiveAnchor",
+    "$recursiveRef", "$ref", "$schema", "$vocabulary", "const", "contentEncoding", "contentMediaType", "contentSchema",
+    "default", "dependencies", "dependentRequired", "deprecated", "description", "discriminator", "enum", "examples",
+    "example", "exclusiveMaximum", "exclusiveMinimum", "format", "maxContains", "maxItems", "maxLength",
+    "maxProperties", "maximum", "minContains", "minItems", "minLength", "minProperties", "minimum", "multipleOf",
+    "pattern", "readOnly", "required", "title", "type", "uniqueItems", "writeOnly",
+})  # fmt: skip
+"""Keywords of the drafts, and annotations that generators of schemas add."""
+
+
+def strange_keywords(schema: Any) -> Iterator[str]:
+    """Yield the pointer of every entry of `schema` and its parts that is no keyword: misspelt, or without effect."""
+    for pointer, part in everywhere(schema):
+        if isinstance(part, Mapping):
+            names = (str(name) for name in part if name not in KEYWORDS and not str(name).startswith("x-"))
+            yield from (f"{pointer}/{escaped(name)}" for name in names)
+
+
 def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (pointer, schema) of each schema directly inside `schema`, which stands at `pointer`."""
     if not isinstance(schema, Mapping):

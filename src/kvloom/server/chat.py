@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
+from kvloom.engine.structured_params import StructuredOutputsParams
 from kvloom.server.answer import Delta, Update
-from kvloom.server.conversation import conversation_ids, note_reasoning_effort
-from kvloom.server.eventstream import event
+from kvloom.server.conversation import conversation_ids, note_unused
+from kvloom.server.eventstream import COMPLETIONS, event
 from kvloom.server.exchange import Context, encode_large_json
 from kvloom.server.fields import CHAT, Body
 from kvloom.server.job import respond_with
@@ -21,7 +22,8 @@ from kvloom.server.queue import Place
 from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service
 from kvloom.server.ticket import Ticket
-from kvloom.server.tools import ToolCallReader, offered_tools
+from kvloom.server.toolcalls import BEGIN, ToolCallReader
+from kvloom.server.tools import offered_tools
 from kvloom.server.usage import Usage
 
 
@@ -31,7 +33,7 @@ class Message:
 
     reader: ToolCallReader | None
     content: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)  # pieces of them
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
@@ -53,6 +55,8 @@ class Message:
 class ChatJob:
     """One body of /v1/chat/completions, from its fields to the choices of the answer."""
 
+    dialect = COMPLETIONS
+
     def __init__(self, service: Service, context: Context, body: Body, place: Place) -> None:
         self.service = service
         self.place = place
@@ -64,7 +68,7 @@ class ChatJob:
         self.stream = bool(body.get("stream", False))
         self.show_ids = bool(body.get("return_token_ids", False))
         self.tools = offered_tools(body, service.tokenizer.chat_template)
-        note_reasoning_effort(body, service.tokenizer.chat_template, context)
+        note_unused(body, service.tokenizer.chat_template)
         self.logprobs = self._num_logprobs()
         self.params = self._params()
         self.names = LogprobFormat(
@@ -94,23 +98,38 @@ class ChatJob:
 
     async def tickets(self) -> list[Ticket]:
         """Return the checked ticket of the conversation; template and tokenisation run in the pool."""
+        if self.tools is not None and self.tools.bound:
+            form = await self.service.compiling(self._form_of_calls)
+            self.params = replace(self.params, structured_outputs=form)
         await self.service.prepare(self.params)
         ids = await self.service.offload(self._encoded)
         return self.service.tickets(self.context, self.body, [(ids, None)], self.params)
 
     def _encoded(self) -> list[int]:
         """Return the conversation's token ids, checked against the model; for a thread of the pool."""
-        ids = self.service.truncated(conversation_ids(self.service, self.body, self.tools), self.body, self.params)
+        offered = None if self.tools is None else self.tools.offered
+        ids = conversation_ids(self.service, self.body, offered)
+        if self.tools is not None and self.tools.forced:  # the answer begins inside a call
+            ids += self.service.tokenizer.encode(f"{BEGIN}\n", add_special_tokens=False)
+        ids = self.service.truncated(ids, self.body, self.params)
         if not ids:
             raise bad_field("messages", "the conversation comes to no token at all")
         self.service.check_prompt(ids, self.params, self.body)
         return ids
 
+    def _form_of_calls(self) -> StructuredOutputsParams:
+        """Return the form of forced or strict calls; for a thread that compiles."""
+        assert self.tools is not None
+        engine = self.service.engine
+        return self.tools.form(
+            lambda form: engine.processors.processors(SamplingParams(structured_outputs=form)), self.body.warnings
+        )
+
     # ---- the answer -----------------------------------------------------------------------------------------------
 
     def _message(self) -> Message:
         only_first = self.body.get("parallel_tool_calls") is False
-        return Message(ToolCallReader(only_first) if self.tools is not None else None)
+        return Message(None if self.tools is None else ToolCallReader(only_first, inside=self.tools.forced))
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = f"chatcmpl-{self.context.answer_id}"
@@ -157,9 +176,9 @@ class ChatJob:
 
     def _choice(self, index: int, message: Message) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
-        if message.calls:
+        if message.reader is not None and message.reader.calls:
             said["content"] = message.content or None
-            said["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in message.calls]
+            said["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in message.reader.calls]
         return {"index": index, "message": said, **self._ending(message)}
 
     def _ending(self, message: Message) -> dict[str, Any]:

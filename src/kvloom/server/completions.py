@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta, Update
-from kvloom.server.eventstream import event
+from kvloom.server.eventstream import COMPLETIONS, event
 from kvloom.server.exchange import Context, encode_large_json
 from kvloom.server.fields import COMPLETION, Body
 from kvloom.server.job import respond_with
@@ -55,6 +55,8 @@ class Choice:
 
 class CompletionJob:
     """One body of /v1/completions, from its fields to the choices of the answer."""
+
+    dialect = COMPLETIONS
 
     def __init__(self, service: Service, context: Context, body: Body, place: Place) -> None:
         self.service = service

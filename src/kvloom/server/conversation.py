@@ -4,13 +4,17 @@ import json
 import re
 from typing import Any
 
-from kvloom.server.exchange import Context
-from kvloom.server.fields import Body
+from kvloom.server.fields import MAX_WARNINGS, Body
 from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service
 
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that every template is expected to know or to refuse by itself."""
+
+MESSAGE_FIELDS = frozenset({
+    "role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio", "function_call",
+})  # fmt: skip
+"""Fields of messages that clients send back as they got them, or that name somebody."""
 
 OWN_VARIABLES = (
     *("messages", "tools", "documents", "self", "bos_token", "eos_token"),
@@ -79,12 +83,20 @@ def _role(role: str, number: int, template: str) -> str:
     raise bad_field("messages", f"message {number} has the role {role!r}; known are {known}", "unknown_role")
 
 
-def note_reasoning_effort(body: Body, template: str | None, context: Context) -> None:
-    """Warn about a `reasoning_effort` that the model's template has no place for; mutates `context`."""
-    if "reasoning_effort" in body and "reasoning_effort" not in (template or ""):
-        context.warnings.append(
-            "field 'reasoning_effort' has no effect here: the model's chat template has no place for it"
-        )
+def note_unused(body: Body, template: str | None) -> None:
+    """Warn about what the model's template has no place for; mutates the warnings of `body`."""
+    written = template or ""
+    if "reasoning_effort" in body and "reasoning_effort" not in written:
+        body.warnings.append("field 'reasoning_effort' has no effect: the model's chat template has no place for it")
+    strange = {
+        f"messages[{number}].{name}"
+        for number, message in enumerate(body.get("messages", ()))
+        for name, value in message.items()
+        if name not in MESSAGE_FIELDS and value is not None and name not in written
+    }
+    room = max(0, MAX_WARNINGS - len(body.warnings))
+    for path in sorted(strange)[:room]:
+        body.warnings.append(f"unknown field {path[:120]!r} is ignored: the model's chat template has no place for it")
 
 
 def _readable(call: Any) -> Any:

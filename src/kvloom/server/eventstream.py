@@ -1,7 +1,9 @@
 """EventStream: a response of server-sent events that ends when the client leaves or stops reading."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -14,9 +16,30 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
 
 
+SILENCE_SECONDS = 10.0
+"""After so long without a byte a comment is sent: proxies and clients give up silent connections."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a stream ends and how it says that something went wrong, which differs between APIs."""
+
+    end: bytes
+    failure: Callable[[Refusal], bytes]
+
+
 def event(value: Any) -> bytes:
     """Return one event that carries `value` as JSON."""
     return b"data: " + encode_json(value) + b"\n\n"
+
+
+def named_event(value: dict[str, Any]) -> bytes:
+    """Return one event that carries `value` as JSON, under the name in its `type`."""
+    return b"event: " + str(value["type"]).encode() + b"\n" + event(value)
+
+
+COMPLETIONS = Dialect(DONE, lambda refusal: event(refusal.body()))
+"""What OpenAI's completions and conversations say."""
 
 
 class EventStream:
@@ -25,9 +48,14 @@ class EventStream:
     A client that takes nothing for as long as `dog` has patience is cut off. However it ends, `events` is closed.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], dog: Watchdog) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], dog: Watchdog, dialect: Dialect, silence: float = SILENCE_SECONDS
+    ) -> None:
         self._events = events
         self._dog = dog
+        self._dialect = dialect
+        self._silence = silence
+        self._sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything; raises `ClientGoneError` when the client left or stalled."""
@@ -52,17 +80,29 @@ class EventStream:
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        breath = asyncio.ensure_future(self._breathe(send))
         try:
             async for chunk in self._events:
                 await self._send(send, chunk)
         except Refusal as refusal:
-            await self._send(send, event(refusal.body()))
-        await self._send(send, DONE, last=True)
+            await self._send(send, self._dialect.failure(refusal))
+        finally:
+            breath.cancel()
+            await asyncio.gather(breath, return_exceptions=True)
+        await self._send(send, self._dialect.end, last=True)
+
+    async def _breathe(self, send: Send) -> None:
+        """Send a comment whenever nothing else was sent for a while."""
+        while True:
+            await asyncio.sleep(max(0.01, self._sent + self._silence - time.monotonic()))
+            if time.monotonic() - self._sent >= self._silence:
+                await self._send(send, KEEP_ALIVE)
 
     async def _send(self, send: Send, chunk: bytes, last: bool = False) -> None:
         """Send one chunk; waits while the client has not taken the ones before."""
         try:
             async with Watch(self._dog):
+                self._sent = time.monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": not last})
         except StalledError:
             raise ClientGoneError from None

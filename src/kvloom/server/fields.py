@@ -4,6 +4,7 @@ import enum
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from kvloom.engine.params import MAX_LOGPROBS, MAX_STOP_STRINGS
@@ -96,10 +97,22 @@ FORM = Object(
         "grammar": Text(),
         "json_object": Boolean(),
         "disable_any_whitespace": Boolean(),
-    }
+    },
+    open=True,
 )
 FORMAT = Object(
-    {"type": Text(choices=("text", "json_object", "json_schema")), "json_schema": Object({"schema": Verbatim()})},
+    {
+        "type": Text(choices=("text", "json_object", "json_schema")),
+        "json_schema": Object(
+            {
+                "schema": Verbatim(),
+                "json_schema": Verbatim(),
+                "name": Text(),
+                "strict": Boolean(),
+                "description": Text(),
+            }
+        ),
+    },
     required=("type",),
 )
 
@@ -109,7 +122,10 @@ MESSAGE = Object(
         "content": AnyOf((Text(), ListOf(Object({"type": Text(), "text": Text()}, required=("type",))))),
     },
     required=("role",),
+    open=True,
 )
+TOOLS = ListOf(Object({"type": Text()}, required=("type",), open=True), 128)
+TOOL_CHOICE = AnyOf((Text(), Object({"type": Text(), "function": Object({"name": Text()})})))
 
 SAMPLING = _table(
     Field("model", Text(most=MAX_NAME_CHARS), "A served model name; the first one when absent."),
@@ -199,8 +215,8 @@ CHAT = {
         Field("max_completion_tokens", Integer(-1), "Most tokens of one answer; wins over `max_tokens`."),
         Field("logprobs", Boolean(), "Log-probabilities of each token."),
         Field("top_logprobs", Integer(0, MAX_LOGPROBS), "Also of the K best tokens; needs `logprobs`."),
-        Field("tools", ListOf(Object({"type": Text()}, required=("type",)), 128), "Functions that the model may call."),
-        Field("tool_choice", AnyOf((Text(), Object())), "`auto` or `none`."),
+        Field("tools", TOOLS, "Functions that the model may call."),
+        Field("tool_choice", TOOL_CHOICE, "`auto`, `none`, `required`, or one function."),
         Field("parallel_tool_calls", Boolean(), "false keeps only the first call."),
         Field("chat_template_kwargs", Object(), "Variables for the chat template."),
         Field("documents", ListOf(Object()), "Variable of templates that have it."),
@@ -271,6 +287,8 @@ def read_body(raw: Any, table: Mapping[str, Field]) -> Body:
                 body.values[name] = entry.kind.read(value)
             except ValueError as error:
                 raise bad_field(name, f"{name} is {_short(value)}; it must be {error}") from None
+            room = max(0, MAX_WARNINGS - len(body.warnings))
+            body.warnings.extend(islice(entry.kind.strangers(value, name), room))
     for name, owner in REQUIRED.items():
         if owner is table and name not in body:
             raise bad_field(name, f"the body has no {name!r}", "missing_field")

@@ -1,9 +1,10 @@
 """The form that a body asks of its answers: `response_format`, `structured_outputs`, or an older `guided_*` field."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvloom.engine.structured_params import StructuredOutputsParams
+from kvloom.engine.structured_schema import strange_keywords
 from kvloom.errors import InvalidInputError
 from kvloom.server.fields import Body
 from kvloom.server.refusal import bad_field
@@ -39,6 +40,9 @@ def read_form(body: Body) -> StructuredOutputsParams | None:
     if not found:
         return None
     name, options = found.popitem()
+    if isinstance(options.get("json"), Mapping):
+        strange = [f"{pointer} of its schema" for pointer in strange_keywords(options["json"])]
+        body.warnings.extend(f"{name}: {what} is no keyword of JSON schemas and binds nothing" for what in strange[:4])
     if found:
         raise bad_field(name, f"{name} and {', '.join(found)} each ask for a form of the answer; send one of them")
     try:

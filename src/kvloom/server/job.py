@@ -6,7 +6,7 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from kvloom.server.eventstream import EventStream, primed
+from kvloom.server.eventstream import Dialect, EventStream, primed
 from kvloom.server.exchange import Context, context_of, encoded_response, unless_gone
 from kvloom.server.fields import Body, Field
 from kvloom.server.queue import Place
@@ -23,6 +23,7 @@ class Job(Protocol):
     """The requests of one body, and how their answers are put into a reply."""
 
     stream: bool
+    dialect: Dialect
 
     async def tickets(self) -> list[Ticket]:
         """Hand the requests over to the engine."""
@@ -50,7 +51,7 @@ async def respond_with(
         tickets = await unless_gone(request.receive, job.tickets())
         if job.stream:
             events = await unless_gone(request.receive, primed(job.events(tickets), FIRST_NEWS_PATIENCE))
-            return EventStream(events, service.dog)
+            return EventStream(events, service.dog, job.dialect)
         return encoded_response(await unless_gone(request.receive, job.answer(tickets)))
 
 
@@ -63,7 +64,8 @@ UNLOGGED = (
 
 def adopt(context: Context, body: Body, config: ServerConfig) -> None:
     """Take the warnings about `body` and its `request_id` over into the context, and its options if they are logged."""
-    context.warnings += body.warnings
+    body.warnings[:0] = context.warnings
+    context.warnings = body.warnings  # one list from here on: what is found later is told, too
     if config.enable_log_requests:
         context.facts["options"] = {name: value for name, value in body.values.items() if name not in UNLOGGED}
     if "stream_options" in body and not body.get("stream", False):

@@ -62,7 +62,8 @@ async def tokenize(request: Request, service: Service) -> ASGIApp:
 
     def encode() -> bytes:
         if "messages" in body:
-            ids = conversation_ids(service, body, offered_tools(body, service.tokenizer.chat_template))
+            tools = offered_tools(body, service.tokenizer.chat_template)
+            ids = conversation_ids(service, body, None if tools is None else tools.offered)
         else:
             ids = service.tokenizer.encode(checked_text(body.get("prompt")), body.get("add_special_tokens", True))
         answer = {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids, "token_strs": None}

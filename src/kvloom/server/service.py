@@ -173,8 +173,11 @@ class Service:
         Raises the engine's errors for a form that cannot be had; later checks of `params` find it compiled.
         """
         if params.structured_outputs is not None:
-            processors = self.engine.processors.processors
-            await asyncio.get_running_loop().run_in_executor(self._forms, processors, params)
+            await self.compiling(lambda: self.engine.processors.processors(params))
+
+    async def compiling(self, function: Callable[[], T]) -> T:
+        """Run `function`, which compiles forms, in the thread for that."""
+        return await asyncio.get_running_loop().run_in_executor(self._forms, function)
 
     # ---- a request runs -------------------------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
 """Kinds of values in a request body: each checks one value and describes itself as a JSON schema."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from kvloom.registry import nearest
 
 INT64 = 2**63 - 1
 
@@ -17,9 +19,20 @@ class Kind(Protocol):
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema."""
 
+    def strangers(self, value: Any, path: str) -> Iterator[str]:
+        """Yield what is to be said about each entry of a checked `value` at `path` that nothing here knows."""
+
+
+class Leaf:
+    """A kind of value without entries of its own that could be unknown."""
+
+    def strangers(self, value: Any, path: str) -> Iterator[str]:
+        """Yield nothing."""
+        return iter(())
+
 
 @dataclass(frozen=True)
-class Boolean:
+class Boolean(Leaf):
     """true or false."""
 
     def read(self, value: Any) -> bool:
@@ -34,7 +47,7 @@ class Boolean:
 
 
 @dataclass(frozen=True)
-class Integer:
+class Integer(Leaf):
     """A whole number from `low` to `high`."""
 
     low: int = -INT64
@@ -54,7 +67,7 @@ class Integer:
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Leaf):
     """A finite number from `low` to `high`."""
 
     low: float
@@ -74,7 +87,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Leaf):
     """A string of at most `most` characters, one of `choices` where there are any."""
 
     most: int | None = None
@@ -118,6 +131,11 @@ class ListOf:
         except ValueError as error:
             raise ValueError(f"a list, each item {error}") from None
 
+    def strangers(self, value: Any, path: str) -> Iterator[str]:
+        """Yield the strangers of every item."""
+        for index, item in enumerate(value):
+            yield from self.item.strangers(item, f"{path}[{index}]")
+
     def _item(self) -> str:
         return str(self.item.schema().get("type", "of the right kind"))
 
@@ -130,7 +148,7 @@ class ListOf:
 
 
 @dataclass(frozen=True)
-class TokenIds:
+class TokenIds(Leaf):
     """A list of token ids; checked in one pass, because prompts are long."""
 
     least: int = 1
@@ -162,6 +180,16 @@ class AnyOf:
                 expected.append(str(error))
         raise ValueError(", or ".join(expected))
 
+    def strangers(self, value: Any, path: str) -> Iterator[str]:
+        """Yield the strangers that the first kind that takes `value` sees in it."""
+        for kind in self.kinds:
+            try:
+                kind.read(value)
+            except ValueError:
+                continue
+            yield from kind.strangers(value, path)
+            return
+
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema."""
         return {"anyOf": [kind.schema() for kind in self.kinds]}
@@ -169,10 +197,14 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class Object:
-    """A JSON object; `properties` describe it in the schema, `required` ones must be there."""
+    """A JSON object; `properties` describe it in the schema, `required` ones must be there.
+
+    Others are strangers, unless nothing is described or it is `open`, because what they mean is looked at elsewhere.
+    """
 
     properties: Mapping[str, Kind] | None = None
     required: tuple[str, ...] = ()
+    open: bool = False
 
     def read(self, value: Any) -> dict[str, Any]:
         """Return the object; the described properties are checked, others are kept as they are, null is dropped."""
@@ -190,6 +222,18 @@ class Object:
                     raise ValueError(f"an object whose {name!r} is {error}") from None
         return found
 
+    def strangers(self, value: Any, path: str) -> Iterator[str]:
+        """Yield each entry that is not described and not null, with the nearest that is, and those further inside."""
+        if self.properties is None:
+            return
+        for name, item in value.items():
+            kind = self.properties.get(name)
+            if item is not None and kind is not None:
+                yield from kind.strangers(item, f"{path}.{name}")
+            elif item is not None and not self.open:
+                whole = repr(f"{path}.{name}"[:120])
+                yield f"unknown field {whole} is ignored{nearest(name[:64], list(self.properties))}"
+
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema."""
         described: dict[str, Any] = {"type": "object"}
@@ -201,7 +245,7 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Verbatim:
+class Verbatim(Leaf):
     """A JSON object kept as it is, nulls included: a schema may say that something is null."""
 
     def read(self, value: Any) -> dict[str, Any]:
@@ -216,7 +260,7 @@ class Verbatim:
 
 
 @dataclass(frozen=True)
-class Anything:
+class Anything(Leaf):
     """Any JSON value."""
 
     def read(self, value: Any) -> Any:
