@@ -170,7 +170,7 @@ def test_fields_that_ask_for_nothing_pass_without_a_word(tiny_server):
 
 def test_what_can_never_fit_is_refused_with_the_bytes(tiny_folder):
     with running(make_llm(tiny_folder, kv_cache_memory_bytes=2 << 20)) as server:
-        server.service.engine.max_model_len = 10**6
+        server.service.engine.admission.max_model_len = 10**6
         message = refused(complete(server, max_tokens=100_000), 400, code="kv_cache_exceeded")
         assert "MiB" in message and "100005 tokens" in message
 

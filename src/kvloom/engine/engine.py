@@ -56,14 +56,12 @@ class Engine:
         self.runner = runner
         self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self.max_model_len = max_model_len
         self.sampler = Sampler(eos_token_ids)
         self.processors = ProcessorFactory(tokenizer, runner.model.config.vocab_size, eos_token_ids)
         self.answers = Answers(scheduler, runner.cache, tokenizer, eos_token_ids)
         self.beams = BeamSteps(scheduler.queues, eos_token_ids, self.answers.start_text)
         self.seed = seed
         self.observer: LogitsObserver | None = None
-        self.max_position = max_model_len if max_position is None else max_position
         facts = None if tokenizer is None else TokenFacts(tokenizer)
         self.policies = KVPolicies(
             runner,
@@ -81,7 +79,7 @@ class Engine:
             vocab_size=runner.model.config.vocab_size,
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=max_model_len,
-            max_position=self.max_position,
+            max_position=max_model_len if max_position is None else max_position,
         )
         self.requests: dict[str, Request] = {}
         self.num_arrived = 0
@@ -94,6 +92,16 @@ class Engine:
     def cache(self) -> KVCache:
         """The cache that all requests share."""
         return self.runner.cache
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request, prompt and answer together."""
+        return self.admission.max_model_len
+
+    @property
+    def max_position(self) -> int:
+        """The same of a request under a policy that evicts."""
+        return self.admission.max_position
 
     @property
     def num_evicted_tokens(self) -> int:
