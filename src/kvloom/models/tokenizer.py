@@ -148,7 +148,10 @@ class Tokenizer:
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
-        return ControlTokens(self._backend, self.special_ids | set(self.eos_token_ids))
+        ends = set(self.eos_token_ids)
+        if isinstance(self._backend.model, tokenizers.models.BPE):
+            ends &= self._backend.get_added_tokens_decoder().keys()  # merges make the others of ordinary text
+        return ControlTokens(self._backend, self.special_ids | ends)
 
 
 def _up_to_content(text: str, message: Mapping[str, Any]) -> str:
