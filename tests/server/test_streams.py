@@ -73,3 +73,10 @@ def test_unknown_fields_of_messages_are_warned_about_and_those_of_earlier_answer
     }
     user = {"role": "user", "content": "x", "name": "ann"}
     assert warning(converse(tiny_server, messages=[user, earlier, user], max_tokens=1)) == ""
+
+
+def test_a_long_warning_is_cut_to_a_header_wherever_the_cut_falls(tiny_server):
+    for length in range(1, 60):  # no word of a warning is as long: a cut falls behind a space
+        message = {"role": "user", "content": "Hi", "x" * length: 1} | {f"{'y' * 25}{i}": 1 for i in range(60)}
+        reply = converse(tiny_server, messages=[message] * 3, max_tokens=1)
+        assert reply.status == 200 and warning(reply) == warning(reply).strip() != ""
