@@ -138,7 +138,7 @@ REFUSED = [
     ({"properties": {"a": {"if": {"const": 1}, "then": {"const": 1}}}}, "/properties/a/if"),
     ({"properties": {"a/b": {"items": {"contains": {}}}}}, "/properties/a~1b/items/contains"),
     ({"dependentRequired": {"a": ["b"]}}, "/dependentRequired"),
-    ({"items": {"oneOf": [{"type": "integer"}, {"minimum": 2}]}}, "/items"),
+    ({"items": {"oneOf": [{"type": "integer"}, {"minimum": 2}]}}, "/items/oneOf"),
     ({"properties": {"a": {"$ref": "http://elsewhere.example/schema"}}}, "/properties/a"),
     ({"properties": {"a": {"type": "string", "format": "colour"}}}, "/properties/a"),
     ({"properties": {"a": {"pattern": "(?=a)b"}}}, "/properties/a"),

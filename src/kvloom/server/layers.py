@@ -145,7 +145,8 @@ def _add_headers(headers: MutableHeaders, context: Context) -> None:
     headers.update(context.headers)
     if context.warnings:
         text = "; ".join(context.warnings).encode("ascii", "backslashreplace").decode()
-        headers["kvloom-warning"] = re.sub(r"[\x00-\x1f\x7f]", " ", text)[:MAX_WARNING_CHARS].strip()  # no space at an end
+        cut = re.sub(r"[\x00-\x1f\x7f]", " ", text)[:MAX_WARNING_CHARS]
+        headers["kvloom-warning"] = cut.strip()  # a header may not end in a space
 
 
 def _of_router(error: HTTPException, scope: Scope) -> Refusal:
