@@ -104,7 +104,7 @@ def connected(server):
 
 
 def head(length, *lines):
-    first = ["POST /v1/completions HTTP/1.1", "Host: test", "Content-Type: application/json"]
+    first = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     return "\r\n".join([*first, f"Content-Length: {length}", *lines, "", ""]).encode()
 
 
