@@ -1,11 +1,9 @@
 """Gemma 2: windows on every other layer, norms around every block, soft caps on scores and logits."""
 
-from collections.abc import Collection
-from typing import Any
-
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.family import GGUF_CONFIG_KEYS, FamilyConfig
+from kvloom.spec.families.gemma3 import implied_query_scale
 from kvloom.spec.families.skeleton import layer_windows, skeleton
 
 _LARGEST_NUM_LAYERS = 46
@@ -28,14 +26,6 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
         score_softcap=_cap(reader, "attn_logit_softcapping"),
         logit_softcap=_cap(reader, "final_logit_softcapping"),
     )
-
-
-def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
-    """Add the scale of queries: one over the root of the head size, but of hidden/heads in the largest model."""
-    if config.get("num_hidden_layers") == _LARGEST_NUM_LAYERS:
-        config.setdefault("query_pre_attn_scalar", config["hidden_size"] // config["num_attention_heads"])
-    else:
-        config.setdefault("query_pre_attn_scalar", config.get("head_dim", 256))
 
 
 GEMMA2 = FamilyConfig(
@@ -64,7 +54,7 @@ GEMMA2 = FamilyConfig(
         "eos_token_id": 1,
     },
     configure=_configure,
-    from_gguf=_from_gguf,
+    from_gguf=implied_query_scale(_LARGEST_NUM_LAYERS),
     gguf_config_keys={
         **GGUF_CONFIG_KEYS,
         "attn_logit_softcapping": "attn_logit_softcapping",

@@ -1,6 +1,6 @@
 """Gemma 3, text: windows on most layers, two rope bases, norms of q and k, norms around every block."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from kvloom.spec.decoder import DecoderConfig, LayerConfig
@@ -52,12 +52,19 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
-    """Add the scale of queries: one over the root of the head size, but of hidden/heads in the largest model."""
-    if config.get("num_hidden_layers") == _LARGEST_NUM_LAYERS:
-        config.setdefault("query_pre_attn_scalar", config["hidden_size"] // config["num_attention_heads"])
-    else:
-        config.setdefault("query_pre_attn_scalar", config.get("head_dim", 256))
+def implied_query_scale(largest: int) -> Callable[[dict[str, Any], Collection[str]], None]:
+    """Return a `from_gguf` that adds the scale of queries, which GGUF files leave out.
+
+    It is one over the root of the head size, but of hidden / heads in the model of `largest` layers.
+    """
+
+    def from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
+        if config.get("num_hidden_layers") == largest:
+            config.setdefault("query_pre_attn_scalar", config["hidden_size"] // config["num_attention_heads"])
+        else:
+            config.setdefault("query_pre_attn_scalar", config.get("head_dim", 256))
+
+    return from_gguf
 
 
 GEMMA3 = FamilyConfig(
@@ -86,7 +93,7 @@ GEMMA3 = FamilyConfig(
         "eos_token_id": 1,
     },
     configure=_configure,
-    from_gguf=_from_gguf,
+    from_gguf=implied_query_scale(_LARGEST_NUM_LAYERS),
     gguf_config_keys={
         **GGUF_CONFIG_KEYS,
         "attention.sliding_window_pattern": "sliding_window_pattern",
