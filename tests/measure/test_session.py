@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.errors import InvalidInputError
 from kvloom.measure import session as sessions
 from kvloom.measure.cost import Cost
 from kvloom.measure.forced import Score
@@ -140,9 +140,9 @@ def test_policies_that_cannot_run_are_named_with_their_reasons(llm, text):
     able, refused = runnable(llm.engine, window, ["tova(budget=9)", "duo", "expected(budget=3)"])
     assert able == ["tova(budget=9)"]
     assert "duo needs the file" in refused["duo"]
-    assert "protected" in refused["expected(budget=3)"]
+    assert "budget 3 of expected is below its sinks" in refused["expected(budget=3)"]
 
 
 def test_a_policy_that_cannot_run_is_refused_before_anything_runs(llm, text):
-    with pytest.raises(UnsupportedError, match="protected"):
+    with pytest.raises(InvalidInputError, match="below its sinks"):
         session(llm, text, Results("tiny", "here", FACTS), policies=["expected(budget=3)"])
