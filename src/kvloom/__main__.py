@@ -1,4 +1,4 @@
-"""`python -m kvloom` is the `kvloom` command; SIGTERM ends it from its first moment on."""
+"""`python -m kvloom` is the `kvloom` command. SIGTERM ends it at any time after the start."""
 
 from typing import NoReturn
 

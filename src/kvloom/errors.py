@@ -13,13 +13,13 @@ class KvloomError(Exception):
 
 
 class InvalidInputError(KvloomError, ValueError):
-    """An argument, prompt or option is wrong in itself, whatever the state of the machine."""
+    """An argument, prompt or option is wrong, whatever the state of the machine."""
 
     exit_code = 2
 
 
 class ModelNotFoundError(KvloomError):
-    """No model of that name, or at that path."""
+    """No model has that name or lies at that path."""
 
     exit_code = 3
 
@@ -31,7 +31,7 @@ class CheckpointError(KvloomError):
 
 
 class UnsupportedError(KvloomError):
-    """A combination that kvloom refuses; `reasons` lists every one of them."""
+    """A combination that kvloom refuses; `reasons` lists every reason."""
 
     exit_code = 5
 
@@ -42,23 +42,23 @@ class UnsupportedError(KvloomError):
 
 
 class DoesNotFitError(KvloomError):
-    """The KV cache or the weights need more memory than there is, now or for ever."""
+    """The KV cache or the weights need more memory than there is, at present or at all."""
 
     exit_code = 6
 
 
 class RequestFailedError(KvloomError):
-    """One request could not go on, whatever the others do: its numbers or the caller's own code failed."""
+    """One request failed by its own logits or by the caller's code; other requests continue."""
 
 
 class MethodError(RequestFailedError):
-    """A cache method returned what cannot be used, or read what it did not declare; the message names it."""
+    """A cache method returned an invalid result or read an input that it did not declare; the message names it."""
 
     exit_code = 9
 
 
 class DownloadError(KvloomError):
-    """A file could not be fetched: offline, interrupted, or not what its checksum says."""
+    """A file could not be fetched: no connection, an interrupted transfer or a wrong checksum."""
 
     exit_code = 7
 

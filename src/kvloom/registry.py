@@ -1,4 +1,4 @@
-"""Named things (stores, policies, families, backends), looked up by string with a helpful refusal."""
+"""Registries of named entries (stores, policies, families, backends); an unknown name is refused with the nearest."""
 
 import difflib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """An ordered map from name to entry; names are unique and never silently replaced."""
+    """An ordered map from name to entry; names are unique, and registering one twice is an error."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

@@ -1,4 +1,4 @@
-"""Byte and count units: GiB is 2**30 and GB is 10**9, and every figure names which."""
+"""Byte and count units: GiB is 2**30 and GB is 10**9, and every figure names its unit."""
 
 import re
 from fractions import Fraction
@@ -28,7 +28,7 @@ def format_bytes(num_bytes: int) -> str:
 def parse_bytes(text: str | int) -> int:
     """Return the bytes that `text` names (`2GiB`, `1.5GB`, `512m`, `4096`), rounded down where a unit is divided.
 
-    Raises `InvalidInputError` for what is no size, a fraction of a byte without a unit among it.
+    Raises `InvalidInputError` for anything else, including a fraction of a byte without a unit.
     """
     if isinstance(text, int):
         return text
@@ -42,7 +42,7 @@ def parse_bytes(text: str | int) -> int:
 def parse_count(text: str | int) -> int:
     """Return the tokens that `text` names: `4096`, `1k` = 1000, `1K` = 1024, `2M` = 2 * 1024**2.
 
-    Raises `InvalidInputError` for what is no count; a part of a token is refused, not cut off.
+    Raises `InvalidInputError` for anything else; a fraction of a token is refused, not truncated.
     """
     if isinstance(text, int):
         return text

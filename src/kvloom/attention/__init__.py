@@ -1,1 +1,1 @@
-"""Prefill attends, decode streams: one AttentionBatch in, [T, H, D] out."""
+"""Attention over lanes: an AttentionBatch of prefill chunks and decode tokens in, [T, H, D] out."""

@@ -1,4 +1,4 @@
-"""AttentionBackend: what attention over lanes must offer to the decoder that runs operation by operation."""
+"""AttentionBackend: the interface of attention over lanes that the reference decoder uses."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +11,7 @@ from kvloom.cache.kvcache import KVCache
 
 @dataclass(frozen=True)
 class ScoreTerms:
-    """What some families add to scaled scores: see `kernels.reference.attention`.
+    """Terms that some families add to scaled scores: see `kernels.reference.attention`.
 
     `cap` bounds them; `slopes` [H] times the distance are subtracted; `sinks` [H] join the denominator.
     """
@@ -22,7 +22,7 @@ class ScoreTerms:
 
 
 NO_TERMS = ScoreTerms()
-"""Scores as they are."""
+"""Scores without further terms."""
 
 
 class AttentionBackend(Protocol):

@@ -1,4 +1,4 @@
-"""AttentionBatch: which tokens of which sequences one step processes. State travels here, never through globals."""
+"""AttentionBatch: which tokens of which sequences one step processes. It carries all state of the call."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class AttentionBatch:
     All are int32 arrays, so that any device or language can take them.
 
     token_ids     [T]
-    positions     [T]      index of each token in its sequence, which is what rope sees
+    positions     [T]      index of each token in its sequence, by which rope rotates
     sequences     [B]      row sets of the lane table
     cu_seqlens_q  [B + 1]  tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 belong to sequence b
     length_class  [B]      which frequencies each sequence is rotated by, for models whose rotary embedding depends on

@@ -1,4 +1,4 @@
-"""ReferenceBackend: gathers each sequence's lanes and calls the definition of attention. Exact, and not fast."""
+"""ReferenceBackend: gathers each sequence's lanes and calls the definition of attention. Exact and slow."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
 
 QUERY_TILE = 512
-"""Rows of queries at a time: bounds the scores to H x 512 x S."""
+"""Query rows that are computed at a time: scores take at most H x 512 x S numbers."""
 
 
 class ReferenceBackend:
-    """Attention by gathering; one sequence at a time, so that no sequence's result depends on the batch."""
+    """Attention by gathering, one sequence at a time; so no sequence's result depends on the batch."""
 
     name = "reference"
 
@@ -41,7 +41,7 @@ class ReferenceBackend:
             distance = None if terms.slopes is None else self._distance(layer, sequence, batch, start, end, cache)
             for first in range(start, end, QUERY_TILE):
                 last = min(first + QUERY_TILE, end)
-                later = end - last  # newer tokens of this chunk, which these queries do not see
+                later = end - last  # newer tokens of this chunk, which these queries do not attend to
                 slots = k.shape[1] - later
                 out[first:last], _ = reference.attention(
                     q[first:last],
@@ -62,9 +62,9 @@ class ReferenceBackend:
     def _distance(
         layer: int, sequence: int, batch: AttentionBatch, start: int, end: int, cache: KVCache
     ) -> torch.Tensor | None:
-        """Return how many tokens lie between queries and keys [G, n, S], None where slots tell it.
+        """Return the distances in tokens between queries and keys [G, n, S], None where slots give them.
 
-        Slots are aligned as in `KVCache.read_layer`; a lane that lost tokens keeps the distances that they made.
+        Slots are aligned as in `KVCache.read_layer`; evicted tokens of a lane still count in its distances.
         """
         lanes = cache.lanes
         if sequence not in lanes.positions:

@@ -1,1 +1,1 @@
-"""Load for a running server: requests at given times or from a given number of clients, and what they waited for."""
+"""Load for a running server: requests at given times or from a given number of clients, and their latencies."""

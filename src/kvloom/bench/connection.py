@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for streamed answers, whose clock is read when bytes arrive and not later."""
+"""A small HTTP/1.1 client for streamed answers that reads the clock when bytes arrive."""
 
 import asyncio
 import json

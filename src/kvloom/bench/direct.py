@@ -1,4 +1,4 @@
-"""Load for an engine in this process, stepped by hand: no server, no network, no text."""
+"""Load for an engine in this process: the caller steps it, without server, network or text."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ LATENCY_PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 class SteppedEngine(Protocol):
-    """What of an engine a direct load needs."""
+    """The part of an engine's interface that a direct load uses."""
 
     @property
     def has_work(self) -> bool:

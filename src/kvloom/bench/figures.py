@@ -1,4 +1,4 @@
-"""What a load comes to: throughput, percentiles of latencies, and goodput."""
+"""Figures of a load: throughput, percentiles of latencies, and goodput."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,8 +1,8 @@
-"""A load: when requests are sent, and what each of them saw.
+"""A load: when requests are sent, and the times and tokens of each.
 
 Closed loop: `max_concurrency` clients, each sending when its last answer has ended. Open loop: requests arrive at
 `rate` a second whatever the server does, with gaps from a gamma distribution (burstiness 1 is Poisson); a limit of
-concurrency on top of it holds back what would exceed it, and `lag` says for how long.
+concurrency on top of it delays requests beyond the limit, and `lag` is their delay.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from kvloom.bench.prompts import LoadPrompt
 
 @dataclass
 class Outcome:
-    """What one request saw. Times in seconds: `lag` behind its plan, `sent` on the clock, others from sending on."""
+    """Result of one request. Seconds: `lag` behind schedule, `sent` on the clock, other times since it was sent."""
 
     sent: float
     lag: float = 0.0
@@ -107,7 +107,7 @@ class Load:
                 outcome.error = "the answer had no text"
         except (ServerAnswerError, OSError, EOFError, ValueError) as error:
             outcome.error = str(error) or type(error).__name__
-        except Exception as error:  # h11 raises its own when the connection breaks off
+        except Exception as error:  # h11 raises its own types when the connection breaks
             outcome.error = f"{type(error).__name__}: {error}"
         return outcome
 

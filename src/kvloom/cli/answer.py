@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Answer:
-    """One streamed request: its newest output, and when (in seconds) it began, spoke first and was last heard."""
+    """One streamed request: its newest output, and the times (seconds) of its start, first token and newest output."""
 
     started: float = dataclasses.field(default_factory=time.perf_counter)
     first: float | None = None
@@ -65,7 +65,7 @@ def write(text: str) -> None:
 
 
 def write_growing(outputs: "Iterator[RequestOutput]") -> None:
-    """Write the first completion's text as it grows, and a line end after it; nothing if it fails before any text."""
+    """Write the first completion's text as it grows, then a line end; nothing if the request fails before any text."""
     shown = 0
     try:
         for output in outputs:

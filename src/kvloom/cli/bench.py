@@ -1,4 +1,4 @@
-"""`kvloom bench serve` puts a load on a running server and tells what its clients waited for; and the group `bench`."""
+"""`kvloom bench serve`, which puts a load on a running server and reports its clients' latencies; group `bench`."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ SCHEMA = 1
 """Version of the JSON that is printed and saved."""
 
 DEFAULT_VOCABULARY = 1000
-"""Ids below this are tokens in every vocabulary; used where a server does not tell its size."""
+"""Ids below this are tokens in every vocabulary; used where a server does not report its vocabulary size."""
 
 
 def run(base_url: str, **values: Any) -> None:
@@ -124,7 +124,7 @@ async def _prompts(endpoint: "Endpoint", values: dict[str, Any]) -> "list[LoadPr
 
 
 async def _vocabulary(endpoint: "Endpoint") -> int:
-    """Return the server's vocabulary size where it tells it."""
+    """Return the server's vocabulary size where the server reports it."""
     from kvloom.bench.connection import ServerAnswerError
 
     try:
@@ -157,7 +157,7 @@ def _settings(load: "Load", base_url: str, values: dict[str, Any]) -> dict[str, 
 def _table(
     report: dict[str, Any], figures: dict[str, Any], metrics: Sequence[str], percentiles: Sequence[float]
 ) -> str:
-    """Return the figures for people: counts and rates, then one line a latency."""
+    """Return the figures as a table: counts and rates, then one line for each latency."""
     from kvloom.bench.figures import METRICS
 
     latencies = tuple(f"_{metric}_ms" for metric in metrics)

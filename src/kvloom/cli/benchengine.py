@@ -112,7 +112,7 @@ def _progress(done: int, total: int, what: str) -> None:
 def _report(
     name: str, values: dict[str, Any], settings: tuple[str, ...], figures: dict[str, Any], lines: list[str]
 ) -> None:
-    """Print the figures for people or as JSON, and write the JSON to `--output-json`."""
+    """Print the figures as text or as JSON, and write the JSON to `--output-json`."""
     report = {
         "schema": SCHEMA,
         "kvloom": kvloom.__version__,

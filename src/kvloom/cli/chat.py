@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from kvloom.engine.params import SamplingParams
 
 WORDS = ("/exit", "/reset", "/help")
-"""Lines that speak to the program instead of the model."""
+"""Lines that are commands to the program and are not sent to the model."""
 
 HELP = "/reset discards the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
 class Conversation:
-    """The messages so far, with the model that answers them; `interactive` keeps it alive through errors."""
+    """The messages so far, and the model that answers them; an `interactive` conversation continues after errors."""
 
     def __init__(
         self, llm: "LLM", sampling: "SamplingParams", system: str | None, interactive: bool, stats: bool
@@ -43,8 +43,8 @@ class Conversation:
         """Discard every message but the system's."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def hear(self, line: str) -> bool:
-        """Act on one line of input; return False when the conversation is over."""
+    def take(self, line: str) -> bool:
+        """Run one line of input, a command or a message; return False when the conversation is over."""
         word = line.strip()
         if word == "/exit":
             return False
@@ -58,7 +58,7 @@ class Conversation:
         return True
 
     def say(self, message: str) -> None:
-        """Send `message` and write the answer as it comes; Ctrl-C keeps what was said until then."""
+        """Send `message` and write the answer as it comes; Ctrl-C ends the answer and keeps its text so far."""
         self.messages.append({"role": "user", "content": message})
         answer = Answer()
         try:
@@ -90,7 +90,7 @@ def run(
     from kvloom.models.chat_template import read_template
 
     template = None if chat_template is None else read_template(chat_template)
-    llm = load_llm(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
+    llm = load_llm(name, populate=False, **engine_arguments(values))  # prompts are short: a fast start counts more
     if template is not None:
         llm.tokenizer.chat_template = template
     if not llm.tokenizer.has_chat_template:
@@ -100,16 +100,16 @@ def run(
     conversation = Conversation(llm, sampling, system, interactive, stats)
     if not interactive:
         for line in sys.stdin:
-            if not conversation.hear(line.removesuffix("\n")):
+            if not conversation.take(line.removesuffix("\n")):
                 break
         return
     sys.stderr.write(f"{name}; /help lists what can be typed beside messages\n")
-    while (line := _ask()) is not None and conversation.hear(line):
+    while (line := _ask()) is not None and conversation.take(line):
         pass
 
 
 def _ask() -> str | None:
-    """Return the next line that the user types, with editing and history; None at its end (Ctrl-D)."""
+    """Return the next line that the user types, with editing and history; None at the end of input (Ctrl-D)."""
     import readline  # noqa: F401  (importing it is what gives input() its line editing)
 
     while True:

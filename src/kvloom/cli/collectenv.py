@@ -1,4 +1,4 @@
-"""`kvloom collect-env`: what a bug report needs to say about the machine."""
+"""`kvloom collect-env`: facts about the machine and the installation for a bug report."""
 
 import importlib.util
 import os
@@ -21,13 +21,13 @@ CPU_FEATURES = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
     "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
-"""Instruction sets, as the kernel of the system names them, that decide how fast the CPU is here."""
+"""Instruction sets, by the names of the operating system's kernel, that decide the speed of the CPU kernels."""
 
 SETTINGS = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "CUDA_VISIBLE_DEVICES",
     "XDG_CACHE_HOME",
 )  # fmt: skip
-"""Variables of the environment that are honoured, beside those that begin with KVLOOM_."""
+"""Environment variables that have an effect, beside those that begin with KVLOOM_."""
 
 
 def run(as_json: bool) -> None:
@@ -44,7 +44,7 @@ def run(as_json: bool) -> None:
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """Return all facts by section; what this machine cannot tell is None."""
+    """Return all facts by section; a fact that this machine does not provide is None."""
     return {
         "versions": _versions(),
         "system": {"platform": platform.platform(), "python": sys.version.split()[0], "executable": sys.executable},
@@ -58,7 +58,7 @@ def collect() -> dict[str, dict[str, Any]]:
 
 
 def _environment() -> dict[str, Any]:
-    """Return the settings that are honoured; of secrets only that they are set."""
+    """Return the environment variables that have an effect; of secrets only that they are set."""
     names = [name for name in sorted(os.environ) if name in SETTINGS or name.startswith("KVLOOM_")]
     return {name: "(set)" if name.endswith(("_KEY", "_TOKEN")) else os.environ[name] for name in names}
 
@@ -74,7 +74,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Return name, usable cores and known instruction sets, from the first processor that the kernel lists."""
+    """Return name, usable cores and relevant instruction sets, from the first processor that the kernel lists."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = _fields(Path("/proc/cpuinfo"))
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
@@ -118,7 +118,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Return what computes on the CPU: the compiled kernels and the instruction set they chose, else torch."""
+    """Return which kernels compute on the CPU: the compiled ones and their instruction set, else torch."""
     if importlib.util.find_spec("kvloom.kernels.cpu._ext") is None:
         return {"cpu": "torch (no compiled kernels)"}
     from kvloom.kernels import cpu

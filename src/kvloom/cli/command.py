@@ -25,7 +25,7 @@ class Flag(click.Option):
         return next(name for name in self.opts if name.startswith("--")).removeprefix("--")
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
-        """Return how a complaint names this flag, with where its value came from if not from the command line."""
+        """Return the name of this flag in error messages, with the source of its value if not the command line."""
         source = ctx.get_parameter_source(str(self.name)) if ctx is not None else None
         origin = {
             ParameterSource.ENVIRONMENT: f" (from {self.envvar})",
@@ -57,7 +57,7 @@ class Command(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse `args`; a flag that other servers have is refused with what to give in its place."""
+        """Parse `args`; the error for another server's flag names kvloom's flag for the same purpose."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -90,7 +90,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """The root of the commands; its help lists them in the order of their use."""
+    """A group of commands; its help lists them in the order of registration."""
 
     def __init__(self, name: str, commands: Iterable[click.Command], **attributes: Any) -> None:
         super().__init__(name, commands=list(commands), **attributes)

@@ -1,4 +1,4 @@
-"""`--config FILE.yaml`: the flags of one command, from a file. The command line and the environment win over it."""
+"""`--config FILE.yaml`: the flags of one command, from a file. Command line and environment take precedence."""
 
 import json
 from collections.abc import Mapping

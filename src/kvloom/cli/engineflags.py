@@ -13,7 +13,7 @@ from kvloom.spec.packing import QUANTIZATIONS
 from kvloom.units import format_bytes
 
 DEFAULT_MODEL = "smollm2"
-"""Name in the catalogue of the model that commands use when none is named."""
+"""Catalogue name of the default model."""
 
 MODEL_FLAG = Flag(
     ["--model"],
@@ -101,7 +101,7 @@ ENGINE_FLAGS = [
         type=int,
     ),
 ]
-"""What `LLM` takes beside the model."""
+"""Flags of the arguments of `LLM` other than the model."""
 
 
 def engine_arguments(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Flags that people bring from other servers and that kvloom does not have: what to give in their place."""
+"""Flags of other servers that kvloom does not have, and what to give in their place."""
 
 from collections.abc import Iterable
 
@@ -23,11 +23,11 @@ FOREIGN = {
     "--trust-remote-code": "code from a checkpoint is never run",
     "--tensor-parallel-size": "a server runs one model in one process",
 }
-"""Flag of vLLM, SGLang, llama.cpp or mlx -> why it is not here and what is."""
+"""Flag of vLLM, SGLang, llama.cpp or mlx -> why kvloom lacks it and what to use."""
 
 
 def foreign_flag(arguments: Iterable[str]) -> str | None:
-    """Return what to say about the first of `arguments` that is a flag of `FOREIGN`, None when there is none."""
+    """Return the message for the first of `arguments` that is a flag of `FOREIGN`, None when there is none."""
     for argument in arguments:
         name = argument.partition("=")[0]
         if name in FOREIGN:

@@ -25,7 +25,7 @@ def run(
     if raw and system is not None:
         raise click.UsageError("--system is a message of the chat template, which --raw skips")
 
-    llm = load_llm(name, populate=False, **engine_arguments(values))  # its prompts are short: start soon
+    llm = load_llm(name, populate=False, **engine_arguments(values))  # prompts are short: a fast start counts more
     answer = Answer()
     outputs = answer.follow(llm.stream(_request(llm, prompt, raw, system), sampling))
     if as_json or sampling.n > 1:

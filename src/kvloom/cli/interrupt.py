@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish to stop an answer between two tokens, so that the engine is never torn in the middle of a step."""
+"""Ctrl-C as a request to stop an answer between two tokens, so that a step of the engine is never interrupted."""
 
 import signal
 from types import FrameType
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class StopOnInterrupt:
-    """While entered, the first Ctrl-C sets `asked`; a second one raises `KeyboardInterrupt` wherever it falls.
+    """While entered, the first Ctrl-C sets `asked`; a second one raises `KeyboardInterrupt` at once.
 
-    Only for the main thread, as `signal.signal` is. The handler of before is put back on leaving.
+    Only for the main thread, as `signal.signal` is. Leaving restores the previous handler.
     """
 
     def __init__(self) -> None:

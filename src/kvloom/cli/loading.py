@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 def load_llm(model: str, **arguments: Any) -> "LLM":
     """Return `LLM(model, **arguments)`, imported and loaded without garbage collections; raises `KvloomError`.
 
-    A quarter of a million objects are made, nearly all torch's, and live as long as the process. They come out as old
-    ones, so that the collections of young objects, which are the frequent ones, do not look at each of them first.
+    Loading creates a quarter of a million objects, nearly all torch's, that live as long as the process. They are moved
+    to the oldest generation, so that the frequent collections of young objects do not traverse them.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -21,6 +21,6 @@ def load_llm(model: str, **arguments: Any) -> "LLM":
         return LLM(model, **arguments)
     finally:
         gc.freeze()
-        gc.unfreeze()  # what was frozen is put into the oldest generation
+        gc.unfreeze()  # moves the frozen objects to the oldest generation
         if enabled:
             gc.enable()

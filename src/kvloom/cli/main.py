@@ -1,7 +1,7 @@
-"""The `kvloom` command: its tree of commands, and how every failure becomes one line and an exit code.
+"""The `kvloom` command: its tree of commands, and the conversion of every failure to one line and an exit code.
 
-Exit codes: 0 done; 2 wrong usage or input; 3 to 8 the other deliberate errors (`kvloom.errors`); 70 a bug of kvloom;
-130 interrupted by Ctrl-C; 141 the output was closed.
+Exit codes: 0 done; 1 a request that failed; 2 wrong usage or input; 3 to 9 the other deliberate errors
+(`kvloom.errors`); 70 a bug of kvloom; 130 interrupted by Ctrl-C; 141 the output was closed.
 """
 
 import os
@@ -23,7 +23,7 @@ from kvloom.cli.methods import methods
 from kvloom.cli.plan import plan
 from kvloom.cli.pull import pull
 from kvloom.cli.serve import serve
-from kvloom.cli.twins import misspelt_twins
+from kvloom.cli.variables import misspelt_variables
 from kvloom.errors import KvloomError
 
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run `kvloom` with `arguments` and return its exit code; failures are one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    for warning in misspelt_twins(os.environ, cli):
+    for warning in misspelt_variables(os.environ, cli):
         sys.stderr.write(f"warning: {warning}\n")
     try:
         with cli.make_context("kvloom", list(arguments)) as context:
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush has a reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush succeeds
         return BROKEN_PIPE
     except Exception as bug:
         hint = "" if _debugging() else " (KVLOOM_DEBUG=1 shows where)"

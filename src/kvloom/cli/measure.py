@@ -32,7 +32,7 @@ SWITCHED_ON = ("1", "true", "yes", "on", "-")
 CPUINFO = Path("/proc/cpuinfo")
 SAVE_SECONDS = 10.0
 FEW_WINDOWS = 8
-"""With fewer windows an interval says little, which is said."""
+"""With fewer windows intervals are rough, and the report says so."""
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
     as_json: Path | None,
     **values: Any,
 ) -> None:
-    """Measure what is missing, keep it and print it; raises `KvloomError`, and `KeyboardInterrupt` at the end."""
+    """Run the missing measurements, store and print them; raises `KvloomError`, and `KeyboardInterrupt` at the end."""
     name = choose_model(click.get_current_context(), argument, model)
     texts = [_read(path) for path in text]
     _check_numbers(keep, output, windows, cost_runs)
@@ -83,7 +83,7 @@ def run(
 
 
 def _follow(session: "Session", results: "Results", file: Path | None) -> None:
-    """Run the session, show how far it is on standard error, and save now and then and at the end."""
+    """Run the session, write its progress to standard error, and save the results at intervals and at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -142,7 +142,7 @@ def _canonical(policies: tuple[str, ...]) -> list[str]:
 
 
 def _chosen(llm: "LLM", window: "Window", named: bool, everything: bool, keep: tuple[float, ...]) -> Iterator[str]:
-    """Yield the policies of the lists that were named; prints on standard error what is left out, and why."""
+    """Yield the policies of the list that the flags choose; prints on standard error which are left out, and why."""
     from kvloom.measure.policies import DEFAULT_METHODS, at_share, registered_methods, registered_stores
     from kvloom.measure.session import runnable
     from kvloom.policies.plugins import load_all
@@ -173,7 +173,7 @@ def _windows(llm: "LLM", texts: list[str], context: int, output: int, count: int
 
 
 def _facts(llm: "LLM", texts: list[str]) -> dict[str, Any]:
-    """Return what has to be the same for results to stand side by side."""
+    """Return the facts that must be equal for results to be comparable."""
     return {
         "texts_sha256": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
         "dtype": llm.dtype,
@@ -206,7 +206,7 @@ def _machine() -> str:
 
 
 def _report(results: "Results", session: "Session", name: str, as_json: Path | None) -> None:
-    """Print the results as JSON, or the table and what to do with it."""
+    """Print the results as JSON, or as a table with the command that uses them."""
     if as_json == STDOUT:
         write_json(results.json())
         return
@@ -218,11 +218,11 @@ def _report(results: "Results", session: "Session", name: str, as_json: Path | N
     if found and max(entry["windows"] for entry in found) < FEW_WINDOWS:
         write(f"\nfewer than {FEW_WINDOWS} windows: intervals are rough; raise --windows\n")
     if as_json is not None and found:
-        write(f"\nkvloom plan {name} --measured {as_json} --max-loss 1% promises from these\n")
+        write(f"\nto choose a policy by these: kvloom plan {name} --measured {as_json} --max-loss 1%\n")
 
 
 class ResultsFile(click.ParamType[Path]):
-    """A file, or nothing but the wish for JSON on standard output."""
+    """A file, or None for JSON on standard output."""
 
     name = "file"
 

@@ -10,7 +10,7 @@ ROLES = {
     "refine": "refinements of scores",
     "budget": "how a budget is divided",
     "trigger": "when a policy acts",
-    "action": "what becomes of evicted tokens",
+    "action": "what happens to evicted tokens",
 }
 
 
@@ -28,7 +28,7 @@ def run(as_json: bool) -> None:
 
 
 def _rows(role: str, methods: list[dict[str, Any]]) -> list[str]:
-    """Return aligned lines, one a method; what one knows of eviction methods is shown for them alone."""
+    """Return aligned lines, one for each method; only eviction methods have the columns of needs and length."""
     table = [["name", "what it does", "arguments", "paper"]]
     if role == "selector":
         table[0][2:2] = ["needs", "query-aware", "acts", "lanes"]

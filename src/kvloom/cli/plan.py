@@ -26,7 +26,7 @@ HYPOTHESIS = (
 """Flags that describe a model that does not exist."""
 
 HUB_SECONDS = 5
-"""For how long the hub may be silent before it counts as out of reach."""
+"""Seconds without an answer after which the hub counts as out of reach."""
 
 
 def run(model: str | None, **values: Any) -> None:
@@ -171,7 +171,7 @@ def _fetch(repository: str, file: str) -> Path:
             get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
         except (errors.HfHubHTTPError, errors.HFValidationError):
             raise
-        except Exception as error:  # of whatever library the hub's client speaks HTTP with; a download would retry
+        except Exception as error:  # the type depends on the HTTP library of the hub's client; a download would retry
             raise DownloadError(away) from error
         return Path(hf_hub_download(repository, file))
     except errors.LocalEntryNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A plan on the terminal: aligned columns, every byte in GiB and in GB, every figure with how it is known."""
+"""A plan on the terminal: aligned columns, every byte in GiB and in GB, every figure with its label."""
 
 from collections.abc import Iterator, Sequence
 
@@ -75,7 +75,7 @@ def _figures(title: str, figures: dict[str, Figure]) -> Iterator[str]:
 
 
 def plan_text(plan: Plan) -> str:
-    """Return everything that was asked, as text."""
+    """Return the plan and all explanations and comparisons in it as text."""
     return "\n".join(_lines(plan)) + "\n"
 
 

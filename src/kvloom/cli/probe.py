@@ -1,4 +1,4 @@
-"""`kvloom plan --probe`: the best speeds of this machine and the memory of a bare engine, kept for later plans."""
+"""`kvloom plan --probe`: measures the best speeds of this machine and the memory of an engine without a model."""
 
 import importlib.util
 import subprocess
@@ -13,7 +13,7 @@ PROBED_BYTES = 512 << 20
 
 
 def probe() -> str:
-    """Measure this machine, keep the figures, and return what to say of them."""
+    """Measure this machine, store the figures for later plans, and return the report."""
     from kvloom.plan.probe import probe_path, save_probe
     from kvloom.units import format_bytes
 
@@ -44,7 +44,7 @@ def best_bandwidth(rounds: int = ROUNDS) -> float:
 def best_peaks(size: int = 2048, rounds: int = ROUNDS) -> dict[str, float]:
     """Return the best FLOP/s of products by dtype, all threads: those of torch, and of the kernels' register tiles.
 
-    The latter work out of the first cache: no product over real matrices is faster.
+    The latter read from the first-level cache: no product over real matrices is faster.
     """
     import torch
 
@@ -67,12 +67,12 @@ def best_peaks(size: int = 2048, rounds: int = ROUNDS) -> dict[str, float]:
 
 
 def kernels_are_built() -> bool:
-    """Return whether the compiled kernels are there."""
+    """Return whether the compiled kernels are installed."""
     return importlib.util.find_spec("kvloom.kernels.cpu._ext") is not None
 
 
 def bare_engine_bytes() -> int | None:
-    """Return the peak bytes of a process that has imported the engine and loaded nothing; None where not told."""
+    """Return the peak bytes of a process that has imported the engine and loaded no model; None where not known."""
     program = (
         "import kvloom.engine.llm, kvloom.models.tokenizer\n"
         "try:\n    import kvloom.models.compiled\n"

@@ -1,4 +1,4 @@
-"""Where a prompt comes from: the arguments or standard input, and through the model's chat template or not."""
+"""The prompt, from the arguments or from standard input, with or without the model's chat template."""
 
 import sys
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, str]:
 
 
 def read_stdin() -> str:
-    """Return all of standard input as UTF-8, without the line end that closes it; raises `InvalidInputError`."""
+    """Return all of standard input as UTF-8, without its last line end; raises `InvalidInputError`."""
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""The reference page of the command line, made from the commands themselves: `python -m kvloom.cli.reference`."""
+"""The reference page of the command line, generated from the commands: `python -m kvloom.cli.reference`."""
 
 import sys
 from collections.abc import Iterator

@@ -49,14 +49,14 @@ SAMPLING_FLAGS = [
     ),
     _flag("--skip-special-tokens/--no-skip-special-tokens", "Leave control tokens out of the text."),
 ]
-"""What shapes one answer."""
+"""Flags of one answer."""
 
 COMPLETION_FLAGS = [
     _flag("--n", "Answers to the prompt; it is computed once.", type=int),
     _flag("--logprobs", "With --json: log-probabilities of each token and of the K best.", type=int, metavar="K"),
     _flag("--prompt-logprobs", "With --json: the same for the prompt.", type=int, metavar="K"),
 ]
-"""What asks for more than one answer's text."""
+"""Flags that ask for several answers or for log-probabilities."""
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:

@@ -25,8 +25,8 @@ def _flag(name: str, help: str, section: str = "Server", **attributes: Any) -> F
 
 PRODUCT_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 MAX_PRODUCTS = 128
-"""Matrix products that torch keeps compiled for a shape. Every batch of a server has another shape, and at torch's own
-1024 in each of two caches a model in bfloat16 on the eager backend comes to hold a gigabyte of them."""
+"""Matrix products, compiled for one shape each, that torch caches. A server's batches differ in shape, and at torch's
+default of 1024 in each of two caches a model in bfloat16 on the eager backend holds a gigabyte of them."""
 
 SERVER_FLAGS = [
     _flag("--host", "Address to listen on; others than loopback should have an --api-key.", type=Text()),

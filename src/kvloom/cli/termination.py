@@ -1,4 +1,4 @@
-"""SIGTERM: an orderly end of every command, at every moment of it, also as the first process of a container."""
+"""SIGTERM: ends every command in order and at any time, also as the first process of a container."""
 
 import os
 import signal
@@ -8,19 +8,19 @@ from types import FrameType
 from typing import NoReturn
 
 TERMINATED = 143
-"""Exit status of a command that SIGTERM ended: 128 and the number of the signal, as shells say it."""
+"""Exit status of a command that SIGTERM ended: 128 plus the number of the signal, as shells report it."""
 
 GRACE_SECONDS = 0.5
-"""How long the main thread may take to unwind; it may be inside one long operation of a library."""
+"""Seconds that the main thread may take to unwind; it may be inside one long operation of a library."""
 
 
 def end_on_sigterm() -> None:
-    """From now on SIGTERM ends the process with status 143, within a second; only for the main thread.
+    """Install a handler by which SIGTERM ends the process with status 143, within a second; only for the main thread.
 
-    The kernel drops a signal to the first process of a container (PID 1) that has no handler for it, so this comes
-    before anything slow. The handler unwinds the main thread, which lets go of locks and unfinished files. Python runs
-    it between two operations only; a thread that the signal wakes directly ends the process if that takes too long.
-    A server puts its own handlers in place of this one when it listens.
+    The kernel drops a signal to the first process of a container (PID 1) that has no handler for it, so this runs
+    before anything slow. The handler unwinds the main thread, which releases locks and removes unfinished files. Python
+    runs it between two operations only. A thread that the signal wakes directly ends the process if unwinding takes too
+    long. A server replaces this handler by its own when it listens.
     """
     waking, woken = os.pipe()
     os.set_blocking(woken, False)

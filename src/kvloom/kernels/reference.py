@@ -1,4 +1,4 @@
-"""The definition of every operation: slow, obvious, in torch. Faster kernels are compared with these, one by one.
+"""The definition of every operation, in torch, slow and simple. Each faster kernel is compared with its definition.
 
 Letters: T packed tokens, n new tokens of one sequence, S slots, H query heads, G KV heads, r = H / G, D width.
 """
@@ -21,7 +21,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """Return cap tanh(x / cap): x itself while it is small, never beyond the cap (Gemma 2)."""
+    """Return cap tanh(x / cap): close to x where x is small, and never beyond the cap (Gemma 2)."""
     return cap * torch.tanh(x / cap)
 
 
@@ -33,7 +33,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def visible_slots(n: int, slots: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return [n, S] bool: which slots the n newest tokens see, when token i sits in slot S - n + i.
+    """Return [n, S] bool: the slots to which the n newest tokens attend, where token i is in slot S - n + i.
 
     Causal: j <= S - n + i. Window: the query itself and the window - 1 slots before it.
     """
@@ -100,7 +100,7 @@ def attention_weights(
 ) -> torch.Tensor:
     """Return softmax weights [H, n, S] in float32 of q [n, H, D] over k [G, S, D] where seen [G, n, S] is True.
 
-    Rows that see nothing are zero. `log_count` [G, S] is added to the scaled scores, as in `attention`.
+    Rows in which nothing is seen are zero. `log_count` [G, S] is added to the scaled scores, as in `attention`.
     """
     heads, lanes = q.shape[1], k.shape[0]
     query = q.float().transpose(0, 1).reshape(lanes, heads // lanes, *q.shape[::2])

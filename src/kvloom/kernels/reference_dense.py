@@ -1,4 +1,4 @@
-"""Definitions of the dense operations of a layer, and of attention's extras: slow, obvious, in torch, float32."""
+"""Definitions of the dense operations of a layer and of attention's further terms, in torch and float32."""
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     """Return int8 codes [N, K] in [-8, 7], scales and offsets [N, ceil(K / 32)], halves in float32, of x [N, K].
 
     x is scale * code + offset in every 32 columns (the last group may have fewer). The range of a group, lowest to
-    highest, is cut into 15, 14, .., 8 steps and x rounded to them; of these eight ways stays the one with the least
-    squared error under its own scale and offset of least squares, the first of equals. Blocks of 32 with scale and
-    minimum are those of GGUF's Q4_1, whose numbers, and those of Q4_0 and Q4_K, are kept up to the rounding of
-    scales; fitting scales to codes by least squares is Lloyd's (1957) second step. Sums run from first to last.
+    highest, is cut into 15, 14, .., 8 steps and x is rounded to them; for each of these eight ways scale and offset are
+    fitted by least squares, and the way of least squared error is chosen, the first of equals. Blocks of 32 with scale
+    and minimum are those of GGUF's Q4_1. Values of Q4_0, Q4_1 and Q4_K are kept up to the rounding of scales. Fitting
+    scales to codes by least squares is Lloyd's (1957) second step. Sums run from first to last.
     """
     parts = [_quantize_groups(x[:, : x.shape[1] // GROUP * GROUP].reshape(len(x), -1, GROUP).float())]
     if x.shape[1] % GROUP:

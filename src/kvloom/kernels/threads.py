@@ -1,8 +1,8 @@
-"""How many threads compute: the kernels' own, and torch's, which keep to one while the kernels do the heavy work.
+"""Numbers of threads: the kernels' own, and torch's, which is one while the kernels do the heavy work.
 
-Torch shares an operation among threads of OpenMP that wait for one another by spinning. Beside a busy process the one
-that is not running keeps the others waiting for milliseconds, in operations of microseconds. Scoring, choosing and
-sampling are made of such operations. One thread has nobody to wait for.
+Torch divides an operation among OpenMP threads, which wait for one another by spinning. Beside a busy process, a thread
+that has no core delays the others by milliseconds, in operations that take microseconds. Scoring, selection and
+sampling consist of such operations. A single thread waits for no other.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 
 
 class _Calling(threading.local):
-    """What torch was told in the calling thread before it was put to one thread; None where it was not."""
+    """Torch's number of threads in the calling thread before it was set to one; None where it was not set."""
 
     asked: int | None = None
 
@@ -23,15 +23,15 @@ _calling = _Calling()
 
 
 def asked_threads() -> int:
-    """Return how many threads torch was told to use in the calling thread, also within `one_torch_thread`."""
+    """Return the number of threads set for torch in the calling thread, also within `one_torch_thread`."""
     return torch.get_num_threads() if _calling.asked is None else _calling.asked
 
 
 @contextmanager
 def one_torch_thread(wanted: bool = True) -> Iterator[None]:
-    """Let torch compute in the calling thread alone until the end; unless `wanted`, change nothing.
+    """Make torch compute in the calling thread alone until the end; unless `wanted`, change nothing.
 
-    Takes some 10 microseconds. A thread that uses torch for the first time meanwhile is given one thread for good.
+    Takes some 10 microseconds. A thread that first uses torch meanwhile keeps a single torch thread.
     """
     if not wanted or _calling.asked is not None:
         yield
@@ -48,21 +48,21 @@ def one_torch_thread(wanted: bool = True) -> Iterator[None]:
 
 
 def keep_one_torch_thread() -> None:
-    """Let torch compute in the calling thread alone for as long as that lives; other threads are left as they are."""
+    """Make torch compute in the calling thread alone for that thread's lifetime; other threads are unchanged."""
     if _calling.asked is not None:
         return
     asked = _calling.asked = torch.get_num_threads()
     if asked == 1:
         return
     torch.set_num_threads(1)
-    # Torch gives the last number to each thread that uses it for the first time: let that be the one from before.
+    # Torch gives the number set last to each thread that first uses it, so the former number is set once more.
     other = threading.Thread(target=torch.set_num_threads, args=(asked,))
     other.start()
     other.join()
 
 
 def tell_threads(count: int) -> None:
-    """Take `count` for what torch was told in the calling thread, which may keep it to one all the same."""
+    """Record `count` as torch's number of threads for the calling thread, which may still be limited to one."""
     if _calling.asked is not None:
         _calling.asked = count
     elif torch.get_num_threads() != count:
@@ -70,7 +70,7 @@ def tell_threads(count: int) -> None:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads, at least 1, in the kernels (if they were built) and where a model is computed in torch."""
+    """Use `count` threads, at least 1, in the kernels (if they are installed) and where torch computes a model."""
     torch.set_num_threads(count)
     if importlib.util.find_spec("kvloom.kernels.cpu._ext") is not None:
         from kvloom.kernels import cpu

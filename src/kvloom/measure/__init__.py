@@ -1,1 +1,1 @@
-"""Measure: what a cache costs a model on a text in quality, memory and speed, by the engine that serves it."""
+"""Measure: the quality, memory and speed of cache policies on a text, with the engine that serves them."""

@@ -1,4 +1,4 @@
-"""Cost: the time and the memory of one request that has the engine to itself."""
+"""Cost: the time and the memory of one request that runs alone on the engine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Cost:
 
 
 def cost_of(engine: Engine, window: Window, policy: str | None, stop: Callable[[], bool] = never) -> Cost | None:
-    """Run `window` alone on an idle `engine` without a prefix cache, or return None when `stop` said so in between.
+    """Run `window` alone on an idle `engine` without a prefix cache, or return None when `stop()` became true.
 
-    Tokens are those of the text, and no logits are looked at. Bytes are those that the arena says are in use, whole
-    blocks, whoever holds them. Raises as `Engine.add` does; the engine is left without requests.
+    Tokens are those of the text; logits are not used. Bytes are those of all blocks in use in the arena. Raises as
+    `Engine.add` does; the engine is left without requests.
     """
     assert not engine.has_work, "the engine is not idle"
     arena = engine.cache.arena

@@ -17,7 +17,7 @@ Reference = dict[tuple[int, int], torch.Tensor]
 
 
 def never() -> bool:
-    """Return False: what may be stopped is not."""
+    """Return False: the default of `stop`, which never stops a run."""
     return False
 
 
@@ -42,7 +42,7 @@ def forced_scores(
     reference: Reference,
     stop: Callable[[], bool] = never,
 ) -> list[Score] | None:
-    """Run all `windows` at once on `engine` and return a score for each, or None when `stop` said so in between.
+    """Run all `windows` at once on `engine` and return a score for each, or None when `stop()` became true.
 
     An empty `reference` is filled, so that the first run, without a policy, is compared with itself. The first token
     after a prompt comes from the prompt's own forward pass, before anything was evicted, and is not scored. Raises as

@@ -1,4 +1,4 @@
-"""Intervals: of means by the bootstrap, of shares exactly. Torch-free."""
+"""Intervals: bootstrap intervals of means and exact intervals of shares. Torch-free."""
 
 import math
 import random
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def bootstrap_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     """Return the 95 % interval of the mean of `values` (percentile bootstrap, Efron 1979), with a fixed seed.
 
-    It says nothing beyond the values themselves: of one value it is that value.
+    Of one value the interval is that value alone.
     """
     rng = random.Random(0)
     means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
@@ -17,10 +17,10 @@ def bootstrap_interval(values: Sequence[float], draws: int = 2000) -> tuple[floa
 
 
 def share_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact interval of a share of which `hits` of `trials` were seen (Clopper and Pearson 1934).
+    """Return the exact interval of a share, given `hits` of `trials` (Clopper and Pearson 1934).
 
-    It covers the true share with at least `confidence`, also where none or all were hits, of which a bootstrap says
-    nothing. Raises `ValueError` unless 0 <= hits <= trials and trials > 0.
+    It covers the true share with at least `confidence`, also where none or all were hits; a bootstrap has no width
+    there. Raises `ValueError` unless 0 <= hits <= trials and trials > 0.
     """
     if not 0 <= hits <= trials or trials < 1:
         raise ValueError(f"{hits} hits of {trials} trials make no share")

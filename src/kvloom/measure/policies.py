@@ -1,4 +1,4 @@
-"""Which policies are measured when none is named, and how a method is spelled for a share of the prompt. Torch-free."""
+"""The policies that are measured by default, and the spelling of a method for a share of the prompt. Torch-free."""
 
 from collections.abc import Iterator
 
@@ -9,17 +9,16 @@ DEFAULT_METHODS = (
     "random(sinks=4)", "streaming+slack", "tova+slack", "snapkv(pooling=max,kernel=7)",
     "snapkv(pooling=max,kernel=7)+adaptive", "expected", "h2o+prefill+slack",
 )  # fmt: skip
-"""A floor, the window that everybody knows, and methods that pay for themselves: one of each kind."""
+"""Random eviction as a floor, a sliding window, and one method of each kind that works well."""
 
 _BASES = {"refine": ("snapkv", "h2o+prefill"), "budget": ("snapkv",), "action": ("h2o+prefill",)}
-"""Methods to which a part of each kind is added, to be measured at all."""
+"""Methods with which parts that cannot act alone are measured."""
 
 
 def at_share(method: str, keep: float, prompt: int) -> str:
     """Return the policy string of `method` (a selector and its additions) that keeps `keep` of a prompt.
 
-    Methods with a budget get the share itself, windows its tokens; those that find their own length are left as they
-    are.
+    Methods with a budget get the share itself, windows its tokens; methods that choose their own length are unchanged.
     """
     head, plus, additions = method.partition("+")
     name, _, inner = head.partition("(")

@@ -1,7 +1,7 @@
-"""Results: what was measured so far, kept in a file that a later run goes on from.
+"""Results: all measurements so far, in a file from which a later run continues.
 
-The file has schema `kvloom.measure/1`, which the planner reads (`kvloom.plan.measured`); beside each result stand the
-figures of every window, `by_window`, and of every run alone, `costs`, from which the result was worked out.
+The file has schema `kvloom.measure/1`, which the planner reads (`kvloom.plan.measured`). Each result also holds the
+figures of every window, `by_window`, and of every run alone, `costs`, from which it was computed.
 """
 
 import json
@@ -25,7 +25,7 @@ METRIC = "perplexity"
 
 @dataclass
 class Row:
-    """What is known of one policy at one context: scores by window, in the order of the windows, and costs."""
+    """Measurements of one policy at one context: scores by window, in the order of the windows, and costs."""
 
     policy: str
     context: int
@@ -35,7 +35,7 @@ class Row:
 
 
 class Results:
-    """Rows of one model on one text; `facts` are what must be the same when a run goes on."""
+    """Rows of one model on one text; `facts` must be equal for a run to continue."""
 
     def __init__(self, model: str, machine: str, facts: Mapping[str, Any]) -> None:
         self.model = model
@@ -72,7 +72,7 @@ class Results:
         return self.rows[-1]
 
     def summaries(self) -> list[dict[str, Any]]:
-        """Return one result for each policy that has a score, with everything worked out."""
+        """Return one result for each policy that has a score, with means and intervals."""
         full = {(row.context, row.output): row for row in self.rows if row.policy == FULL}
         return [_summary(row, full[row.context, row.output]) for row in self.rows if row.scores]
 
@@ -87,7 +87,7 @@ class Results:
         }
 
     def save(self, path: Path) -> None:
-        """Replace `path` by what is known now; nothing is written before there is a result."""
+        """Replace `path` by the present results; nothing is written before there is one."""
         if self.summaries():
             text = json.dumps(self.json(), indent=1, allow_nan=False) + "\n"
             write_atomically(path, lambda file: file.write(text.encode()))
@@ -127,7 +127,7 @@ def _summary(row: Row, full: Row) -> dict[str, Any]:
 
 
 def _row(path: Path, entry: Mapping[str, Any]) -> Row:
-    """Return the row that a result was worked out from; raises `InvalidInputError` when it does not say."""
+    """Return the row from which a result was computed; raises `InvalidInputError` when the file lacks it."""
     try:
         columns = entry["by_window"]
         parts = zip(*(columns[name] for name in ("nll", "kl", "agreement", "evicted")), strict=True)
@@ -136,6 +136,6 @@ def _row(path: Path, entry: Mapping[str, Any]) -> Row:
         return Row(str(entry["policy"]), int(entry["context"]), int(entry["output"]), scores, costs)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"{path} does not say how {entry.get('policy')} was measured ({error}), so a run cannot go on from it; "
+            f"{path} does not say how {entry.get('policy')} was measured ({error}), so a run cannot continue from it; "
             "give another file"
         ) from error

@@ -1,4 +1,4 @@
-"""Session: all policies on all windows, in an order that gives every policy as many windows at any moment."""
+"""Session: all policies on all windows, in an order in which every policy has about as many windows at any time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from kvloom.measure.results import FULL, Results, Row
 from kvloom.measure.window import Window
 
 REFERENCE_BYTES = 256 << 20
-"""Most memory for log-probabilities of the full cache."""
+"""Most bytes of log-probabilities of the full cache."""
 
 MOST_AT_ONCE = 8
-"""Most windows that run together: more would gain little, and be lost together when a run is stopped."""
+"""Most windows that run together: more gain little speed, and stopping a run discards all of them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Progress:
 class Session:
     """Measures `policies` (canonical spellings; the full cache is always among them) on `windows` into `results`.
 
-    What `results` holds is not measured again. `cost_runs` windows are also run alone, for times and bytes.
+    Entries of `results` are not measured again. `cost_runs` windows are also run alone, for times and bytes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Session:
         self.at_once = max(1, min(MOST_AT_ONCE, engine.scheduler.max_num_seqs, REFERENCE_BYTES // per_window))
 
     def run(self) -> Iterator[Progress]:
-        """Yield before each piece of work; ends when all is done or `stop` says so. Mutates the rows of the results.
+        """Yield before each piece of work; ends when all is done or `stop()` is true. Mutates the rows of the results.
 
         Scores first, a few windows at a time under all policies; then costs, for which the policies take turns.
         """
@@ -82,12 +82,12 @@ class Session:
         yield self._progress("")
 
     def _step(self, first: int) -> int:
-        """Return how many windows to run together from `first` on: none that a row has beside one that it lacks."""
+        """Return how many windows from `first` on run together; every row lacks either all of them or none."""
         ahead = [len(row.scores) - first for row in self.rows if len(row.scores) > first]
         return min([self.at_once, *ahead])
 
     def _scores(self, first: int, end: int, missing: list[Row]) -> Iterator[Progress]:
-        """Run windows `first` to `end - 1` under the full cache and all of `missing`, until `stop` says so."""
+        """Run windows `first` to `end - 1` under the full cache and all of `missing`, until `stop()` is true."""
         windows, full = self.windows[first:end], self.rows[0]
         reference: Reference = {}
         for row in [full, *(row for row in missing if row is not full)]:
@@ -115,7 +115,7 @@ def check_policy(engine: Engine, window: Window, policy: str) -> None:
 
 
 def runnable(engine: Engine, window: Window, policies: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return those of `policies` that can run on such a window, and of the others why they cannot."""
+    """Return those of `policies` that can run on such a window, and for each other one the reason."""
     able: list[str] = []
     refused: dict[str, str] = {}
     for policy in policies:

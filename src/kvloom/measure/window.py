@@ -1,4 +1,4 @@
-"""Windows: prompts out of real texts, each with the tokens that really follow it. Torch-free."""
+"""Windows: prompts cut from texts, each with the tokens that follow it in the text. Torch-free."""
 
 import random
 from collections.abc import Sequence

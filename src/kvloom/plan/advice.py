@@ -1,4 +1,4 @@
-"""What to change when it does not fit, cheapest first: free settings, then memory formats, then what users lose."""
+"""Changes for a question that does not fit, cheapest first: settings, memory formats, fewer or shorter requests."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ _QUANTIZATIONS = (("int8", "rounding of weights to 8 bits"), ("int4", "small mod
 
 @dataclass(frozen=True)
 class Advice:
-    """One change: the flags of `kvloom plan` that make it, what it costs, and whether all fits then."""
+    """One change: the flags of `kvloom plan` that make it, its cost, and whether everything fits with it."""
 
     change: str
     flags: str
@@ -33,7 +33,7 @@ class Advice:
 
 
 def advise(asked: Question) -> list[Advice]:
-    """Return changes in order of their cost, each tried with the same arithmetic; nothing when all fits already."""
+    """Return changes in order of their cost, each computed with the same formulas; nothing when all fits already."""
     if Memory(asked).fits is not False:
         return []
     found: list[Advice] = []
@@ -84,7 +84,7 @@ def _weights(asked: Question) -> Iterator[Advice]:
 
 
 def _eviction(asked: Question) -> Iterator[Advice]:
-    """Yield the largest budget that fits, when the KV after eviction is what does not fit."""
+    """Yield the largest budget that fits, when the KV after eviction does not fit."""
     if asked.policy.evicts or not asked.model.kv_layers:
         return
 

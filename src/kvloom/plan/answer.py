@@ -1,4 +1,4 @@
-"""The plan: everything that one question comes to, as figures, ready for a terminal or for JSON."""
+"""Plan: all figures that answer one question, for a terminal or for JSON."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,12 +18,12 @@ from kvloom.plan.serving import serve_refusals
 SCHEMA = "kvloom.plan/1"
 
 USERS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Users of the table; the asked number is added."""
+"""Numbers of users in the table; the asked number is added."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers to a `Question`, with whatever was asked beside it."""
+    """The answers to a `Question`, with the explanations and comparisons that were asked for."""
 
     question: Question
     measurements: Measurements | None = None
@@ -43,12 +43,12 @@ class Plan:
 
     @cached_property
     def advice(self) -> list[Advice]:
-        """What to change when it does not fit; empty when it does."""
+        """Changes for a question that does not fit; empty when it fits."""
         return advise(self.question)
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What the figures do not say by themselves."""
+        """Warnings that the figures do not show."""
         asked, found = self.question, list(self.question.model.notes)
         refusals = [reason for reason in serve_refusals(asked) if "was made for" not in reason]
         if refusals:
@@ -62,7 +62,7 @@ class Plan:
 
     @cached_property
     def sizes(self) -> dict[str, Figure]:
-        """Bytes by what they are for, on one device unless the name says otherwise."""
+        """Bytes by purpose, on one device unless the name says otherwise."""
         memory, asked = self.memory, self.question
         found = {
             "weights": memory.weights,
@@ -98,7 +98,7 @@ class Plan:
 
     @cached_property
     def speeds(self) -> dict[str, Figure]:
-        """Lower bounds of time, the work behind them, and what was measured where there are measurements."""
+        """Lower bounds of time, the bytes and operations behind them, and measured times where there are any."""
         roof, asked = self.roofline, self.question
         tpot = roof.tpot()
         found = {
@@ -135,7 +135,7 @@ class Plan:
     def targets(self) -> dict[str, bool | None]:
         """Whether the asked latencies are possible at all: False means that no implementation can reach them here.
 
-        None is not known: the device's speed, or its peak for what the model multiplies in.
+        None means unknown: the speed of the device, or its peak in the compute dtype.
         """
         found: dict[str, bool | None] = {}
         for name, target in (("ttft", self.question.target_ttft), ("tpot", self.question.target_tpot)):

@@ -20,7 +20,7 @@ COMPARISONS = ("attention", "stores", "policies")
 
 @dataclass(frozen=True)
 class Row:
-    """One alternative: its KV, what then fits, and the least time per token; `note` says what would be needed."""
+    """One alternative: its KV, the users and context that fit, and the least time per token; `note` is a condition."""
 
     name: str
     bytes_per_token: Figure
@@ -55,7 +55,7 @@ def compare(asked: Question, what: str) -> list[Row]:
 
 
 def candidate_policies(asked: Question) -> list[PolicySpec]:
-    """Return policies worth a look for `asked`: the asked one, none, stores, eviction to a quarter, and both."""
+    """Return policies to compare for `asked`: the asked one, none, stores, eviction to a quarter, and both."""
     budget = max(64, asked.prompt // 4)
     texts = [
         "full", "int8", "int4", f"streaming(window={max(1, budget - 4)})", f"snapkv(budget={budget})",

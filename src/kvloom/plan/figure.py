@@ -1,4 +1,4 @@
-"""Figure: a number with its unit and how it is known. Nothing in a plan is printed without one."""
+"""Figure: a number with its unit and its label. A plan prints no number without them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -9,17 +9,17 @@ Label: TypeAlias = Literal["exact", "bound", "assumed", "measured"]
 
 LABELS: dict[Label, str] = {
     "exact": "follows by arithmetic from the model's shape, its files or what was asked",
-    "bound": "follows by the same arithmetic and is never exceeded; what it comes to below that depends on what is run",
-    "assumed": "rests on an assumption that the note names, or on a vendor's figure",
+    "bound": "follows by the same arithmetic and is never exceeded; the actual value depends on the requests",
+    "assumed": "depends on an assumption that the note names, or on a vendor's figure",
     "measured": "was measured on this machine or read from a results file",
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`value` in `unit`; `low` is given where the figure is an upper bound, which holds for any data and company.
+    """`value` in `unit`; `low` is given where the figure is an upper bound for any data and any other requests.
 
-    A `value` of None is not known; the note says what it would need.
+    A `value` of None is not known; the note says which input is missing.
     """
 
     value: float | None
@@ -46,7 +46,7 @@ def of_bounds(bounds: Bounds, note: str = "") -> Figure:
 
 
 def weakest(*labels: Label) -> Label:
-    """Return how a figure is known that was computed from figures known like `labels`."""
+    """Return the label of a figure that was computed from figures with `labels`."""
     if "assumed" in labels:
         return "assumed"
     if "measured" in labels:

@@ -1,10 +1,10 @@
-"""Measured results: what each policy cost a model in quality and gave it in speed.
+"""Measured results: loss of quality, times and bytes of each policy on one model.
 
 Schema `kvloom.measure/1`, which `kvloom measure` writes: {"schema", "model", "machine", "results": [{"policy",
 "context", "loss", "loss_high", "metric", "tpot_s", "ttft_s", "kv_bytes", "kv_peak_bytes", "evicted_tokens",
 "windows"}]}. `loss` is relative (0.01 is 1 %), `loss_high` the upper end of its interval over `windows` pieces of text;
 bytes and times are those of one request of `context` tokens, `evicted_tokens` a sum over lanes. All but policy, context
-and loss may be left out; what else stands there is not read.
+and loss may be left out; other fields are ignored.
 """
 
 import json
@@ -40,10 +40,10 @@ class Measurement:
     evicted_tokens: float | None = None
     windows: float | None = None
 
-    def forgot_enough_for(self, prompt: int) -> bool:
+    def evicted_enough_for(self, prompt: int) -> bool:
         """Return whether the policy evicted tokens when it was measured, if it would evict any of such a prompt.
 
-        A budget that the measured text never filled says nothing about a longer one.
+        A measurement in which the text never exceeded the budget does not show the loss on a longer text.
         """
         kept = self.policy.tokens_kept(prompt)
         return self.evicted_tokens != 0 or not self.policy.evicts or (kept is not None and kept >= prompt)
@@ -62,7 +62,7 @@ class Measurements:
     def check_for(self, asked: Question) -> None:
         """Raise `InvalidInputError` unless these are results of the asked model, kept and run as asked; names both.
 
-        Quality and speed of another model, of other weights or on another device promise nothing.
+        Quality and speed differ for another model, other weights or another device.
         """
         wanted = {"model": asked.model.name, "device": asked.device.kind, "dtype": asked.dtype,
                   "quantization": asked.quantization}  # fmt: skip

@@ -1,6 +1,6 @@
 """Memory of one device: weights, activations, runtime and KV; the largest batch and the longest context.
 
-On a CPU the parts are those of an engine's process, whose peak is that of loading or that of running::
+On a CPU the parts are those of an engine's process; its peak occurs while loading or while running::
 
     runtime + tokenizer + the larger of   weights + loading             one matrix beside its packed copy
                                           weights + activations + KV    buffers of a step, blocks in use
@@ -24,10 +24,10 @@ RUNTIME_BYTES = {"cpu": 232 * MIB, "gpu": 800 * MIB}
 """Assumed: interpreter, torch and its libraries on the CPU; context, libraries and workspace on a GPU."""
 
 TOKENIZER_BYTES, TOKENIZER_BYTES_PER_TOKEN = 16 * MIB, 400
-"""Assumed: what a tokenizer takes, and more for every token of its vocabulary."""
+"""Assumed: bytes of a tokenizer, fixed and for every token of its vocabulary."""
 
 LONGEST_STRETCH = 768
-"""Tokens: the CPU's kernels take longer steps through each layer in shorter stretches, so buffers grow no further."""
+"""Tokens: the CPU kernels process longer steps in stretches of at most this length, so buffers grow no further."""
 
 DECODING_BYTES = 32 * MIB
 """Assumed: pieces of a stored tensor while it is decoded."""
@@ -38,7 +38,7 @@ MOST_TOKENS = 1 << 30
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes of one device that a `Question` comes to."""
+    """The bytes on one device that a `Question` needs."""
 
     question: Question
 
@@ -86,7 +86,7 @@ class Memory:
 
     @cached_property
     def runtime(self) -> Figure:
-        """What the process takes before it loads a model."""
+        """Bytes of the process before it loads a model."""
         device = self.question.device
         if device.runtime_bytes is not None:
             return Figure(device.runtime_bytes, "bytes", "measured", "interpreter and libraries, as probed")
@@ -95,7 +95,7 @@ class Memory:
 
     @cached_property
     def tokenizer(self) -> Figure:
-        """What the tokenizer takes in the memory of the device: nothing on a GPU."""
+        """Bytes of the tokenizer in the memory of the device: none on a GPU."""
         if self.question.device.kind != "cpu":
             return Figure(0, "bytes", "exact", "in the memory of the host")
         tokens = self.question.model.vocab_size
@@ -106,8 +106,8 @@ class Memory:
     def loading(self) -> Figure:
         """Most bytes above the weights while they are loaded on a CPU: each matrix is packed from a copy of its own.
 
-        Embedding and output layer come first, and are the largest; mapped pages of files are not counted. What is
-        packed to fewer bits leaves less below them, so that then the last gate and up count too, joined to one matrix.
+        Embedding and output layer are loaded first, and are the largest; mapped pages of files are not counted. With
+        weights in fewer bits the packed weights are smaller, so the last gate and up, joined to one matrix, count too.
         """
         asked, model = self.question, self.question.model
         if asked.device.kind != "cpu":
@@ -149,15 +149,15 @@ class Memory:
 
     @property
     def _open(self) -> str:
-        """What decides the bytes where only bounds are known beforehand."""
+        """Note that says why only an upper bound is known beforehand."""
         known = self.question.policy.lengths_known
         return f"upper bound; {'steps depend on what else runs' if known else 'lengths depend on the data'}"
 
     def kv_bytes(self, asked: Question) -> int:
         """Return the most KV and state bytes of all users of `asked`.
 
-        Without a policy every user counts its peak. With one, only as many prompts as the tokens of a step touch are
-        at their peak at a time; the other users hold what the policy left them, and what they generated.
+        Without a policy every user counts with its peak. With a policy, only as many prompts as one step can process
+        are at their peak at a time; the other users hold the tokens that the policy kept, and those they generated.
         """
         found = self.footprint_of(asked)
         busy = asked.users
@@ -168,7 +168,7 @@ class Memory:
 
     @cached_property
     def kv(self) -> Figure:
-        """KV of all users, as admission counts it: however their steps are cut, it is enough."""
+        """KV of all users, as admission counts it: enough for every division into steps."""
         exact = self.footprint.peak.exact
         note = "" if exact else self._open
         if self.question.policy.evicts or self.question.policy.store is not None:
@@ -176,7 +176,7 @@ class Memory:
         low = None if exact else self.question.users * (self.footprint.settled.low + self.question.model.state_bytes)
         if low is not None and self.question.users == 1 and self.kv_of_request.low is None:
             low = int(self.kv_of_request.value or 0) + self.question.model.state_bytes
-            note = "set aside by admission, however its steps are cut"
+            note = "set aside by admission, for every division into steps"
         return Figure(self.kv_bytes(self.question), "bytes", "exact" if exact else "bound", note, low)
 
     @cached_property
@@ -241,7 +241,7 @@ class Memory:
 
 
 _footprint = lru_cache(maxsize=4096)(request_footprint)
-"""Remembered: searches ask for the same request with other numbers of users."""
+"""Cached: searches compute the same request for several numbers of users."""
 
 
 def device_params(model: ModelSpec, devices: int) -> float:
@@ -277,7 +277,7 @@ def _projected(layer: LayerSpec) -> int:
 
 
 def _mixed(layer: LayerSpec) -> int:
-    """Return the numbers per token that attention puts out."""
+    """Return the numbers per token in the output of attention."""
     mixer = layer.mixer
     if isinstance(mixer, Attention):
         return mixer.num_heads * mixer.v_width

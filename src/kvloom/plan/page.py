@@ -1,6 +1,6 @@
-"""The computed parts of the planner's page: `python -m kvloom.plan.page PAGE.md` writes them anew.
+"""The computed parts of the planner's page: `python -m kvloom.plan.page PAGE.md` rewrites them.
 
-A part stands between `<!-- computed: NAME -->` and `<!-- end -->`; a test compares it with what is computed here.
+A part lies between `<!-- computed: NAME -->` and `<!-- end -->`; a test compares it with the output of this module.
 """
 
 import re
@@ -47,7 +47,7 @@ def _request(name: str, tokens: int) -> int:
 
 
 def claims() -> str:
-    """Return the figures that are often quoted wrongly, computed."""
+    """Return computed values of figures that are often quoted wrongly."""
     seventy, seven = _request("llama-2-70b", 4096), _request("llama-2-7b", 4096)
     latent = catalogue_spec("deepseek-v2").kv_spec(1, "bf16").bytes_per_token
     grouped = catalogue_spec("deepseek-67b").kv_spec(1, "bf16").bytes_per_token
@@ -104,7 +104,7 @@ def _windows(spec: ModelSpec) -> str:
 
 
 def names() -> str:
-    """Return what the planner understands, and its topics."""
+    """Return the architectures that the planner supports, and its topics."""
     return (
         f"Architectures (`model_type`): {', '.join(f'`{name}`' for name in understood())}.\n\n"
         f"Topics of `--explain`: {', '.join(f'`{name}`' for name in TOPICS)}."
@@ -120,7 +120,7 @@ _PART = re.compile(r"(<!-- computed: ([a-z-]+) -->\n).*?(\n<!-- end -->)", re.DO
 
 
 def fill(text: str) -> str:
-    """Return `text` with every computed part written anew; raises `KeyError` for a part of unknown name."""
+    """Return `text` with every computed part rewritten; raises `KeyError` for a part of unknown name."""
     return _PART.sub(lambda found: found[1] + PARTS[found[2]]() + found[3], text)
 
 

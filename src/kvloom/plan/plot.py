@@ -17,9 +17,9 @@ MOST_CONTEXT = 1 << 17
 
 
 def contexts_of(asked: Question, points: int = 32) -> list[int]:
-    """Return contexts from 256 tokens to well beyond the asked one, evenly spread on a logarithmic scale, each once.
+    """Return contexts from 256 tokens upwards, evenly spread on a logarithmic scale, each once.
 
-    As far as the model was made for, and at most eight times as far as was asked.
+    The largest is the model's context length, but at most eight times the asked context.
     """
     low = min(256, asked.context)
     high = max(asked.context, min(asked.model.max_position or MOST_CONTEXT, 8 * asked.context))

@@ -1,6 +1,6 @@
-"""Measures this machine: the best read bandwidth, with the C library alone; and keeps what was measured.
+"""Measures the best read bandwidth of this machine with the C library alone, and stores measured figures.
 
-The peak of matrix products and faster ways to read come from the caller: this room has no mathematics of its own.
+The peak of matrix products and faster ways to read come from the caller, because this package has no kernels.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ SCHEMA = "kvloom.probe/1"
 def measure_read_bandwidth(num_bytes: int = 512 * MIB, threads: int | None = None, repeats: int = 7) -> float:
     """Return the best bytes per second at which all threads together read `num_bytes` that are not in any cache.
 
-    Each thread searches its part for a byte that is not there (`memchr`, vectorised in every C library), `repeats`
+    Each thread searches its part for an absent byte (`memchr`, vectorised in every C library), `repeats`
     times; the fastest round counts, because a lower bound needs the best case.
     """
     count = threads or _usable_cores()
@@ -57,7 +57,7 @@ def _usable_cores() -> int:
 
 
 def probe_path() -> Path:
-    """Return the file that keeps the last probe; raises `InvalidInputError` for a user without a home."""
+    """Return the file of the last probe; raises `InvalidInputError` for a user without a home folder."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if root.startswith("~"):
         raise InvalidInputError("there is no home folder to keep the probe in; set XDG_CACHE_HOME to a folder")

@@ -1,4 +1,4 @@
-"""Question: what a plan is asked about, checked once and complete."""
+"""Question: the complete and checked input of a plan."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -27,8 +27,8 @@ class Question:
 
     `chunk` is the most tokens that one step processes, `utilization` the share of a device's memory that may be used,
     `target_ttft` and `target_tpot` are seconds, `quantization` is how the CPU's kernels keep weights, None in `dtype`.
-    Raises `InvalidInputError` for numbers that make no sense and `UnsupportedError` when the model cannot be divided
-    over the devices or its weights cannot be kept so.
+    Raises `InvalidInputError` for numbers out of range and `UnsupportedError` when the model cannot be divided over the
+    devices or its weights cannot be quantised so.
     """
 
     model: ModelSpec

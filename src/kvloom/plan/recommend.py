@@ -1,4 +1,4 @@
-"""Which policy to serve with, from measured losses; without measurements, what would have to be measured."""
+"""The policy to serve with, chosen by measured losses; without measurements, the policies to measure."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -15,10 +15,10 @@ from kvloom.spec.policy import PolicySpec
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`policy` to serve with and its `command`, or None and the candidates of which a measurement is needed first.
+    """`policy` to serve with and its `command`, or None and the candidates that must be measured first.
 
-    `promise` says what the choice rests on, and why there is no command where it cannot be served yet; `measurement` is
-    None where nothing needed measuring.
+    `promise` gives the reason for the choice, and why there is no command where kvloom cannot serve it; `measurement`
+    is None where the choice needs no measurement.
     """
 
     policy: PolicySpec | None
@@ -48,14 +48,14 @@ def parse_loss(text: str) -> float:
 
 
 def recommend(asked: Question, model: str, max_loss: float, measured: Measurements | None) -> Recommendation:
-    """Return the fitting policy of least loss; among equals the one that leaves more room.
+    """Return the fitting policy of least loss; among equals the one that needs less memory.
 
     The full cache is taken when it fits. A measured policy counts when the upper end of its loss is at most
     `max_loss` and it was measured at no less than half the asked context, where it did evict tokens.
     """
     full = replace(asked, policy=PolicySpec())
     if Memory(full).fits:
-        return _serve(full, model, "the full cache fits, so nothing need be lost")
+        return _serve(full, model, "the full cache fits, so no tokens need to be evicted")
     if Memory(full).fits is None:
         raise InvalidInputError("a recommendation needs the memory of the device; give e.g. --device cpu:64GiB")
     if measured is None:
@@ -68,7 +68,7 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
             fits, needed = memory.fits and not policy_refusals(changed), memory.kv_bytes(changed)
         except KvloomError:
             continue  # the block size does not suit that store
-        near = 2 * result.context >= asked.context and result.forgot_enough_for(asked.prompt)
+        near = 2 * result.context >= asked.context and result.evicted_enough_for(asked.prompt)
         if fits and near and result.loss_high <= max_loss:
             good.append((result.loss_high, needed, result))
     if not good:
@@ -102,7 +102,7 @@ def _what_to_measure(
         if not policy_refusals(changed) and not known and Memory(changed).fits:
             fitting.append(policy)
     if not fitting:
-        return Recommendation(None, "", f"{why}, and no policy of the usual ones fits; see what to change")
+        return Recommendation(None, "", f"{why}, and none of the usual policies fits; see what to change")
     least = -(-asked.context // 2)
     command = ["kvloom", "measure", served_name(model), "--text", "FILE", "--context", str(least)]
     command += ["--json", "results.json"]

@@ -80,7 +80,7 @@ class Roofline:
     def held(self, prompt: int, generated: int) -> float:
         """Return the fewest tokens that a lane without a window holds on average after `generated` tokens.
 
-        Where the data alone decides (thresholds, policies chosen per head) nothing is counted: the bound must hold.
+        Where the data decides (thresholds, policies chosen per head) no tokens are counted, so that the bound holds.
         """
         policy = self.question.policy
         kept = policy.tokens_kept(prompt)
@@ -92,7 +92,7 @@ class Roofline:
         return float(min(kept + generated, max(kept, goal or kept)))
 
     def _held_in(self, layer: int, prompt: int, generated: int) -> float:
-        """Return `held` in an attention layer without a window, by its number among those; some policies skip a few."""
+        """Return `held` in an attention layer without a window, by its index among those; some policies skip layers."""
         if layer < self.question.policy.layers_skipped:
             return float(prompt + generated)
         return self.held(prompt, generated)
@@ -143,7 +143,7 @@ class Roofline:
     def prefill_flops(self, prompt: int) -> float:
         """Return the operations of one prompt, logits of its last token only, all devices together.
 
-        Of the last layer the last token alone is counted: of all others it owes only keys and values, next to nothing.
+        In the last layer only the last token is counted: the others need only keys and values there, which is little.
         """
         model = self.question.model
         attention = 0.0
@@ -161,15 +161,15 @@ class Roofline:
 
     @property
     def weights_label(self) -> Label:
-        """How the bytes that are read of weights are known: those of a packing that is estimated are assumed."""
+        """Label of the weight bytes that are read: assumed where the packing is estimated."""
         asked = self.question
         return "assumed" if asked.quantization is not None and asked.packed.obstacles else "exact"
 
     @property
     def peak_stands_in(self) -> bool:
-        """Whether products are of 8-bit activations, whose peak is not known, so that the dtype's stands in for it.
+        """Whether products have 8-bit activations whose peak is not known, so that the peak of the dtype is used.
 
-        Where weights alone are in few bits they are multiplied in the dtype.
+        Low-bit weights with activations of 16 or 32 bits are multiplied in the dtype.
         """
         return self.question.quantization == "w8a8" and self.question.device.peak("w8a8") is None
 
@@ -193,14 +193,14 @@ class Roofline:
 
     @property
     def speed_label(self) -> Label:
-        """How the device's speed is known; a peak that stands in for another is assumed."""
+        """Label of the device's speed; a peak of another dtype makes it assumed."""
         return "measured" if self.question.device.measured and not self.peak_stands_in else "assumed"
 
     def tpot(self, batch: int | None = None, expected: bool = False) -> Figure:
         """Return the least seconds per generated token, for `batch` requests at once: the mean over the output.
 
-        The i-th decode step reads what the prompt and i generated tokens left. Reads grow linearly with i or ever more
-        slowly, so that the mean of the first and the last step is that of all steps or less.
+        The i-th decode step reads the tokens held after the prompt and i generated tokens. Reads are a concave function
+        of i, so the mean of the first and the last step is at most the mean of all steps.
         """
         asked = self.question
         batch = batch or asked.users

@@ -1,7 +1,6 @@
 """Serving: the command line that serves a question, and every reason why kvloom cannot serve it yet.
 
-A plan covers more than what runs: devices, architectures and stores of which only the bytes are known. What is printed
-to be run must run.
+A plan also covers devices, architectures and stores that do not run. A command is printed only where it runs.
 """
 
 import shlex
@@ -46,7 +45,7 @@ def serve_refusals(asked: Question) -> list[str]:
 
 
 def policy_refusals(asked: Question) -> list[str]:
-    """Return the reasons that lie in the cache policy of `asked` on its model."""
+    """Return every reason why the engine cannot run the cache policy of `asked` on its model."""
     policy, model, reasons = asked.policy, asked.model, []
     if policy.store is not None and policy.store.name not in SERVED_STORES:
         reasons.append(f"store {policy.store.name} is planned only: it is not served yet")
@@ -75,7 +74,7 @@ def policy_refusals(asked: Question) -> list[str]:
 
 
 def served_name(model: str) -> str:
-    """Return the name by which `kvloom serve` knows the MODEL of a plan: a path, or a Hugging Face id."""
+    """Return the name that `kvloom serve` takes for the MODEL of a plan: a path, or a Hugging Face id."""
     path = Path(model).expanduser()
     if path.is_file() and path.name == "config.json":
         return str(path.parent)

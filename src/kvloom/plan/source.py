@@ -18,7 +18,7 @@ Fetch = Callable[[str, str], Path]
 def find_model(model: str, fetch: Fetch | None = None) -> ModelSpec:
     """Return the shape of `model`.
 
-    Looked for in this order: a path (folder, config.json or .gguf), a repository in the hub's local cache, the
+    Searched in this order: a path (folder, config.json or .gguf), a repository in the hub's local cache, the
     catalogue, and, when `fetch` is given, the hub. Raises `ModelNotFoundError` naming the nearest known name.
     """
     path = Path(model).expanduser()

@@ -1,4 +1,4 @@
-"""What an engine comes to as it starts: the plan's figures for the weights and the arena that it really has."""
+"""Figures of an engine at its start: the plan's, with the actual bytes of weights and arena."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,14 +10,14 @@ from kvloom.spec.slabs import longest_request, sure_bytes
 from kvloom.spec.store import SLAB_BYTES
 
 ASSUMED = ("activation_bytes", "tokenizer_bytes", "runtime_bytes", "loading_bytes", "total_bytes")
-"""Fields that rest on assumptions; the others follow by arithmetic."""
+"""Fields that depend on assumptions; the others follow by arithmetic."""
 
 
 def start_figures(asked: Question, arena_bytes: int) -> dict[str, Any]:
-    """Return the memory of a process that serves `asked.model` from an arena of `arena_bytes`, and what fits into it.
+    """Return the memory of a process that serves `asked.model` from an arena of `arena_bytes`, and what fits in it.
 
     `asked.users` is the most that run at once, and `asked.context` the longest request. `requests_that_fit` says by
-    their tokens (an eighth of them output) how many requests have room in the arena together, each at its worst.
+    their tokens (an eighth of them output) how many requests fit in the arena together, each at its peak.
     """
     memory, kv = Memory(asked), asked.whole_kv
     assert kv is not None, "a model that runs has keys and values"

@@ -1,1 +1,1 @@
-"""Torch-free facts: what a block costs, what a model holds, what a policy is."""
+"""Torch-free facts: bytes of blocks, shapes of models, and policies as data."""

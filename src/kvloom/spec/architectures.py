@@ -1,6 +1,6 @@
 """Architectures that are planned and do not run: a reader of config.json fields for each `model_type`.
 
-Of those that run, the shape follows from the family's config (`kvloom.spec.families`).
+For architectures that run, the shape follows from the family's config (`kvloom.spec.families`).
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ def build(config: Config, layers: list[LayerSpec], hidden: int, **facts: Any) ->
 
 
 def attention(config: Config, **facts: Any) -> Attention:
-    """Return the attention that most configs describe; `facts` override or add fields."""
+    """Return the attention of a config with the usual fields; `facts` override or add fields."""
     heads = config.number("num_attention_heads")
     hidden = config.number("hidden_size")
     if config.fields.get("head_dim") is None and hidden % heads:

@@ -1,4 +1,4 @@
-"""Bounds: a number of bytes that is known, or known to lie in between. Torch-free."""
+"""Bounds: a number of bytes, exact or between two ends. Torch-free."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How a budget in tokens is divided: whole numbers that sum exactly to what was asked for."""
+"""Division of a budget in tokens into whole numbers that sum exactly to the budget."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -23,9 +23,9 @@ def divide_exactly(shares: Sequence[Fraction], total: int) -> list[int]:
 def pyramid_budgets(budget: int, window: int, num_layers: int, prompt: int, beta: float) -> list[int]:
     """Return tokens kept per lane in each of `num_layers` layers, early layers most; they sum to layers x budget.
 
-    Of the budget, `window` tokens stay everywhere; the rest falls linearly from the first layer to the last, which
-    gets 1/beta of the average. No layer keeps more than the prompt: the surplus of the first layers then goes
-    to the last. A prompt below 2 (budget - window), which the first layer would keep nearly whole, is divided evenly.
+    Every layer keeps `window` tokens of the budget; the rest falls linearly from the first layer to the last, which
+    gets 1/beta of the average. No layer keeps more than the prompt: the surplus of the first layers then goes to the
+    last. A prompt below 2 (budget - window), which the first layer would keep almost whole, is divided evenly.
     Source: PyramidKV, arXiv 2406.02069, section 3.2; both rules for short prompts are those of its code.
     """
     if prompt <= budget:

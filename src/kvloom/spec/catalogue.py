@@ -36,7 +36,7 @@ def catalogue_entry(name: str) -> dict[str, Any]:
 
 
 def find_in_catalogue(model: str) -> str | None:
-    """Return the catalogue name that `model` spells (a name, an alias or an id, in any case), or None."""
+    """Return the catalogue name of `model` (a name, an alias or an id, in any case), or None."""
     return _entries()[2].get(model.lower())
 
 

@@ -1,4 +1,4 @@
-"""config.json -> ModelSpec. What is not understood is refused, never guessed."""
+"""config.json -> ModelSpec. Unknown entries that change the shape are refused, never guessed."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ TEXT_CONFIG_FAMILIES = frozenset({"gemma3", "gemma3n"})
 
 
 def spec_from_config(config: Mapping[str, Any], name: str, source: str = "") -> ModelSpec:
-    """Return the shape that a parsed config.json describes: of a family that runs, as its decoder; else as a reader.
+    """Return the shape that a parsed config.json describes, from the config of its family, else from a reader.
 
     Raises `UnsupportedError` for an architecture that is not understood, `CheckpointError` and `InvalidInputError` for
     values that are malformed or contradict each other.
@@ -58,7 +58,7 @@ def _text_config(config: Mapping[str, Any], family: str, notes: list[str]) -> Ma
 
 
 def _shape(config: Mapping[str, Any], name: str, family: str, dtype: str) -> ModelSpec:
-    """Return the shape by the family's config, or by a reader where none of the families that run is meant."""
+    """Return the shape by the family's config, or by a reader where no family that runs has this `model_type`."""
     known = family_of_type(family)
     if known is not None:
         decoder, refused = known.shape(config)

@@ -1,4 +1,4 @@
-"""DecoderConfig: everything that distinguishes one model family from another, as data. Torch-free."""
+"""DecoderConfig: the properties that distinguish model families, as data. Torch-free."""
 
 from dataclasses import dataclass, field
 
@@ -24,19 +24,19 @@ class RopeConfig:
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied with."""
+        """Factor of cosines and sines."""
         return self.scaling.get("amplitude", 1.0)
 
     @property
     def depends_on_length(self) -> bool:
-        """True when the frequencies of a text depend on how long it may become."""
+        """True when the frequencies of a text depend on its largest possible length."""
         return self.kind in ("dynamic", "longrope")
 
     def length_class(self, num_tokens: int) -> int:
-        """Return the length that stands for `num_tokens`: texts of one class have the same frequencies.
+        """Return the class of texts of `num_tokens`, a length: texts of one class have the same frequencies.
 
-        0 where the frequencies depend on no length. The class of a request is fixed at admission, by all the tokens
-        that it may have, so that its cached keys are never rotated by different frequencies.
+        0 where the frequencies depend on no length. The class of a request is fixed at admission by the most tokens
+        that it may have, so that all its cached keys are rotated by the same frequencies.
         """
         if not self.depends_on_length:
             return 0
@@ -48,7 +48,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One decoder layer: how far it looks back, how it encodes positions (None: not at all), and its kind of MLP."""
+    """One decoder layer: its sliding window, its position encoding (None: none), and its kind of MLP."""
 
     window: int | None
     rope: RopeConfig | None
@@ -151,7 +151,7 @@ class DecoderConfig:
 
     @property
     def score_terms(self) -> tuple[str, ...]:
-        """What attention scores have in them beside q.k: a softcap, ALiBi, sinks."""
+        """Names of the terms of attention scores beside q.k: a softcap, ALiBi, sinks."""
         terms = {"a softcap": self.score_softcap is not None, "ALiBi": bool(self.slopes), "sinks": self.sinks}
         return tuple(term for term, there in terms.items() if there)
 

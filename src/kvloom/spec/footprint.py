@@ -1,6 +1,6 @@
-"""KV bytes of a request under a policy: exact where lengths are known beforehand, else bounds that hold.
+"""KV bytes of a request under a policy: exact where lengths are known beforehand, else bounds.
 
-The planner, admission and the scheduler all ask here; nothing else says what a request comes to.
+Planner, admission and scheduler all compute the bytes of a request with this module.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,15 +15,16 @@ from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 
 INSTRUCTION_TOKENS = 48
-"""Most tokens of the words that ask a model to repeat its context, in any vocabulary, and of the hint that follows."""
+"""Most tokens, in any vocabulary, of the instruction to repeat the context and of the hint that follows."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """KV bytes of one request at several moments, all in arena bytes (whole blocks of whole granules).
+    """KV bytes of one request at several times, all in arena bytes (whole blocks of whole granules).
 
-    `prefill` is the most while the prompt is processed, `settled` after it was evicted and encoded, `decode` the most
-    while tokens are generated, `end` after the last one, `peak` the most at any time: what admission must count.
+    `prefill` is the most while the prompt is processed, `settled` the bytes after its eviction and encoding, `decode`
+    the most while tokens are generated, `end` the bytes after the last one, `peak` the most at any time. Admission
+    counts `peak`.
     """
 
     prefill: Bounds
@@ -34,7 +35,7 @@ class Footprint:
     replay: int = 0
 
     def peak_of(self, sequences: int) -> int:
-        """Return the most bytes of `sequences` that share a prompt and then go on, each with blocks of its own."""
+        """Return the most bytes of `sequences` that share a prompt and then continue, each with its own blocks."""
         if sequences == 1:
             return self.peak.high
         return max(self.prefill.high, sequences * max(self.settled.high, self.decode.high))
@@ -43,8 +44,8 @@ class Footprint:
 def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -> int:
     """Return the bytes of a request whose lanes hold `held` tokens (one per lane), `seen` having been processed.
 
-    Exact for any policy once the real lengths are known. A windowed lane holds the newest `held` of `seen` tokens, at
-    their own places in its blocks.
+    Exact for any policy, given the actual lengths. A windowed lane holds the newest `held` of `seen` tokens, at their
+    original slots in its blocks.
     """
     if len(held) != kv.num_lanes:
         raise InvalidInputError(f"{len(held)} lengths for {kv.num_lanes} lanes; give one per lane")
@@ -73,15 +74,15 @@ def request_footprint(
     """Return the KV bytes of one request of `prompt` + `output` tokens, its prompt processed in chunks of `chunk`.
 
     The last generated token is never written, so `prompt + output - 1` tokens are cached; planning counts one more,
-    as admission does: without a policy, `peak` is at most `kv.request_bytes(prompt + output, chunk)`, and not exact
-    where a step may be cut differently, which windowed lanes notice. Who runs the policy may
-    say on which `layers` it acts (else all that the method does not skip) and how many tokens a `replay` feeds (else
+    as admission does: without a policy, `peak` is at most `kv.request_bytes(prompt + output, chunk)`. With windowed
+    lanes it is not exact, because their bytes depend on the division into steps. The caller may give the `layers` on
+    which the policy acts (default: all that the method does not skip) and the tokens that a `replay` feeds (default:
     the most in any vocabulary). Raises `InvalidInputError` for lengths below 1.
     """
     if prompt < 1 or output < 0 or chunk < 1:
         raise InvalidInputError(f"prompt {prompt}, output {output}, chunk {chunk}; they must be at least 1, 0 and 1")
     for term in policy.triggers:
-        if term.name == "chunk":  # no step goes beyond the next moment to act
+        if term.name == "chunk":  # no step goes beyond the next point at which the policy acts
             chunk = min(chunk, term.number("tokens"))
     zero = Bounds(0, 0)
     prefill, settled, end, decode = zero, zero, zero, zero
@@ -111,14 +112,14 @@ def future_bytes(
     total: int,
     layers: Collection[int] | None = None,
 ) -> int | None:
-    """Return the most bytes until `total` tokens of a request whose lanes hold `held` now, the prompt having been read.
+    """Return the most bytes up to `total` tokens of a request whose lanes hold `held` now, after its prompt.
 
-    A lane grows by what comes, or up to what it may hold while generating, and a longer one not at all::
+    A lane grows by the coming tokens, or up to its ceiling while generating; a lane above the ceiling does not grow::
 
         held ------- ceiling -------- held + total - seen --> tokens
                the least of both, and never less than held
 
-    None where lanes trade tokens or the data decides, so that the present lengths say nothing about later ones.
+    None where lanes share a budget or the data decides, so that later lengths do not follow from the present ones.
     """
     found = 0
     for group, rule in _parts(kv, policy, layers):
@@ -139,7 +140,7 @@ def future_bytes(
 
 
 def replay_tokens(policy: PolicySpec, prompt: int) -> int:
-    """Return the most tokens that are held beside the prompt while `policy` reads it again; 0 when it does not."""
+    """Return the most tokens held beside the prompt while `policy` replays it; 0 when it does not."""
     kept = policy.tokens_kept(prompt)
     if not METHODS.get(policy.selector.name).replays or (kept is not None and kept >= prompt):
         return 0
@@ -147,13 +148,13 @@ def replay_tokens(policy: PolicySpec, prompt: int) -> int:
 
 
 def _replay_bytes(kv: KVSpec, tokens: int) -> int:
-    """Return the most bytes of a replay: its tokens in every lane, and a copy of the block that they go on in."""
+    """Return the most bytes of a replay: its tokens in every lane, and a copy of the block to which they are added."""
     blocks = -(-tokens // kv.block_size) + 1 if tokens else 0
     return sum(len(group.lanes) * group.block_bytes * blocks for group in kv.groups)
 
 
 def _parts(kv: KVSpec, policy: PolicySpec, acting: Collection[int] | None) -> list[tuple[LaneGroup, PolicySpec]]:
-    """Return the lane groups with the policy that rules them: layers that it skips keep all their tokens."""
+    """Return the lane groups, each with its policy: layers that the policy skips keep all their tokens."""
     first = policy.layers_skipped
     parts: list[tuple[LaneGroup, PolicySpec]] = []
     for group in kv.groups:
@@ -186,18 +187,18 @@ def _windowed(
     size, total = len(group.lanes) * group.block_bytes, prompt + output
 
     def between(tokens: int, step: int) -> Bounds:
-        """What left the window is freed when a lane next needs a block, so that up to a step's blocks linger."""
+        """Tokens behind the window are freed when the lane next needs a block, so up to one step's blocks remain."""
         most = kv.lane_blocks(tokens, group.window, step)
         return Bounds(size * kv.step_blocks(tokens, tokens, group.window), size * most)
 
     settled, end = between(prompt, chunk), between(total, chunk)
     last = (total - 1) // kv.block_size * kv.block_size
     if last >= prompt:
-        # the last block was added by a step of one token at `last`, which trimmed the window then; lanes that a policy
-        # shortened may have needed a block later, and have trimmed all once more
+        # the last block was added by a step of one token at `last`, which freed the blocks behind the window; lanes
+        # that a policy shortened may have added a block later, and freed further ones then
         amount = size * (-(-total // kv.block_size) - max(0, last - (group.window - 1)) // kv.block_size)
         end = Bounds(min(end.low, amount) if policy.evicts else amount, amount)
-    # at least what the prompt's last token alone would need; at most what the longest step anywhere does
+    # at least the blocks that the prompt's last token alone needs; at most those of the longest step anywhere
     least, most = kv.step_blocks(prompt - 1, prompt, group.window), kv.lane_blocks(prompt, group.window, chunk)
     prefill = Bounds(size * least, size * most)
     decode = Bounds(end.low, max(settled.high, size * kv.lane_blocks(total, group.window)))
@@ -251,7 +252,7 @@ class _Kept:
                      self.high_total + lanes * tokens, self.least, min(limit, self.most + tokens))
 
     def bounds(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
-        """Return the bytes of the group in between the lengths."""
+        """Return bounds of the bytes of the group, over all lengths from `low` to `high`."""
         if not self.high:
             return self._ragged(group, store)
         low = high = 0
@@ -262,7 +263,7 @@ class _Kept:
         return Bounds(low, high)
 
     def highest(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
-        """Return the most bytes that the group has on the way to its lengths."""
+        """Return the most bytes of the group while its lanes grow to their lengths."""
         if not self.high:
             return self._ragged(group, store)
         most = 0
@@ -277,7 +278,7 @@ class _Kept:
 
 
 def _limits(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int) -> list[int | None]:
-    """Return the most tokens that the method itself leaves in each lane of `group`; None where it knows no limit."""
+    """Return the most tokens that the method leaves in each lane of `group`; None where it has no limit."""
     method = METHODS.get(policy.selector.name)
     found = None if method.lane_limits is None else method.lane_limits(dict(policy.selector.args), kv)
     return [None if found is None else found[lane] for lane in group.lanes]
@@ -300,7 +301,7 @@ def _settled(policy: PolicySpec, prompt: int, goal: int) -> int:
 
 
 def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: int) -> _Kept:
-    """Return the lengths after `output` tokens: those of `grown`, or exact ones where the rhythm of evictions is known.
+    """Return the lengths after `output` tokens: those of `grown`, or exact ones where the steps of eviction are known.
 
     From `start` on, lanes of one length grow by a token a step. The policy acts as soon as they exceed the budget by
     more than its slack, or after every so many tokens.

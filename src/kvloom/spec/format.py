@@ -1,4 +1,4 @@
-"""Storage formats by name: the stores that run, and published formats whose bytes can be planned without them."""
+"""Storage formats by name: the stores that run, and published formats that are planned only."""
 
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry, nearest
@@ -20,7 +20,7 @@ PLANNED.register("kivi2", StoreSpec.alike("kivi2", Side(2, group=32, group_bytes
 
 
 SERVED_STORES: frozenset[str] = frozenset()
-"""Stores that the policy of a request may name so far; the native one of a model needs no name."""
+"""Stores that the policy of a request may name at present; the native store needs no name."""
 
 
 def is_store(name: str) -> bool:

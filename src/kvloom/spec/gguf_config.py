@@ -1,4 +1,4 @@
-"""The config.json that a GGUF file's metadata stand for, and the shape of its model. Torch-free."""
+"""The config.json that is equivalent to a GGUF file's metadata, and the shape of its model. Torch-free."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_ma
 
 
 def config_of_gguf(file: GGUFHeader, family: FamilyConfig) -> dict[str, Any]:
-    """Return what the model's config.json would say, from metadata and tensors of the file.
+    """Return the entries of the model's config.json, from metadata and tensors of the file.
 
     Raises `CheckpointError` when the token embeddings are missing, `UnsupportedError` for experts in a family that has
     none, unequal layers and rotary embeddings that the metadata describe but no supported kind matches.
@@ -56,7 +56,7 @@ def _single(values: np.ndarray[Any, Any], key: str, file: GGUFHeader) -> Any:
 
 
 def _check_widths(file: GGUFHeader, prefix: str, config: dict[str, Any], family: FamilyConfig) -> None:
-    """Note in `config` which part of a head is rotated, where the family knows parts; refuse other inequalities."""
+    """Set in `config` the rotated part of a head, where the family allows a part; refuse other unequal widths."""
     reasons = []
     if file.metadata.get(prefix + "expert_count", 0) and not family.gguf_experts:
         reasons.append(f"{prefix}expert_count is {file.metadata[prefix + 'expert_count']}: experts are not supported")

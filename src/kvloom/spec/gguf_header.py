@@ -1,4 +1,4 @@
-"""GGUFHeader: metadata of a GGUF file and where its tensors lie, checked before anything is believed. Torch-free.
+"""GGUFHeader: metadata of a GGUF file and the extents of its tensors, checked while they are read. Torch-free.
 
 Layout: magic, version, tensor count, key count; keys with typed values; for each tensor name, shape, type, offset.
 """
@@ -49,7 +49,7 @@ class GGUFTensor:
 
 
 class _Cursor:
-    """Reads the header; running over the end of the file is a `CheckpointError`."""
+    """Reads the header; a read past the end of the file is a `CheckpointError`."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
@@ -95,8 +95,8 @@ class _Cursor:
 class GGUFHeader:
     """The header of a GGUF file, version 2 or 3, little endian.
 
-    `metadata` maps keys to numbers, strings, lists or arrays. `tensors` says where each tensor lies, and
-    `file` is open without a buffer for whoever reads them, as long as the header lives. Raises `CheckpointError` when
+    `metadata` maps keys to numbers, strings, lists or arrays. `tensors` gives the extent of each tensor, and `file` is
+    open without a buffer for readers of tensors, for the lifetime of the header. Raises `CheckpointError` when
     the file is not GGUF, is truncated or contradicts itself, and `UnsupportedError` for one part of a split file. The
     header is mapped; the tensors are not read.
     """

@@ -16,8 +16,8 @@ _PEAK_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "w8a8")
 class DeviceSpec:
     """One accelerator or host. Bandwidth in bytes/s and peaks in FLOP/s are best cases; None is not known.
 
-    `peaks` maps a dtype to its dense matrix peak (no sparsity). `measured` says that speed was probed on the machine,
-    and `runtime_bytes` is what an engine's process was found to take before it loads a model.
+    `peaks` maps a dtype to its dense matrix peak (no sparsity). `measured` is true where speed was probed on the
+    machine, and `runtime_bytes` are the measured bytes of an engine's process before it loads a model.
     """
 
     name: str
@@ -31,7 +31,7 @@ class DeviceSpec:
     runtime_bytes: int | None = None
 
     def peak(self, dtype: str) -> float | None:
-        """Return the peak for `dtype`; 16-bit formats stand in for each other, float32 for what is missing."""
+        """Return the peak for `dtype`, that of the other 16-bit format where it is missing, else None."""
         table = dict(self.peaks)
         for name in (dtype, "bfloat16" if dtype == "float16" else "float16" if dtype == "bfloat16" else dtype):
             if name in table:
@@ -41,7 +41,7 @@ class DeviceSpec:
     def with_speed(self, bandwidth: float | None = None, peak: float | None = None) -> "DeviceSpec":
         """Return the device with another bandwidth (bytes/s) or peak (FLOP/s, in every dtype); None leaves its own.
 
-        Raises `InvalidInputError` for what is not above 0.
+        Raises `InvalidInputError` for values that are not above 0.
         """
         for name, value in (("bandwidth", bandwidth), ("peak", peak)):
             if value is not None and not 0 < value < float("inf"):
@@ -111,7 +111,7 @@ _apple("m4-max", 128, 546)
 
 
 def host_memory() -> int | None:
-    """Return the physical memory of this machine in bytes, None where the system does not tell."""
+    """Return the physical memory of this machine in bytes, None where the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -121,11 +121,8 @@ def host_memory() -> int | None:
 def find_device(text: str, probed: DeviceSpec | None = None) -> DeviceSpec:
     """Return the device that `text` names: a row of the table, `cpu`, `cpu:64GiB`, or a row with other memory.
 
-    A name that is like none of them is a device of its own where its memory is given (`mine:32GiB`); its speed is not
-    known.
-
-    `cpu` is this machine; its speed is known only when it was `probed`. Raises `InvalidInputError` with the nearest
-    name.
+    An unknown name with a memory (`mine:32GiB`) is a device of unknown speed, unless it resembles a known name. `cpu`
+    is this machine; its speed is known only when it was `probed`. Raises `InvalidInputError` with the nearest name.
     """
     name, colon, size = text.strip().lower().partition(":")
     if name == "cpu":

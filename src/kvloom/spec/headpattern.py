@@ -1,4 +1,4 @@
-"""Head pattern: the file that says how much each KV head of a model retrieves (DuoAttention). Torch-free."""
+"""Head pattern: a file with the retrieval score of each KV head of a model (DuoAttention). Torch-free."""
 
 import json
 from collections.abc import Mapping
@@ -35,9 +35,9 @@ def read_pattern(path: str) -> tuple[tuple[float, ...], ...]:
 
 
 def streaming_limits(args: Mapping[str, int | float | bool | str], kv: KVSpec) -> tuple[int | None, ...] | None:
-    """Return for each lane sinks and window, or None where the pattern says that the head retrieves.
+    """Return for each lane the sum of sinks and window, or None where the pattern marks a retrieval head.
 
-    None for all when no pattern is given or it is another model's, which is refused elsewhere.
+    None for all when no pattern is given or its shape is that of another model, which is refused elsewhere.
     """
     if "pattern" not in args:
         return None

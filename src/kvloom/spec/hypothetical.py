@@ -1,4 +1,4 @@
-"""Models that do not exist: one from a handful of numbers, and the attention variants of one that does."""
+"""Hypothetical models: one from a few numbers, and the attention variants of a given model."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """The numbers of a model that is only imagined; None is derived from the others or absent.
+    """The numbers of a hypothetical model; None is derived from the others or absent.
 
     `global_every` gives every Nth layer global attention and the others a `window`. `share_kv` layers in a row read
     one K/V (CLA); `yoco` lets the second half of the layers read one global K/V. `kv_rank` and `rope_dim` make the
@@ -103,8 +103,8 @@ class Hypothesis:
 def attention_variants(spec: ModelSpec) -> list[tuple[str, ModelSpec]]:
     """Return the model as it is and with MHA, GQA-8, MQA and MLA (512+64) in place of its attention, named.
 
-    Query heads and head size stay; what the model is already is listed first and not twice. The others would have to
-    be trained: their quality is not that of the model.
+    Query heads and head size stay. The model's own variant is listed first and not twice. The others would have to be
+    trained: their quality is not that of the model.
     """
     heads = {layer.mixer.num_heads for layer in spec.layers if isinstance(layer.mixer, (Attention, Latent))}
     if len(heads) != 1:

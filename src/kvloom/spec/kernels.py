@@ -1,4 +1,4 @@
-"""What the CPU kernels can run: each limit once, and one function of every reason against a model. Torch-free."""
+"""Limits of the CPU kernels, each defined once, and the function of all reasons against a model. Torch-free."""
 
 from kvloom.spec.decoder import DecoderConfig
 

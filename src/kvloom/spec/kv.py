@@ -1,4 +1,4 @@
-"""KVSpec: which lanes a model has and what their blocks cost. Planner and allocator both ask here.
+"""KVSpec: the lanes of a model and the bytes of their blocks, for planner and allocator alike.
 
 A *lane* is one KV head of one layer of one request; a *block* stores `block_size` tokens of one lane.
 """
@@ -16,7 +16,7 @@ ATTENTION = "attention"
 
 @dataclass(frozen=True)
 class LayerKV:
-    """The lanes of one layer: their number, their widths in elements, and how far back they are read.
+    """The lanes of one layer: their number, their widths in elements, and their sliding window.
 
     `window` counts the query itself (query i sees keys j with 0 <= i - j < window); None means all.
     `source` names an earlier layer whose lanes this layer reads instead of having its own (YOCO, Gemma 3n).
@@ -35,7 +35,7 @@ class LayerKV:
 
 @dataclass(frozen=True)
 class LaneSet:
-    """Lanes `first .. first + num_lanes - 1`: those of one role that one layer owns, alike in everything."""
+    """Lanes `first .. first + num_lanes - 1`: those of one role that one layer owns, equal in all properties."""
 
     layer: int
     role: str
@@ -48,9 +48,9 @@ class LaneSet:
 
 @dataclass(frozen=True)
 class LaneGroup:
-    """Lanes that hold the same span of tokens in blocks of the same size: they come and go together.
+    """Lanes of one role that hold the same span of tokens in blocks of the same size.
 
-    All of them have the same role.
+    Their blocks are allocated and freed together.
     """
 
     layers: tuple[int, ...]
@@ -171,7 +171,7 @@ class KVSpec:
     def lane_blocks(self, num_tokens: int, window: int | None, chunk: int = 1) -> int:
         r"""Return the most blocks that one lane holds at once on the way to `num_tokens`.
 
-        A windowed lane, before it processes a chunk, still needs the `window - 1` tokens behind it::
+        Before it processes a chunk, a windowed lane still needs the `window - 1` tokens before the chunk::
 
             freed blocks | begin ...... window - 1 ...... | ... chunk ... |
             -------------+--------------------------------+---------------+--> tokens

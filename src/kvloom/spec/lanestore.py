@@ -1,4 +1,4 @@
-"""LaneStore: the bytes of one lane that holds so many tokens, encoded or not.
+"""LaneStore: the bytes of one lane for a number of tokens, encoded or not.
 
 A lane under a store keeps its first sinks and newest tokens in the native store, the rest encoded in whole blocks::
 
@@ -17,7 +17,7 @@ from kvloom.spec.policy import PolicySpec
 
 @dataclass(frozen=True)
 class LaneStore:
-    """How one lane stores tokens: bytes of a native and of an encoded block, and what stays native."""
+    """How one lane stores tokens: bytes of a native and of an encoded block, and the tokens that stay native."""
 
     block_size: int
     native_bytes: int

@@ -1,4 +1,4 @@
-"""What one decoder layer is made of: how it mixes tokens, and its MLP; with the parameters of each part.
+"""One decoder layer: its mixer of tokens and its MLP, with the parameters of each.
 
 Counts are in weights (numbers), not bytes. `hidden` is the width of the residual stream.
 """
@@ -135,7 +135,7 @@ class Recurrent:
         return self.other_params
 
     def attention_flops(self, num_keys: float) -> float:
-        """Return the operations of one token: the state is decayed, written and read once, whatever was seen."""
+        """Return the operations of one token: the state is decayed, written and read once, at any length."""
         return 6.0 * self.state_elements
 
 

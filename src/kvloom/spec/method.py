@@ -1,6 +1,6 @@
-"""The methods that a policy string may name: their role, parameters and what they let the planner know.
+"""The methods that a policy string may name: their role, their parameters and the facts that the planner uses.
 
-Registering a method here gives it a spelling; its mathematics lives with the policies.
+Registering a method here adds its name to the grammar; its computation is in `kvloom.policies`.
 """
 
 import math
@@ -67,16 +67,16 @@ class Parameter:
 class MethodSpec:
     """One method: `params` in the order in which they are printed, and facts for planner, docs and checks.
 
-    Selectors: `budgeted` ones take `budget=` or `keep=`; others know their length by `fixed_tokens(args)` or leave it
-    to the data (`ragged`), at most `lane_limits(args, kv)` tokens in each lane (None: no limit) whenever they act;
-    `skipped` names the argument that counts the first layers that are left whole. `acts` says when they may act:
+    Selectors: `budgeted` ones take `budget=` or `keep=`. The length of others is `fixed_tokens(args)` or depends on the
+    data (`ragged`), at most `lane_limits(args, kv)` tokens in each lane (None: no limit) whenever they act.
+    `skipped` names the argument that counts the first layers, which keep all tokens. `acts` lists when they may act:
     prefill, chunk (in the middle of a prompt), decode (while generating). `triggers` and `default_budget` are used when
-    the policy names none. `query_aware` says that the question must be in the prompt for the published quality,
-    `replays` that the prompt is read a second time, in parts of `chunk` tokens.
+    the policy names none. `query_aware` means that the published quality needs the question in the prompt, `replays`
+    that the prompt is read a second time, in parts of `chunk` tokens.
 
-    Selectors and refinements: `protected` is what stays whatever its score, in tokens of a lane: the argument that
-    counts it, or a rule `(args, budget) -> tokens`. `attention` says of a selector that it goes by attention weights,
-    which it computes from queries and keys, and of a refinement that it takes no other scores.
+    Selectors and refinements: `protected` are the tokens of a lane that stay whatever their score: the name of the
+    argument that counts them, or a rule `(args, budget) -> tokens`. `attention` means, of a selector, that it scores by
+    attention weights, which it computes from queries and keys; of a refinement, that it takes no other scores.
     """
 
     name: str
@@ -132,7 +132,7 @@ def _pooling(window: int, kernel: int) -> tuple[Parameter, ...]:
 
 
 def register_selector(name: str, summary: str, *params: Parameter, **facts: Any) -> None:
-    """Give an eviction method a spelling; `facts` are fields of `MethodSpec`. It takes a budget unless they say not.
+    """Register an eviction method; `facts` are fields of `MethodSpec`. It is budgeted unless they say otherwise.
 
     Raises `InvalidInputError` when the name is taken.
     """

@@ -14,7 +14,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a checkpoint stores its weights where that is not one dtype: `bits` on `covers`, the rest in the dtype.
+    """How a checkpoint with low-bit weights stores them: `bits` on `covers`, the rest in the dtype.
 
     `covers` is "experts" (the matrices of routed experts) or "layers" (every matrix of the decoder layers).
     """
@@ -29,11 +29,11 @@ class ModelSpec:
     """Layers, widths and vocabulary of a decoder-only model, with where they were read.
 
     `other_params` are weights outside layers, embeddings and output head (final norm, learned positions, tables).
-    `table_params` is the part of them that is looked up, never multiplied as a whole. `head_bias` adds a bias to
+    `table_params` is the part of them that is read by row, never multiplied as a whole. `head_bias` adds a bias to
     the output head. `weight_bytes` are those of the files as loaded in `dtype`, `file_bytes` those on disk, both None
-    when no file was read. `exact` tells whether the weights follow from a known architecture; those of a
-    hypothetical model are an estimate. `decoder` is what the engine would run, None for an architecture that does not
-    run; `refused` is every reason in the config itself why the engine would not load it.
+    when no file was read. `exact` is true where the weights follow from a known architecture; those of a hypothetical
+    model are an estimate. `decoder` is the config that the engine runs, None for an architecture that does not run;
+    `refused` lists every reason in the config why the engine refuses to load it.
     """
 
     name: str
@@ -92,7 +92,7 @@ class ModelSpec:
 
     @cached_property
     def active_params(self) -> int:
-        """Weights that take part in one token: all but the experts that were not chosen."""
+        """Weights that one token uses: all but the experts that were not chosen."""
         idle = sum(
             (layer.mlp.num_experts - layer.mlp.per_token) * layer.mlp.expert_params(self.hidden_size)
             for layer in self.layers
@@ -168,7 +168,7 @@ class ModelSpec:
 
     @cached_property
     def attention_kind(self) -> str:
-        """One word for how the layers attend: MHA, GQA-8, MQA, MLA, recurrent, or several joined by ` + `."""
+        """Kind of attention of the layers: MHA, GQA-8, MQA, MLA, recurrent, or several joined by ` + `."""
         kinds: list[str] = []
         for layer in self.layers:
             mixer = layer.mixer

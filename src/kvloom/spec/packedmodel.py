@@ -1,4 +1,4 @@
-"""PackedModel: the weights of a whole model as the CPU's kernels hold them, from its shape alone."""
+"""PackedModel: the bytes of a model's weights as the CPU kernels pack them, from its shape alone."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,7 +11,9 @@ from kvloom.spec.packing import FLOAT_BYTES, PACKINGS, Matrix, Packing, products
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model whose `layers`, `vocabulary` (embedding and output head) and `tables` are packed so; norms are float32.
+    """A model with the packings of its `layers`, `vocabulary` (embedding and output head) and `tables`.
+
+    Norms are float32.
 
     Bytes are those of the engine, padding included, unless there are `obstacles`: then they are an estimate.
     """
@@ -23,7 +25,7 @@ class PackedModel:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """What the layers multiply with; where the kernels know no such layer, matrices of as many weights."""
+        """Matrices of the layers; for a layer that the kernels do not run, matrices of as many weights."""
         hidden = self.model.hidden_size
         return tuple(matrix for layer in self.model.layers for matrix in _matrices(layer, hidden))
 
@@ -35,7 +37,7 @@ class PackedModel:
 
     @cached_property
     def obstacles(self) -> tuple[str, ...]:
-        """Every reason why the kernels do not run the model, and their packing is not known."""
+        """Every reason why the kernels do not run the model, so that the packing is not known."""
         if self.model.decoder is not None:
             return tuple(model_reasons(self.model.decoder))
         found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
@@ -50,7 +52,7 @@ class PackedModel:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of an output head of its own, 0 where the embedding serves."""
+        """Bytes of a separate output head, 0 where it is the embedding."""
         return 0 if self.model.tie_embeddings else self.vocabulary.held_bytes(self._head)
 
     @cached_property
@@ -154,7 +156,7 @@ def _small_params(layer: LayerSpec, hidden: int) -> int:
 
 
 def _obstacles(layer: LayerSpec) -> list[str]:
-    """Return every reason why the kernels do not run such a layer, of a model that no family describes."""
+    """Return every reason why the kernels do not run a layer of a model that belongs to no family."""
     mixer, mlp = layer.mixer, layer.mlp
     if not isinstance(mixer, Attention):
         return [f"it has {'latent attention' if isinstance(mixer, Latent) else 'recurrent layers'}"]

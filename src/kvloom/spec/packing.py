@@ -1,4 +1,4 @@
-"""Packing: the bytes of a matrix as the CPU's kernels hold it, by compute dtype.
+"""Packing: the bytes of a matrix as the CPU kernels pack it, by compute dtype.
 
 A matrix lies in panels of 32 outputs, a panel in rows of a few inputs of each. Inputs are cut into as many slices of
 equally many rows as keep the activations of a slice within 1536 bytes. Padding to whole panels and slices counts.
@@ -20,7 +20,7 @@ vocabulary's in the dtype of the model."""
 
 @dataclass(frozen=True)
 class Matrix:
-    """Shape of a weight that a layer multiplies with; a `gated` one holds gate and up, whose outputs lie in turn."""
+    """Shape of a weight matrix of a layer; a `gated` one holds gate and up, whose outputs alternate."""
 
     outputs: int
     inputs: int
@@ -43,8 +43,8 @@ class Matrix:
 class Packing:
     """A compute dtype: `bits` of a weight, scales of its group included.
 
-    `row_inputs` inputs of an output lie side by side, and meet activations of `activation_bytes` each. Of each output
-    `scale_bytes` are kept beside its weights, and `sum_bytes` that follow from them.
+    `row_inputs` inputs of an output lie side by side and are multiplied by activations of `activation_bytes` each. Each
+    output has `scale_bytes` beside its weights, and `sum_bytes` that follow from them.
     """
 
     bits: int

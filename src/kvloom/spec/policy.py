@@ -1,4 +1,4 @@
-"""PolicySpec: one string says which tokens are kept, when, and in which store. Torch-free and frozen.
+"""PolicySpec: a string names the tokens to keep, the times of eviction and the store. Torch-free and frozen.
 
 Grammar: `term (+ term)*`, a term being `name` or `name(key=value,...)`. At most one selector, budget and store;
 any number of refinements, triggers and actions in the order in which they act. A lone store is a policy too.
@@ -47,7 +47,7 @@ _FULL, _UNIFORM, _DROP = Term("full"), Term("uniform"), Term("drop")
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """Which tokens are evicted and how the rest is stored; `str()` gives the spelling that parses back to it.
+    """Which tokens are evicted and how the rest is stored; `str()` gives a string that parses to the same policy.
 
     `store` is None for the model's own dtype. `triggers` is never empty unless the selector is `full`.
     """
@@ -103,7 +103,7 @@ class PolicySpec:
         )
 
     def terms(self) -> Iterator[Term]:
-        """Yield the terms that differ from what a shorter spelling would mean, in canonical order."""
+        """Yield the terms that differ from the defaults, in canonical order."""
         if self.selector != _FULL or self.store is None:
             yield self.selector
         yield from self.refinements
@@ -158,7 +158,7 @@ class PolicySpec:
 
     @property
     def layers_skipped(self) -> int:
-        """First layers that the method leaves whole."""
+        """Number of first layers from which the method evicts nothing."""
         argument = METHODS.get(self.selector.name).skipped
         return 0 if argument is None else self.selector.number(argument)
 
@@ -169,7 +169,7 @@ class PolicySpec:
 
 
 def _default_budget(method: MethodSpec) -> Term:
-    """Return the budget of a selector that is given none."""
+    """Return the default budget of a selector."""
     name = method.default_budget
     return Term(name, _arguments(name, METHODS.get(name).params, None))
 
@@ -235,7 +235,7 @@ def _check_budget(text: str, selector: Term, method: MethodSpec) -> None:
 
 
 def _shown(term: Term) -> str:
-    """Return the spelling of `term` without what its defaults say already."""
+    """Return the spelling of `term` without arguments that equal their defaults."""
     if term.name in METHODS:
         params = METHODS.get(term.name).params
     else:

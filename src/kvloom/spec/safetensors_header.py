@@ -9,7 +9,7 @@ from pathlib import Path
 from kvloom.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-"""File that says which tensor lies in which file, where there are several."""
+"""Index that maps tensors to files, where there are several."""
 
 MAX_HEADER_BYTES = 100 << 20
 """Longest header that is read; the format allows 100 MB."""
@@ -24,7 +24,7 @@ _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "fl
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """What the headers say: bytes of all tensors, their number of elements, and the dtype of most bytes."""
+    """Totals of the headers: bytes of all tensors, their number of elements, and the dtype of most bytes."""
 
     num_bytes: int
     num_elements: int
@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
-    """Return the file that holds each tensor, as the index in `folder` says it; None where there is no index.
+    """Return the file of each tensor by the index in `folder`; None where there is no index.
 
     Raises `CheckpointError` for an index that is damaged or names files outside its folder or that are missing.
     """

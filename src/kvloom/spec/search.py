@@ -1,4 +1,4 @@
-"""Search for how much fits, where more of it never fits better."""
+"""Search for the largest number that fits, where every smaller number fits too."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 def largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
     """Return the largest number from `least`, at least 1, to `most` for which `fits`; None when `least` does not.
 
-    What fits must be all numbers up to some number. Doubles, then halves: about 2 log2(result / least) questions.
+    `fits` must be true up to some number and false above. Doubles, then halves: about 2 log2(result / least) calls.
     """
     if least > most or not fits(least):
         return None

@@ -1,4 +1,4 @@
-"""The shape of a model that runs, from its DecoderConfig: what a plan counts follows from what the decoder computes."""
+"""The shape of a model that runs, from its DecoderConfig, so that a plan counts what the decoder computes."""
 
 from typing import Any
 

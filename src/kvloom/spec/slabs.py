@@ -1,4 +1,4 @@
-"""What fits into an arena: slabs of 2 MiB, each of which serves blocks of one size at a time."""
+"""Capacity of an arena of slabs of 2 MiB, each of which holds blocks of one size at a time."""
 
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.search import largest
@@ -6,7 +6,7 @@ from kvloom.spec.store import SLAB_BYTES
 
 
 def slabs_of_request(kv: KVSpec, num_tokens: int, chunk: int) -> int:
-    """Return the slabs that one request of `num_tokens` takes in an empty arena: each serves blocks of one size."""
+    """Return the slabs that one request of `num_tokens` takes in an empty arena: each holds blocks of one size."""
     needs: dict[int, int] = {}
     for group in kv.groups:
         blocks = len(group.lanes) * kv.lane_blocks(num_tokens, group.window, chunk)
@@ -22,7 +22,7 @@ def longest_request(kv: KVSpec, num_bytes: int, chunk: int) -> int:
 
 
 def sure_bytes(kv: KVSpec, num_bytes: int) -> int:
-    """Return the bytes of blocks, of whatever mixture of sizes, that are sure to fit into an evacuated arena."""
+    """Return the bytes of blocks that certainly fit into an evacuated arena, for every mixture of sizes."""
     sizes = {group.block_bytes for group in kv.groups}
     slabs = num_bytes // SLAB_BYTES - (len(sizes) - 1)  # the last slab of each further size may be almost empty
     return max(0, slabs) * min(SLAB_BYTES // size * size for size in sizes)

@@ -1,6 +1,6 @@
 """Solo: the most KV bytes of a request that runs alone, whose steps are therefore known beforehand.
 
-Beside others a prompt gets whatever a step has left, so that only bounds are known; alone it is cut into whole chunks::
+Beside others a prompt gets the tokens that a step has left, so only bounds are known. Alone it gets whole chunks::
 
     prompt   | chunk | chunk | ... | chunk | rest |     then one token a step
 
@@ -34,9 +34,9 @@ def solo_peak(kv: KVSpec, policy: PolicySpec, prompt: int, output: int, chunk: i
 def _growing(kv: KVSpec, first: int, last: int, chunk: int) -> int:
     """Return the most bytes while tokens `first .. last - 1` are taken in steps of `chunk`, 0 when there are none.
 
-    Shifting a step by whole blocks adds as many blocks at its end as it frees behind a window, or more. Whole chunks
-    repeat their place in a block at the latest after as many steps as a block has tokens, so that the last of these
-    steps outweigh all before, and only they and the rest are looked at.
+    Shifting a step by whole blocks adds at least as many blocks at its end as it frees behind a window. The place of
+    whole chunks in a block repeats after at most as many steps as a block has tokens. So the last of these steps need
+    no less than all before, and only they and the rest are computed.
     """
     steps = -(-(last - first) // chunk)
     starts = (first + step * chunk for step in range(max(0, steps - kv.block_size - 1), steps))

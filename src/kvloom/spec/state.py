@@ -1,4 +1,4 @@
-"""LayerState: what one recurrent layer keeps of a request, however long its context is. Torch-free."""
+"""LayerState: the state of one recurrent layer for one request, of the same size at any length. Torch-free."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
 class LayerState:
     """`num_heads` states of `elements` numbers of `element_bytes` bytes, each in a block of its own.
 
-    A head is the unit because a whole layer need not fit a slab: 32 heads of 128 x 128 float32 are one exactly, and
-    with anything beside them they would not be.
+    A head is the unit because a whole layer may exceed a slab: 32 heads of 128 x 128 float32 fill one exactly, and
+    any further bytes would not fit.
     """
 
     layer: int

@@ -1,4 +1,4 @@
-"""What a block costs in each storage format: the one source of the bytes of a block."""
+"""Bytes of a block in each storage format; all other modules take them from here."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ SLAB_BYTES = 2 << 20
 class Side:
     """How one of K and V is stored.
 
-    `bits` are stored per element; `scale_bytes` are added per token of a lane. What is encoded together are `group`
-    tokens; with `group_bytes` every `group` elements add that much of scale and zero point, whichever way they run.
+    `bits` are stored per element; `scale_bytes` are added per token of a lane. `group` tokens are encoded together;
+    with `group_bytes` every `group` elements add that many bytes of scale and zero point, in either direction.
     """
 
     bits: int
@@ -34,7 +34,7 @@ class Side:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Bytes of one storage format, whose K and V may be stored unlike.
+    """Bytes of one storage format; K and V may be stored differently.
 
     `residual` is in tokens: how many of the newest stay in the native store.
     """

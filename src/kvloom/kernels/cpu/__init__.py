@@ -1,4 +1,4 @@
-"""The CPU kernels: C++ over lanes, packed weights and whole decoder steps. No torch inside; pointers go in."""
+"""The CPU kernels in C++: attention over lanes, products with packed weights, fused steps. They take pointers."""
 
 from kvloom.kernels.cpu.attention import Lanes, LayerShape, append, attention, key_mass, key_mass_of_layers
 from kvloom.kernels.cpu.decoder import NormWeights, StepDecoder

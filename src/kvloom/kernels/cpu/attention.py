@@ -27,7 +27,7 @@ class LayerShape(NamedTuple):
 
 
 class Lanes:
-    """The lane table as kernels see it. Keeps the arrays alive and reads them at every call, so they may change.
+    """The lane table for the kernels. Keeps the arrays alive and reads them at every call, so they may change.
 
     arena [bytes] uint8; table [num_seqs, num_lanes, num_columns] int32 addresses in granules of 128 bytes;
     begin, end [num_seqs, num_lanes] int32: visible slots of each lane, new tokens included. All C-contiguous.
@@ -50,11 +50,11 @@ class Lanes:
         self._end = end
 
     def set_segments(self, start: Ints, stores: Ints, last_column: Ints, names: Sequence[str]) -> None:
-        """Say which stores a lane's columns have, until this is called again.
+        """Set the stores of the lanes' columns, until this is called again.
 
-        Segments start[lane] .. start[lane + 1] - 1 of the flattened [num_seqs, num_lanes] follow each other; each goes
-        on to below its `last_column`, in the store `names[stores[segment]]`. "" is the store of the lanes, which is
-        also that of all columns behind the segments.
+        Segments start[lane] .. start[lane + 1] - 1 of the flattened [num_seqs, num_lanes] follow each other; each ends
+        before its `last_column` and has the store `names[stores[segment]]`. "" is the store of the lanes, which is also
+        that of all columns after the segments.
         """
         codes = np.array([STORE_ELEMENT.get(name or self.store) for name in names], np.int32)
         self.view.set_segments(start, codes[stores], last_column)
@@ -170,7 +170,7 @@ def key_mass(
     """Return sum over queries i and heads of the group of exp(score_ij - lse_i): [B, G, slots] float32.
 
     q [T, H, Dk] are rotated queries of each sequence's newest tokens, lse [T, H] float32 as `attention` wrote it.
-    The last dimension counts the lane's own slots, up to the longest lane; slots that nobody sees are 0.
+    The last dimension counts the lane's own slots, up to the longest lane; slots that no query attends to are 0.
     """
     _expect_tokens(cu_seqlens, q, shape.num_heads, shape.k_width, "q")
     if contiguous(lse, "lse", torch.float32).shape != (q.shape[0], shape.num_heads):

@@ -1,4 +1,4 @@
-"""StepDecoder: a whole decoder step, token ids in and logits out, in one call of the extension."""
+"""StepDecoder: a fused step, from token ids to logits, in one call of the extension."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class NormWeights:
-    """A norm ready to multiply: `weight` [D] float32, RMSNorm or, if `centred`, LayerNorm with a `bias` [D] or None."""
+    """A norm: `weight` [D] float32, RMSNorm or, if `centred`, LayerNorm with a `bias` [D] or None."""
 
     weight: torch.Tensor
     eps: float
@@ -54,11 +54,11 @@ class StepDecoder:
         )  # fmt: skip
 
     def set_output(self, output: PackedWeight, norm: NormWeights, scale: float = 1.0, softcap: float = 0.0) -> None:
-        """Have logits be `output` [vocab, hidden], the embedding or another, times the norm, times `scale`, capped."""
+        """Set the output product [vocab, hidden] (the embedding or another), the norm before it, scale and softcap."""
         self._build(self._decoder.set_output, output.packed, _norm(norm), scale, softcap)
 
     def add_rope(self, inverse_frequencies: torch.Tensor, amplitudes: torch.Tensor) -> int:
-        """Add a rotary embedding, theta [R] radians per position and what multiplies its cosines and sines [R]."""
+        """Add a rotary embedding: theta [R] radians per position, and the factor of its cosines and sines [R]."""
         index: int = self._build(self._decoder.add_rope, _floats(inverse_frequencies), _floats(amplitudes))
         return index
 
@@ -67,11 +67,11 @@ class StepDecoder:
         self._build(self._decoder.add_layer, tuple(shape))
 
     def add_norm(self, norm: NormWeights) -> None:
-        """Normalise the residual stream for the product of the part behind."""
+        """Normalise the residual stream for the product of the next part."""
         self._build(self._decoder.add_norm, _norm(norm))
 
     def add_heads(self, product: PackedWeight) -> None:
-        """Make q, k and v: product [(H + G) Dk + G Dv, hidden]."""
+        """Compute q, k and v: product [(H + G) Dk + G Dv, hidden]."""
         self._build(self._decoder.add_heads, product.packed)
 
     def add_append(
@@ -92,11 +92,11 @@ class StepDecoder:
         self._build(self._decoder.add_attend, *vectors, scale, softcap)
 
     def add_up(self, product: PackedWeight, activation: str) -> None:
-        """Make the inside of an MLP: activation(gate) * up of a gated product [2 I, hidden], else activation(up)."""
+        """Compute the inside of an MLP: activation(gate) * up of a gated product [2 I, hidden], else activation(up)."""
         self._build(self._decoder.add_up, product.packed, ACTIVATION[activation])
 
     def add_product(self, product: PackedWeight, *, of_attention: bool, norm: NormWeights | None = None) -> None:
-        """Add to the residual stream: product [hidden, H Dv] of what attention made, or [hidden, I] of the inside."""
+        """Add to the residual stream: product [hidden, H Dv] of attention's output, or [hidden, I] of the inside."""
         self._build(self._decoder.add_product, product.packed, of_attention, _norm(norm))
 
     def add_experts(self, experts: Experts, *, norm: NormWeights | None = None) -> None:
@@ -116,7 +116,7 @@ class StepDecoder:
             raise InvalidInputError(str(error)) from error
 
     def prepare(self, num_tokens: int) -> None:
-        """Make the buffers of steps of up to `num_tokens` tokens, and their pages, ahead of the first one."""
+        """Allocate the buffers of steps of up to `num_tokens` tokens, and their pages, before the first step."""
         follow_torch()
         self._decoder.prepare(num_tokens)
 

@@ -1,4 +1,4 @@
-"""Element codes shared with the extension, and the checks that stand before every raw pointer."""
+"""Element codes shared with the extension, and the checks before every raw pointer."""
 
 import torch
 

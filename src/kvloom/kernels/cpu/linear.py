@@ -9,11 +9,11 @@ from kvloom.kernels.cpu.threads import follow_torch
 
 PRODUCTS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_fp32": 3, "w8a8": 4, "fp16": 5, "int4": 6, "int4_fp32": 7}
 """Compute dtypes of a product: the weight's, and for int8 and int4 ("weight-only") bf16 or float32 activations.
-"w8a8" quantises each row of activations when it arrives. "fp16" has float32 activations. Sums are float32 (int32
+"w8a8" quantises each row of activations at the call. "fp16" has float32 activations. Sums are float32 (int32
 in w8a8)."""
 
 MXFP4_PRODUCTS = {"mxfp4": 8, "mxfp4_fp32": 9}
-"""The same of weights that come in MXFP4 (`PackedWeight.of_mxfp4`) and stay so: bf16 or float32 activations."""
+"""The same for weights that are kept in MXFP4 (`PackedWeight.of_mxfp4`): bf16 or float32 activations."""
 
 
 class PackedWeight:
@@ -63,7 +63,7 @@ class PackedWeight:
         gated: bool = False,
         bias: torch.Tensor | None = None,
     ) -> "PackedWeight":
-        """Return a weight [N, K] that is kept as it is given: codes [N, K / 32, 16] and exponents [N, K / 32] in uint8.
+        """Return a weight [N, K] kept in MXFP4: codes [N, K / 32, 16] and exponents [N, K / 32] in uint8.
 
         The format is that of `models.mxfp4`; `product` is one of `MXFP4_PRODUCTS`. `gated` and `bias` as above.
         """
@@ -92,7 +92,7 @@ class PackedWeight:
         return self.packed.num_bytes
 
     def row(self, index: int) -> torch.Tensor:
-        """Return row `index` [K] of an ungated weight in float32, as the kernels see it."""
+        """Return row `index` [K] of an ungated weight in float32, with the values that the kernels multiply."""
         if self.gated:
             raise InvalidInputError("rows of a gated weight cannot be read back")
         out = torch.empty(self.shape[1])

@@ -1,4 +1,4 @@
-"""What this processor offers the kernels: instruction set, measured bandwidth and peak."""
+"""Facts about this processor for the kernels: instruction set, measured bandwidth and peak."""
 
 import torch
 
@@ -34,6 +34,6 @@ def read_bandwidth(memory: torch.Tensor) -> float:
 
 
 def peak_flops(product: str, iterations: int = 20000) -> float:
-    """Return operations per second of register-tile products out of the first cache: "fp32", "bf16" or "int8"."""
+    """Return operations per second of register-tile products from the first-level cache: "fp32", "bf16" or "int8"."""
     follow_torch()
     return _ext.peak_flops(PRODUCT_CODE[product], iterations)

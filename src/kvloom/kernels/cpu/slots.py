@@ -1,8 +1,8 @@
 """Single slots of blocks: write, read back, move. No other module depends on the layout inside a block.
 
 A block of P slots holds K as [Dk / e][P][e] and V as [P / e][Dv][e], with e = 2 in bf16, 4 in int8 and 1 in float32
-and float16; int8 codes are followed by float32 scales, K [P] then V [P]. Keys are so the right-hand side of a
-product over the width, values of a product over the slots, without rearranging.
+and float16; int8 codes are followed by float32 scales, K [P] then V [P]. So keys are the right-hand side of a
+product over the width, and values that of a product over the slots, without rearranging.
 """
 
 import numpy as np

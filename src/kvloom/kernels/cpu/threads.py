@@ -1,17 +1,17 @@
-"""How many threads the kernels use: what they were told last, whether by `set_num_threads` here or by torch's.
+"""The number of kernel threads: the one set last, by `set_num_threads` here or by torch's.
 
-The kernels have their own threads, which sleep when there is nothing to do. The number is `OMP_NUM_THREADS`, or that
-of the cores that this process may use, until somebody sets another.
+The kernels have their own threads, which sleep when idle. Before anything is set, the number is `OMP_NUM_THREADS`, or
+that of the cores that this process may use.
 """
 
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.kernels.threads import asked_threads
 
-_torch_threads = asked_threads()  # what torch was told when the kernels last looked
+_torch_threads = asked_threads()  # torch's setting at the last kernel call
 
 
 def follow_torch() -> None:
-    """Use as many threads as torch does if that number was changed since the last look. Every kernel call looks."""
+    """Use as many threads as torch if torch's number has changed since the last call. Every kernel call calls this."""
     global _torch_threads
     count = asked_threads()
     if count != _torch_threads:

@@ -12,7 +12,7 @@ from kvloom.spec.layer import Attention, Latent
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a topic comes to for one question; every number in `lines` and `rows` that matters is in `figures`."""
+    """One topic with the numbers of one question; every important number in `lines` and `rows` is in `figures`."""
 
     topic: str
     title: str

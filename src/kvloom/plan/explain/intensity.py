@@ -1,4 +1,4 @@
-"""Arithmetic intensity of decode, and where it stops being bound by memory."""
+"""Arithmetic intensity of decode, and the batch from which it is bound by arithmetic."""
 
 from kvloom.plan.explain.explanation import Explanation, attending
 from kvloom.plan.figure import Figure
@@ -9,7 +9,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def intensity(asked: Question) -> Explanation:
-    """Return operations per byte of a decode step over the batch, against what the device can do per byte."""
+    """Return operations per byte of a decode step over the batch, beside the operations per byte of the device."""
     mixers = attending(asked, "intensity")
     roof = Roofline(asked)
     ridge, turn = roof.ridge, roof.compute_bound_batch
@@ -33,12 +33,12 @@ def intensity(asked: Question) -> Explanation:
     ]
     figures = {"intensity": Figure(roof.intensity(asked.users), "FLOP/byte", "exact", f"batch {asked.users}")}
     if ridge is None:
-        lines.append("The speed of this device is not known, so where arithmetic becomes the limit is not either.")
+        lines.append("The speed of this device is not known, so the batch from which arithmetic is the limit is not.")
     else:
         figures["ridge"] = Figure(ridge, "FLOP/byte", roof.speed_label, f"peak over bandwidth of {asked.device.name}")
         lines.append(f"{asked.device.name} does {ridge:.0f} operations in the time of one byte.")
         if roof.peak_stands_in:
-            lines.append(f"Its peak for 8-bit activations is not known: that of {asked.dtype} stands in for it.")
+            lines.append(f"Its peak for 8-bit activations is not known; that of {asked.dtype} is used.")
         if turn is None:
             lines.append(f"At {asked.context} tokens no batch is bound by arithmetic: reading K and V keeps decode "
                          "bound by "

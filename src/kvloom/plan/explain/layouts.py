@@ -1,4 +1,4 @@
-"""Where the bytes of a token lie: heads first, tokens first, or in blocks."""
+"""Layouts of K and V in memory: heads first, tokens first, or in blocks."""
 
 from kvloom.errors import InvalidInputError
 from kvloom.plan.explain.explanation import Explanation, attending, count
@@ -41,7 +41,7 @@ def layouts(asked: Question) -> Explanation:
             "the others.",
             f"Blocks of one head: runs of {asked.block_size} tokens that lie anywhere. A head that drops tokens "
             "gives blocks "
-            f"back ({format_bytes(block)} each, K and V) without the others noticing, and a prefix is shared by "
+            f"back ({format_bytes(block)} each, K and V) and the other heads are unchanged, and a prefix is shared by "
             "pointing to "
             "its blocks.",
         ),

@@ -9,10 +9,10 @@ from kvloom.units import format_bytes
 
 
 def preallocation(asked: Question) -> Explanation:
-    """Compare the KV that a request uses with what is reserved for it, contiguously for the longest and in blocks.
+    """Compare the KV that a request uses with its reservation, contiguous for the longest request or in blocks.
 
-    A contiguous cache must reserve the longest request that may come; blocks waste at most `block_size - 1` tokens
-    in each lane.
+    A contiguous cache must reserve the longest possible request; blocks waste at most `block_size - 1` tokens in each
+    lane.
     """
     kv = asked.whole_kv
     if kv is None:
@@ -37,7 +37,7 @@ def preallocation(asked: Question) -> Explanation:
         f"A cache in one piece must be reserved for the longest request, {count(longest)} tokens: "
         f"{format_bytes(reserved)}. "
         f"A request of {asked.context} tokens uses {format_bytes(used(asked.context))} of it; "
-        f"{1 - used(asked.context) / reserved:.1%} stands empty.",
+        f"{1 - used(asked.context) / reserved:.1%} is unused.",
         f"In blocks of {asked.block_size} tokens the same request takes {format_bytes(paged)}: only the last block "
         "of each "
         f"of its {kv.num_lanes} lanes can be partly empty, at most {asked.block_size - 1} tokens.",

@@ -1,4 +1,4 @@
-"""How far information travels through windows stacked in layers."""
+"""The distance over which stacked windows pass information."""
 
 from kvloom.plan.explain.explanation import Explanation, attending, count
 from kvloom.plan.figure import Figure
@@ -6,10 +6,10 @@ from kvloom.plan.question import Question
 
 
 def reach(asked: Question) -> Explanation:
-    """Return how far back the last token can be influenced, layer by layer.
+    """Return how many tokens before the last one can influence it, layer by layer.
 
-    A window of w tokens counts the query itself, so one layer carries information w - 1 tokens; a layer without a
-    window carries it from anywhere.
+    A window of w tokens counts the query itself, so one layer passes information on over w - 1 tokens; a layer without
+    a window passes it on from any token.
     """
     attending(asked, "reach")
     layers = asked.model.layers

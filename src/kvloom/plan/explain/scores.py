@@ -1,4 +1,4 @@
-"""The n x n matrix of scores that is never built."""
+"""The size of the n x n score matrix, which kernels never store as a whole."""
 
 from kvloom.plan.explain.explanation import Explanation, attending, count
 from kvloom.plan.figure import Figure

@@ -1,4 +1,4 @@
-"""Families of models that run, by what their configs say. Torch-free; their weights are in `kvloom.models.families`."""
+"""Families of models that run, as readers of configs. Torch-free; their weights are in `kvloom.models.families`."""
 
 from collections.abc import Mapping
 from typing import Any

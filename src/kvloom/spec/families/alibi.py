@@ -1,4 +1,4 @@
-"""BLOOM and MPT: no position but a penalty on distance, of each head its own (ALiBi)."""
+"""BLOOM and MPT: no position embedding; each head subtracts a penalty proportional to distance (ALiBi)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -37,7 +37,7 @@ def _bloom(reader: ConfigReader) -> DecoderConfig:
 
 
 def _mpt_slopes(num_heads: int, most: float) -> tuple[float, ...]:
-    """Return 2 ** (-most h / P) of the power of two P from the heads on: where P is more, every other slope first."""
+    """Return 2 ** (-most h / P), P the least power of two >= heads; if P > heads, even h come before odd ones."""
     power = 1 << (num_heads - 1).bit_length()
     slopes = [2.0 ** (-most * (i + 1) / power) for i in range(power)]
     return tuple((slopes if power == num_heads else [*slopes[1::2], *slopes[::2]])[:num_heads])

@@ -1,4 +1,4 @@
-"""What the older families share: LayerNorm, a plain MLP, and entries by other names."""
+"""Common config of the older families: LayerNorm, a plain MLP, and other names of entries."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -29,7 +29,7 @@ def _cohere(reader: ConfigReader) -> DecoderConfig:
 
 
 def _cohere2(reader: ConfigReader) -> DecoderConfig:
-    """Every fourth layer sees all tokens, and has no positions; the others have a window."""
+    """Every fourth layer attends to all tokens and has no positions; the others have a window."""
     pattern = reader.integer("sliding_window_pattern", 4)
     config = _parallel(reader, "cohere2", layer_windows(reader, lambda i: bool((i + 1) % pattern)))
     layers = (layer if layer.window is not None else replace(layer, rope=None) for layer in config.layers)

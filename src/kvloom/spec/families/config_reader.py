@@ -1,4 +1,4 @@
-"""ConfigReader: typed access to a checkpoint's config that collects every fault before it complains."""
+"""ConfigReader: typed access to a checkpoint's config that collects every fault and reports all at once."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class ConfigReader:
         self._refused: list[str] = []
 
     def get(self, key: str) -> Any:
-        """Return the entry as it is, or None, and note that it was asked for."""
+        """Return the raw entry, or None, and record that it was read."""
         self.read.add(key)
         return self._values.get(key)
 
@@ -69,12 +69,12 @@ class ConfigReader:
         return tuple(dict.fromkeys(i for i in ids if i >= 0))
 
     def wrong(self, key: str, expected: str, value: object) -> None:
-        """Note that an entry is malformed."""
+        """Record that an entry is malformed."""
         got = "missing" if value is None else f"{value!r}"
         self._wrong.append(f"{key} is {got}, expected {expected}")
 
     def refuse(self, reason: str) -> None:
-        """Note something that kvloom does not support."""
+        """Record a property that kvloom does not support."""
         self._refused.append(reason)
 
     def refuse_if_set(self, *keys: str) -> None:
@@ -85,7 +85,7 @@ class ConfigReader:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """What was refused so far."""
+        """Reasons of refusal so far."""
         return tuple(self._refused)
 
     def check_entries(self) -> None:

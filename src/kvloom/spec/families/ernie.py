@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense: Llama whose heads rotate pairs of neighbours; one flag gives all its projections biases."""
+"""ERNIE 4.5, dense: Llama with rotation of neighbouring pairs; one flag adds biases to all projections."""
 
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families.config_reader import ConfigReader

@@ -45,7 +45,7 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
 
 
 def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:
-    """Tell 7B from the others by its one KV head, and 40B from 11B by its second norm; GGUF has no other kinds."""
+    """Distinguish 7B by its one KV head, and 40B from 11B by its second norm; GGUF has no other kinds."""
     config["bias"] = "blk.0.attn_qkv.bias" in names
     config["new_decoder_architecture"] = config.get("num_kv_heads", 1) > 1
     config["num_ln_in_parallel_attn"] = 2 if "blk.0.attn_norm_2.weight" in names else 1

@@ -1,4 +1,4 @@
-"""FamilyConfig: what a kind of model calls its config entries, and what they mean. Torch-free."""
+"""FamilyConfig: the names and the meaning of the config entries of a kind of model. Torch-free."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ GGUF_CONFIG_KEYS: dict[str, str] = {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
 }
-"""Metadata of a GGUF file, after the architecture's prefix, to the entry of a config.json that means the same."""
+"""Metadata of a GGUF file, after the architecture's prefix, to the equivalent entry of a config.json."""
 
 GGUF_EXPERT_KEYS: dict[str, str] = {
     **GGUF_CONFIG_KEYS,
@@ -46,7 +46,7 @@ _NAMES = {"architectures", "model_type"}
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """One kind of model, as far as its config says it.
+    """One kind of model, as described by its config.
 
     `architectures` and `model_types` are its names in a config.json, `gguf_architecture` the one in a GGUF file, None
     where kvloom reads no GGUF files of it.

@@ -1,4 +1,4 @@
-"""Gemma 2: windows on every other layer, norms around every block, soft caps on scores and logits."""
+"""Gemma 2: windows on every second layer, norms around every block, soft caps on scores and logits."""
 
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families.config_reader import ConfigReader

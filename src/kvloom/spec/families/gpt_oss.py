@@ -1,4 +1,4 @@
-"""gpt-oss: learned sinks, windows on every other layer, experts with biases and a clamped gate."""
+"""gpt-oss: learned sinks, windows on every second layer, experts with biases and a clamped gate."""
 
 from collections.abc import Collection
 from dataclasses import replace

@@ -1,11 +1,11 @@
 """Granite 3: Llama with multipliers on embeddings, scores, residuals and logits; dense, or with experts.
 
-What attention and MLP add to the residual stream x is multiplied by r. All that reads x are RMSNorms, which take no
-notice of a factor if their epsilon has it too: the decoder runs on x / r, which adds without a multiplier,
+The outputs of attention and MLP are multiplied by r before they are added to the residual stream x. Only RMSNorms read
+x, and a common factor of x and the root of epsilon cancels in them. So the decoder runs on x / r, without a multiplier,
 
     norm(x) = x / sqrt(mean(x ** 2) + eps) = y / sqrt(mean(y ** 2) + eps / r ** 2)   with y = x / r.
 
-Policies that ask for the input of a layer are shown y, beside which what attention adds has its true size.
+Policies that use the input of a layer get y, to which the output of attention is added unscaled.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ def _granite(reader: ConfigReader) -> DecoderConfig:
 
 
 def _granite_moe(reader: ConfigReader) -> DecoderConfig:
-    """Shares of experts are the softmax over those chosen, which is the softmax over all divided by their sum."""
+    """Weights of experts are the softmax over those chosen, which is the softmax over all divided by its sum there."""
     experts = ExpertsConfig(
         reader.integer("num_local_experts"),
         reader.integer("num_experts_per_tok"),

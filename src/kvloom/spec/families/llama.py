@@ -1,4 +1,4 @@
-"""Llama: Llama 1 to 3, SmolLM2 and other models of the same mathematics."""
+"""Llama: Llama 1 to 3, SmolLM2 and other models of the same architecture."""
 
 from collections.abc import Collection
 from typing import Any
@@ -15,7 +15,7 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
 
 
 _WINDOW = "window_of_all_layers"
-"""Entry that no config.json has: GGUF files call Mistral a llama, and a window in their metadata is of all layers."""
+"""Entry that no config.json has: GGUF files of Mistral name llama, and their window holds for all layers."""
 
 
 def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:

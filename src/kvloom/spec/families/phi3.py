@@ -12,7 +12,7 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
         "phi3",
         all_windowed(reader),
         partial=True,
-        rope_aliases={"su": "longrope", "yarn": "longrope"},  # what early Phi-3 files call it
+        rope_aliases={"su": "longrope", "yarn": "longrope"},  # names in early Phi-3 files
         attention_bias=False,
         output_bias=False,
     )

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3: biases on q, k and v in the former, norms of q and k in the latter, windows where asked."""
+"""Qwen2, Qwen2.5 and Qwen3: biases on q, k and v in the former, norms of q and k in the latter, optional windows."""
 
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families.config_reader import ConfigReader

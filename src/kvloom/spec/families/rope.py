@@ -11,7 +11,7 @@ Values = dict[str, float]
 
 
 class RopeReader:
-    """Numbers of one rotary embedding; what is missing or malformed is noted in `reader` and stands for one."""
+    """Numbers of one rotary embedding; a missing or malformed one is recorded in `reader` and counts as 1."""
 
     def __init__(self, reader: ConfigReader, params: Mapping[str, Any], kind: str, max_position: int) -> None:
         self.reader, self.params, self.kind, self.max_position = reader, params, kind, max_position
@@ -27,7 +27,7 @@ class RopeReader:
         return float(value)
 
     def original(self) -> float:
-        """Return the context length of training: beside the rope entries, among them, or the model's length."""
+        """Return the context length of training: from the config, from its rope entries, else the model's length."""
         beside = self.reader.get("original_max_position_embeddings")
         return float(beside) if isinstance(beside, int) else self.number(_ORIGINAL, float(self.max_position))
 
@@ -84,7 +84,7 @@ def _yarn(read: RopeReader) -> Values:
 
 
 def _longrope(read: RopeReader) -> Values:
-    """LongRoPE's amplitude is sqrt(1 + ln(factor) / ln(original)), factor being how much the context was extended."""
+    """LongRoPE's amplitude is sqrt(1 + ln(factor) / ln(original)), with the factor of the context's extension."""
     original = read.original()
     factor = read.number("factor", read.max_position / original)
     amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
@@ -99,7 +99,7 @@ ROPE_KINDS: dict[str, Callable[[RopeReader], Values]] = {
     "dynamic": _dynamic,
     "longrope": _longrope,
 }
-"""Supported kinds of rotary embedding, with what reads the numbers of each."""
+"""Supported kinds of rotary embedding, with the function that reads the numbers of each."""
 
 ROPE_ALIASES = {"su": "longrope"}
 """Older names of kinds of rotary embedding."""
@@ -116,8 +116,8 @@ def rope_config(
 ) -> RopeConfig:
     """Return the rotary embedding that `params` describe, with base `theta` unless they name their own.
 
-    Families that rotate only a part of each head (`partial`, of `head_dim`) say so in `partial_rotary_factor`; in
-    others it is refused, as are unsupported kinds. Missing parameters are faults; both go to `reader`.
+    In families that rotate a part of each head (`partial`, of `head_dim`) `partial_rotary_factor` gives the part; in
+    others it is refused, as are unsupported kinds. Missing parameters are faults; both are recorded in `reader`.
     """
     named = params.get("rope_type", params.get("type")) or "default"
     kind = aliases.get(named, named) if isinstance(named, str) else named
@@ -169,7 +169,7 @@ def rope_params(reader: ConfigReader, layer_type: str | None = None) -> dict[str
 
 
 def longest_position(rope: RopeConfig, max_position: int) -> int:
-    """Return how many positions a model of `max_position` is good for with `rope`.
+    """Return the context length of a model of `max_position` with `rope`.
 
     YaRN and dynamic NTK extend the original context by their factor, and many configs name only the original one.
     """

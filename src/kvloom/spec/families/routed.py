@@ -44,7 +44,7 @@ def _qwen3_moe(reader: ConfigReader) -> DecoderConfig:
 
 
 def _normalised(config: dict[str, Any], names: Collection[str]) -> None:
-    """Add that the shares of the chosen experts sum to one, in every layer: GGUF files of this family have no other."""
+    """Add that the weights of the chosen experts sum to one in every layer, as in all GGUF files of this family."""
     config["norm_topk_prob"] = True
 
 

@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama whose projections before and after attention have biases of their own accord."""
+"""Seed-OSS: Llama with separate flags for biases before and after attention."""
 
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families.config_reader import ConfigReader

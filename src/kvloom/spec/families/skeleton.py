@@ -1,4 +1,4 @@
-"""The skeleton that most families share: RMSNorm, gated MLP, rotary positions. Each family says what it changes."""
+"""The skeleton of most families: RMSNorm, gated MLP, rotary positions. Each family names its differences."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -58,7 +58,7 @@ def skeleton(
 ) -> DecoderConfig:
     """Return the config of a model with the skeleton; `changes` are entries of `DecoderConfig` that differ.
 
-    `partial` says that the family may rotate a part of each head only, `rope_aliases` what it calls kinds of rope.
+    `partial` allows rotation of a part of each head, `rope_aliases` maps the family's names of kinds of rope.
     """
     width, num_heads = head_dim(reader), reader.integer("num_attention_heads")
     rope = rope_config(
@@ -96,4 +96,4 @@ def skeleton(
 
 
 def nothing_implied(config: dict[str, Any], names: Collection[str]) -> None:
-    """Leave a config made from GGUF metadata as it is: it names all that a config.json does."""
+    """Change nothing: the GGUF metadata of the family hold all entries of a config.json."""

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama where every fourth layer has no positions at all."""
+"""SmolLM3: Llama where every fourth layer has no position encoding."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from kvloom.spec.families.skeleton import layer_windows, nothing_implied, skelet
 
 
 def _rotates(reader: ConfigReader) -> list[bool]:
-    """Return for each layer whether it has a rotary embedding: one in `no_rope_layers` means that it has."""
+    """Return for each layer whether it has a rotary embedding: 1 in `no_rope_layers` means that it has one."""
     count = reader.integer("num_hidden_layers")
     given = reader.get("no_rope_layers")
     if given is None:

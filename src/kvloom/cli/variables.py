@@ -8,7 +8,7 @@ from kvloom.cli.command import Group
 PREFIX = "KVLOOM_"
 
 
-def misspelt_twins(environment: Iterable[str], cli: Group) -> list[str]:
+def misspelt_variables(environment: Iterable[str], cli: Group) -> list[str]:
     """Return a warning for each variable of `environment` whose name is nearly, but not quite, that of a flag."""
     flags = {flag for _, command in cli.leaves() for flag in command.flags}
     known = sorted(flag.upper().replace("-", "_") for flag in flags)
