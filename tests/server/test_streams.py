@@ -3,7 +3,8 @@
 import asyncio
 
 from harness.serving import complete, converse
-from kvloom.server.eventstream import COMPLETIONS, EventStream
+from kvloom.server.dialect import COMPLETIONS
+from kvloom.server.eventstream import EventStream
 from kvloom.server.watchdog import Watchdog
 
 TOOLS = [{"type": "function", "function": {"name": "x"}}]

@@ -169,8 +169,11 @@ def test_calls_are_read_the_same_however_the_text_is_cut(size):
     )
     reader, content, pieces = ToolCallReader(), "", []
     for start in range(0, len(text), size):
-        more, found = reader.read(text[start : start + size], start + size >= len(text))
-        content, pieces = content + more, pieces + found
+        for piece in reader.read(text[start : start + size], start + size >= len(text)):
+            if isinstance(piece, str):
+                content += piece
+            else:
+                pieces.append(piece)
     assert content == "well  and <tool_call>no call</tool_call> < end"
     read = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in reader.calls]
     assert read == [("add", call["arguments"]), ("late", {"z": 1})]
@@ -182,20 +185,21 @@ def test_calls_are_read_the_same_however_the_text_is_cut(size):
 
 def test_arguments_are_told_as_they_come():
     reader = ToolCallReader()
-    assert reader.read('<tool_call>{"name": "a", "argum', False) == ("", [])
-    _, [begun, piece] = reader.read('ents": {"x": "lo', False)
+    assert reader.read('<tool_call>{"name": "a", "argum', False) == []
+    [begun, piece] = reader.read('ents": {"x": "lo', False)
     assert (begun["function"], piece["function"]) == ({"name": "a", "arguments": ""}, {"arguments": '{"x": "lo'})
-    assert reader.read("ng", False)[1][0]["function"]["arguments"] == "ng"
+    assert reader.read("ng", False)[0]["function"]["arguments"] == "ng"
 
 
 def test_only_the_first_call_is_kept_where_one_is_asked_for():
     one = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
     reader = ToolCallReader(only_first=True)
-    _, pieces = reader.read(one + one.replace('"a"', '"b"') + "x", True)
+    *pieces, after = reader.read(one + one.replace('"a"', '"b"') + "x", True)
     assert [call["function"]["name"] for call in reader.calls] == ["a"] and {p["index"] for p in pieces} == {0}
+    assert after == "x"
 
 
 def test_what_is_no_call_at_the_end_is_content():
     reader = ToolCallReader()
-    assert reader.read("a<tool_call>{", False) == ("a", [])
-    assert reader.read('"x"', True) == ('<tool_call>{"x"', [])
+    assert reader.read("a<tool_call>{", False) == ["a"]
+    assert reader.read('"x"', True) == ['<tool_call>{"x"']

@@ -11,9 +11,10 @@ from starlette.types import ASGIApp
 
 from kvloom.engine.params import SamplingParams
 from kvloom.server.answer import Delta, Update
-from kvloom.server.eventstream import COMPLETIONS, event
+from kvloom.server.bodies import COMPLETION
+from kvloom.server.dialect import COMPLETIONS, event
 from kvloom.server.exchange import Context, encode_large_json
-from kvloom.server.fields import COMPLETION, Body
+from kvloom.server.fields import Body
 from kvloom.server.job import respond_with
 from kvloom.server.logprobs import LogprobFormat
 from kvloom.server.queue import Place

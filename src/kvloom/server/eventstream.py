@@ -2,44 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
-from kvloom.server.exchange import ClientGoneError, encode_json
+from kvloom.server.dialect import Dialect
+from kvloom.server.exchange import ClientGoneError
 from kvloom.server.refusal import Refusal
 from kvloom.server.watchdog import StalledError, Watch, Watchdog
 
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
-
 
 SILENCE_SECONDS = 10.0
 """After so long without a byte a comment is sent: proxies and clients give up silent connections."""
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How a stream ends and how it says that something went wrong, which differs between APIs."""
-
-    end: bytes
-    failure: Callable[[Refusal], bytes]
-
-
-def event(value: Any) -> bytes:
-    """Return one event that carries `value` as JSON."""
-    return b"data: " + encode_json(value) + b"\n\n"
-
-
-def named_event(value: dict[str, Any]) -> bytes:
-    """Return one event that carries `value` as JSON, under the name in its `type`."""
-    return b"event: " + str(value["type"]).encode() + b"\n" + event(value)
-
-
-COMPLETIONS = Dialect(DONE, lambda refusal: event(refusal.body()))
-"""What OpenAI's completions and conversations say."""
 
 
 class EventStream:

@@ -1,4 +1,4 @@
-"""Fields of the request bodies: one table from which they are checked, warned about, refused and documented."""
+"""Fields of request bodies: tables from which they are checked, warned about, refused and documented."""
 
 import enum
 import reprlib
@@ -7,32 +7,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from kvloom.engine.params import MAX_LOGPROBS, MAX_STOP_STRINGS
 from kvloom.registry import nearest
 from kvloom.server.refusal import Refusal, bad_field
-from kvloom.server.values import (
-    AnyOf,
-    Anything,
-    Boolean,
-    Integer,
-    Kind,
-    ListOf,
-    Number,
-    Object,
-    Text,
-    TokenIds,
-    Verbatim,
-)
+from kvloom.server.values import Anything, Kind
 
-MAX_N = 256
-MAX_STOP_CHARS = 1024
-MAX_NAME_CHARS = 256
-MAX_PROMPTS = 1024
-MAX_MESSAGES = 4096
-MAX_LOGIT_BIASES = 1024
 MAX_WARNINGS = 16
-MAX_BAD_WORDS = 256
-MAX_CHOICES = 1024
 
 
 class Effect(enum.Enum):
@@ -46,13 +25,14 @@ class Effect(enum.Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a body; `neutral` values of a refused field ask for nothing and pass."""
+    """One field of a body; `neutral` values of a refused or warned field ask for nothing and pass."""
 
     name: str
     kind: Kind
     doc: str
     effect: Effect = Effect.USED
     neutral: tuple[Any, ...] = ()
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,215 +50,44 @@ class Body:
         return self.values.get(name, default)
 
 
-def _table(*fields: Field) -> dict[str, Field]:
-    return {entry.name: entry for entry in fields}
+def table(*entries: Field) -> dict[str, Field]:
+    """Return `entries` by name."""
+    return {entry.name: entry for entry in entries}
 
 
-def _none(name: str, doc: str) -> Field:
+def unneeded(name: str, doc: str) -> Field:
+    """Return a field that is informational for others and cannot change the answer."""
     return Field(name, Anything(), doc, Effect.NONE)
 
 
-def _warned(name: str, doc: str) -> Field:
-    return Field(name, Anything(), doc, Effect.WARNED)
+def warned(name: str, doc: str, *neutral: Any) -> Field:
+    """Return a field that is a wish which is not followed and does not change the answer."""
+    return Field(name, Anything(), doc, Effect.WARNED, neutral)
 
 
-def _refused(name: str, doc: str, *neutral: Any) -> Field:
+def refused(name: str, doc: str, *neutral: Any) -> Field:
+    """Return a field that would change the answer and is not supported."""
     return Field(name, Anything(), doc, Effect.REFUSED, neutral)
 
 
-STREAM_OPTIONS = Object({"include_usage": Boolean(), "continuous_usage_stats": Boolean()})
-
-CHOICES = ListOf(Text(least=1), MAX_CHOICES, 1)
-FORM = Object(
-    {
-        "json": AnyOf((Verbatim(), Text())),
-        "regex": Text(),
-        "choice": CHOICES,
-        "grammar": Text(),
-        "json_object": Boolean(),
-        "disable_any_whitespace": Boolean(),
-    },
-    open=True,
-)
-FORMAT = Object(
-    {
-        "type": Text(choices=("text", "json_object", "json_schema")),
-        "json_schema": Object(
-            {
-                "schema": Verbatim(),
-                "json_schema": Verbatim(),
-                "name": Text(),
-                "strict": Boolean(),
-                "description": Text(),
-            }
-        ),
-    },
-    required=("type",),
-)
-
-MESSAGE = Object(
-    {
-        "role": Text(least=1, most=64),
-        "content": AnyOf((Text(), ListOf(Object({"type": Text(), "text": Text()}, required=("type",))))),
-    },
-    required=("role",),
-    open=True,
-)
-TOOLS = ListOf(Object({"type": Text()}, required=("type",), open=True), 128)
-TOOL_CHOICE = AnyOf((Text(), Object({"type": Text(), "function": Object({"name": Text()})})))
-
-SAMPLING = _table(
-    Field("model", Text(most=MAX_NAME_CHARS), "A served model name; the first one when absent."),
-    Field("n", Integer(1, MAX_N), "Answers to each prompt; the prompt is computed once."),
-    Field("temperature", Number(0.0, 100.0), "0 takes the likeliest token."),
-    Field("top_p", Number(0.0, 1.0), "Sample among the likeliest tokens that together have this probability."),
-    Field("top_k", Integer(-1), "Sample among the K likeliest tokens; 0 and -1 are all."),
-    Field("min_p", Number(0.0, 1.0), "Sample among tokens with this share of the best one's probability."),
-    Field("seed", Integer(), "Makes sampling repeatable."),
-    Field("max_tokens", Integer(-1), "Most tokens of one answer; -1: as many as there is room for."),
-    Field("min_tokens", Integer(0), "No end of sequence and no stop before so many tokens."),
-    Field(
-        "stop",
-        AnyOf((Text(MAX_STOP_CHARS, 1), ListOf(Text(MAX_STOP_CHARS, 1), MAX_STOP_STRINGS))),
-        "End the answer before any of these texts.",
-    ),
-    Field("stop_token_ids", ListOf(Integer(0), 1024), "End the answer at any of these tokens."),
-    Field("include_stop_str_in_output", Boolean(), "Keep the stop text in the answer."),
-    Field("ignore_eos", Boolean(), "Go on past the model's end of sequence."),
-    Field("presence_penalty", Number(-2.0, 2.0), "Subtracted from tokens that the answer has already."),
-    Field("frequency_penalty", Number(-2.0, 2.0), "Subtracted once per earlier use in the answer."),
-    Field("repetition_penalty", Number(0.01, 100.0), "Divides the score of tokens in prompt or answer."),
-    Field("logit_bias", Object(), "Added to the scores of tokens, by token id."),
-    Field("skip_special_tokens", Boolean(), "Leave control tokens out of the text."),
-    Field("prompt_logprobs", Integer(0, MAX_LOGPROBS), "Log-probabilities of the prompt's tokens and of the K best."),
-    Field("stream", Boolean(), "Send the answer as server-sent events while it grows."),
-    Field("stream_options", STREAM_OPTIONS, "`include_usage` adds a last event with the usage."),
-    Field("return_token_ids", Boolean(), "Add `prompt_token_ids` and `token_ids` to the answer."),
-    Field("return_tokens_as_token_ids", Boolean(), "Name tokens `token_id:N` in log-probabilities."),
-    Field("truncate_prompt_tokens", Integer(-1), "Keep only the last K tokens of a prompt; -1: what the model takes."),
-    Field("cache_salt", Text(MAX_NAME_CHARS), "Shares cached prefixes only with requests of the same salt."),
-    Field("priority", Integer(-(2**31), 2**31), "Lower runs earlier, with --scheduling-policy priority."),
-    Field("request_id", Text(128, 1), "The id of this request in the logs and in the answer's id."),
-    Field("kv_policy", Text(MAX_NAME_CHARS), "Policy of the KV cache: eviction and storage."),
-    Field("vllm_xargs", Object(), "Further options by name; supported ones count as if in the body."),
-    _none("user", "The caller's name for its user."),
-    _none("metadata", "The caller's own notes."),
-    _none("store", "Asks a hosted service to keep the answer; nothing is kept here."),
-    _none("service_tier", "A hosted service's price class."),
-    _none("safety_identifier", "The caller's name for its user."),
-    _warned("session_id", "A conversation's name; sessions are not kept."),
-    _warned("prompt_cache_key", "A hosted service's routing hint; use `cache_salt` to separate caches."),
-    _warned("prompt_cache_retention", "How long a hosted service keeps prefixes."),
-    _warned("prediction", "A guess of the answer, to speed it up."),
-    Field("structured_outputs", FORM, "The form of the answer: one of json, regex, choice, grammar, json_object."),
-    Field("guided_json", AnyOf((Verbatim(), Text())), "As `structured_outputs` with `json`."),
-    Field("guided_regex", Text(), "As `structured_outputs` with `regex`."),
-    Field("guided_choice", CHOICES, "As `structured_outputs` with `choice`."),
-    Field("guided_grammar", Text(), "As `structured_outputs` with `grammar`."),
-    Field("response_format", FORMAT, "`text`, `json_object`, or `json_schema` with a schema that answers follow."),
-    Field("bad_words", ListOf(Text(MAX_STOP_CHARS, 1), MAX_BAD_WORDS), "Words that no answer holds."),
-    Field("allowed_token_ids", TokenIds(), "The only tokens that answers may hold."),
-    _refused("logits_processors", "Code of the caller in the sampler."),
-    _refused("use_beam_search", "Beam search.", False),
-    _refused("length_penalty", "A weight of beam search.", 1, 1.0),
-    _refused("early_stopping", "A rule of beam search.", False),
-    _refused("spaces_between_special_tokens", "Another way to write control tokens.", True),
-    _refused("detokenize", "Answers without text.", True),
-    _refused("kv_transfer_params", "KV caches from another server."),
-    _refused("lora_request", "Adapters."),
-    _refused("mm_processor_kwargs", "Options for images and sound.", {}),
-)
-"""Fields that both kinds of completions take."""
-
-COMPLETION = {
-    **SAMPLING,
-    **_table(
-        Field(
-            "prompt",
-            AnyOf((Text(), TokenIds(), ListOf(Text(), MAX_PROMPTS, 1), ListOf(TokenIds(), MAX_PROMPTS, 1))),
-            "Text, token ids, or a list of either.",
-        ),
-        Field("best_of", Integer(1, MAX_N), "Generate so many answers and return the `n` likeliest per token."),
-        Field("echo", Boolean(), "Put the prompt before the answer, with its log-probabilities if asked for."),
-        Field("logprobs", Integer(0, MAX_LOGPROBS), "Log-probabilities of each token and of the K best."),
-        Field("add_special_tokens", Boolean(), "Let the tokenizer add BOS to prompts of text; the default."),
-        _refused("suffix", "Text after the answer.", ""),
-        _refused("prompt_embeds", "Prompts as embeddings."),
-    ),
-}
-"""Body of /v1/completions."""
-
-CHAT = {
-    **SAMPLING,
-    **_table(
-        Field("messages", ListOf(MESSAGE, MAX_MESSAGES, 1), "The conversation, in order."),
-        Field("max_completion_tokens", Integer(-1), "Most tokens of one answer; wins over `max_tokens`."),
-        Field("logprobs", Boolean(), "Log-probabilities of each token."),
-        Field("top_logprobs", Integer(0, MAX_LOGPROBS), "Also of the K best tokens; needs `logprobs`."),
-        Field("tools", TOOLS, "Functions that the model may call."),
-        Field("tool_choice", TOOL_CHOICE, "`auto`, `none`, `required`, or one function."),
-        Field("parallel_tool_calls", Boolean(), "false keeps only the first call."),
-        Field("chat_template_kwargs", Object(), "Variables for the chat template."),
-        Field("documents", ListOf(Object()), "Variable of templates that have it."),
-        Field("add_generation_prompt", Boolean(), "End the prompt where the assistant speaks; the default."),
-        Field("continue_final_message", Boolean(), "Go on with the last message instead of starting a new one."),
-        Field("allow_special_tokens", Boolean(), "Take control tokens that messages spell for tokens, not for text."),
-        Field("reasoning_effort", Text(64), "Variable of templates that have it."),
-        _refused("add_special_tokens", "BOS beside the one that the template writes.", False),
-        _refused("echo", "The prompt in the answer; only /v1/completions has it.", False),
-        _refused("best_of", "Only /v1/completions has it.", 1),
-        _refused("chat_template", "A template of the caller; start the server with --chat-template."),
-        _refused("functions", "The old form of `tools`.", []),
-        _refused("function_call", "The old form of `tool_choice`.", "none"),
-        _refused("modalities", "Answers other than text.", ["text"]),
-        _refused("audio", "Spoken answers."),
-        _refused("web_search_options", "Searching the web."),
-        _warned("verbosity", "A hosted model's length of answers."),
-        _refused("include_reasoning", "Leaving reasoning out of the answer.", True),
-    ),
-}
-"""Body of /v1/chat/completions."""
-
-TOKENIZE = _table(
-    SAMPLING["model"],
-    Field("prompt", Text(), "Text to encode; or else `messages`."),
-    Field("messages", ListOf(MESSAGE, MAX_MESSAGES, 1), "A conversation to encode."),
-    Field("add_special_tokens", Boolean(), "Let the tokenizer add BOS to text; the default."),
-    Field("return_token_strs", Boolean(), "Add the tokens as the vocabulary spells them."),
-    CHAT["tools"],
-    CHAT["chat_template_kwargs"],
-    CHAT["add_generation_prompt"],
-    CHAT["continue_final_message"],
-    CHAT["allow_special_tokens"],
-    CHAT["chat_template"],
-)
-"""Body of /tokenize."""
-
-DETOKENIZE = _table(SAMPLING["model"], Field("tokens", TokenIds(least=0), "Token ids to decode."))
-"""Body of /detokenize."""
-
-REQUIRED = {"messages": CHAT, "prompt": COMPLETION, "tokens": DETOKENIZE}
-"""Fields without which a body of that table is refused."""
-
-
-def read_body(raw: Any, table: Mapping[str, Field]) -> Body:
+def read_body(raw: Any, known: Mapping[str, Field]) -> Body:
     """Return the checked fields of `raw`; raises `Refusal` 400 naming the field at fault.
 
-    A field that the table does not know, and one that is known and not followed, gives a warning.
+    A field that `known` lacks, and one that is known and not followed, gives a warning.
     """
     if not isinstance(raw, dict):
         raise Refusal(400, f"the body is a JSON {type(raw).__name__}, expected an object")
     body = Body({})
     further = raw.get("vllm_xargs")
-    if isinstance(further, dict) and "vllm_xargs" in table:
+    if isinstance(further, dict) and "vllm_xargs" in known:
         raw = {**further, **raw}
     for name, value in raw.items():
-        entry = table.get(name)
+        entry = known.get(name)
         if value is None or (entry is None and len(body.warnings) >= MAX_WARNINGS):
             continue
         if entry is None:
-            body.warnings.append(f"unknown field {_short(name)} is ignored{nearest(name[:64], list(table))}")
-        elif entry.effect is Effect.WARNED:
+            body.warnings.append(f"unknown field {_short(name)} is ignored{nearest(name[:64], list(known))}")
+        elif entry.effect is Effect.WARNED and not any(value == neutral for neutral in entry.neutral):
             body.warnings.append(f"field {name!r} has no effect here: {entry.doc}")
         elif entry.effect is Effect.REFUSED and not any(value == neutral for neutral in entry.neutral):
             raise bad_field(name, f"{name} is not supported: {entry.doc} Leave it out", "unsupported_field")
@@ -289,8 +98,8 @@ def read_body(raw: Any, table: Mapping[str, Field]) -> Body:
                 raise bad_field(name, f"{name} is {_short(value)}; it must be {error}") from None
             room = max(0, MAX_WARNINGS - len(body.warnings))
             body.warnings.extend(islice(entry.kind.strangers(value, name), room))
-    for name, owner in REQUIRED.items():
-        if owner is table and name not in body:
+    for name, entry in known.items():
+        if entry.required and name not in body:
             raise bad_field(name, f"the body has no {name!r}", "missing_field")
     return body
 

@@ -6,7 +6,8 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from kvloom.server.eventstream import Dialect, EventStream, primed
+from kvloom.server.dialect import Dialect
+from kvloom.server.eventstream import EventStream, primed
 from kvloom.server.exchange import Context, context_of, encoded_response, unless_gone
 from kvloom.server.fields import Body, Field
 from kvloom.server.queue import Place
@@ -23,7 +24,10 @@ class Job(Protocol):
     """The requests of one body, and how their answers are put into a reply."""
 
     stream: bool
-    dialect: Dialect
+
+    @property
+    def dialect(self) -> Dialect:
+        """How errors of the stream and its end are written."""
 
     async def tickets(self) -> list[Ticket]:
         """Hand the requests over to the engine."""
@@ -56,7 +60,8 @@ async def respond_with(
 
 
 UNLOGGED = (
-    "prompt", "messages", "tools", "stop", "logit_bias", "cache_salt", "bad_words", "allowed_token_ids",
+    "prompt", "messages", "tools", "stop", "stop_sequences", "logit_bias", "input", "instructions", "system", "text",
+    "output_config", "metadata", "cache_salt", "bad_words", "allowed_token_ids",
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
 )  # fmt: skip
 """Fields that hold what people wrote, or too much; never logged."""

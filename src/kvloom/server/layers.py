@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvloom.errors import KvloomError
+from kvloom.server.dialect import dialect_of
 from kvloom.server.exchange import DRAIN_FACTOR, ClientGoneError, Context, Incoming, json_response
 from kvloom.server.refusal import TYPES, Refusal, refusal_of
 from kvloom.server.service import Service
@@ -104,7 +105,7 @@ class ExchangeLayer:
         async def kept_open(message: Message) -> None:
             await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
 
-        response = json_response(refusal.body(), refusal.status, refusal.headers)
+        response = json_response(dialect_of(scope["path"]).error(refusal), refusal.status, refusal.headers)
         stalled, uninvited = refusal.status == 408, incoming.awaits_invitation(Headers(scope=scope))
         if incoming.ended or stalled or uninvited:
             await response(scope, incoming, send)

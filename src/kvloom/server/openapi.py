@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvloom.server.fields import CHAT, COMPLETION, DETOKENIZE, REQUIRED, TOKENIZE, Effect, Field
+from kvloom.server.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from kvloom.server.fields import Effect, Field
 from kvloom.server.refusal import TYPES
 
 JSON_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
@@ -46,10 +47,10 @@ def body_schema(table: Mapping[str, Field]) -> dict[str, Any]:
     for name, entry in table.items():
         if entry.effect is Effect.USED:
             kind = entry.kind.schema()
-            if REQUIRED.get(name) is not table:
+            if not entry.required:
                 kind = {"anyOf": [kind, {"type": "null"}]}
             properties[name] = {"description": entry.doc, **kind}
-    required = [name for name, owner in REQUIRED.items() if owner is table]
+    required = [name for name, entry in table.items() if entry.required]
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
 
 

@@ -9,9 +9,10 @@ from starlette.types import ASGIApp
 
 import kvloom
 from kvloom.models.tokenizer import SPECIAL_NAMES
+from kvloom.server.bodies import DETOKENIZE, TOKENIZE
 from kvloom.server.conversation import conversation_ids
 from kvloom.server.exchange import context_of, encode_large_json, encoded_response, json_response, unless_gone
-from kvloom.server.fields import DETOKENIZE, TOKENIZE, Body
+from kvloom.server.fields import Body
 from kvloom.server.openapi import document
 from kvloom.server.refusal import Refusal, bad_field
 from kvloom.server.service import Service, checked_text

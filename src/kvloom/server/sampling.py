@@ -6,7 +6,8 @@ from typing import Any
 
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import InvalidInputError
-from kvloom.server.fields import MAX_LOGIT_BIASES, Body
+from kvloom.server.bodies import MAX_LOGIT_BIASES
+from kvloom.server.fields import Body
 from kvloom.server.form import read_form
 from kvloom.server.refusal import bad_field
 

@@ -6,6 +6,9 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+Piece = str | dict[str, Any]
+"""Content, or a piece of a call."""
+
 BEGIN, END = "<tool_call>", "</tool_call>"
 """Marks around a call in the answers of models whose template teaches them (Hermes, Qwen)."""
 
@@ -37,31 +40,31 @@ class ToolCallReader:
         if self.inside:
             self._state = "head"
 
-    def read(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
-        """Take more text and return (content, pieces of calls) that are now certain; `last` decides what is held.
+    def read(self, text: str, last: bool) -> list[Piece]:
+        """Take more text and return what is now certain, in order; `last` decides what is held.
 
-        Pieces are as in OpenAI's chunks: the first of a call has its id and name, all have some of the arguments.
+        Content is text. Pieces of calls are as in OpenAI's chunks: the first of a call has its id and name, all have
+        some of the arguments.
         """
         self._held += text
-        content: list[str] = []
-        pieces: list[dict[str, Any]] = []
+        pieces: list[Piece] = []
         reading = {"text": self._text, "head": self._head, "arguments": self._arguments, "tail": self._tail}
-        while reading[self._state](last, content, pieces):
+        while reading[self._state](last, pieces):
             pass
-        return "".join(content), pieces
+        return [piece for piece in pieces if piece]
 
-    def _text(self, last: bool, content: list[str], pieces: list[dict[str, Any]]) -> bool:
+    def _text(self, last: bool, pieces: list[Piece]) -> bool:
         before, mark, after = self._held.partition(BEGIN)
         if mark:
-            content.append(before)
+            pieces.append(before)
             self._held, self._state, self.inside = after, "head", False
             return True
         cut = len(self._held) - (0 if last else _overlap(self._held, BEGIN))
-        content.append(self._held[:cut])
+        pieces.append(self._held[:cut])
         self._held = self._held[cut:]
         return False
 
-    def _head(self, last: bool, content: list[str], pieces: list[dict[str, Any]]) -> bool:
+    def _head(self, last: bool, pieces: list[Piece]) -> bool:
         match = HEAD.match(self._held)
         if match is not None:
             self._begin(json.loads(match[1], strict=False), "", pieces)
@@ -75,11 +78,11 @@ class ToolCallReader:
         if call is not None:
             self._begin(*call, pieces)
         else:
-            content.append(("" if self.inside else BEGIN) + within + mark)
+            pieces.append(("" if self.inside else BEGIN) + within + mark)
         self._held, self._state, self.inside = after, "text", False
         return True
 
-    def _arguments(self, last: bool, content: list[str], pieces: list[dict[str, Any]]) -> bool:
+    def _arguments(self, last: bool, pieces: list[Piece]) -> bool:
         end = self._end_of_object()
         piece, self._held = self._held[:end], self._held[end:]
         if piece and self._open is not None:
@@ -90,7 +93,7 @@ class ToolCallReader:
             return True
         return False
 
-    def _tail(self, last: bool, content: list[str], pieces: list[dict[str, Any]]) -> bool:
+    def _tail(self, last: bool, pieces: list[Piece]) -> bool:
         _, mark, after = self._held.partition(END)
         if mark:
             self._held, self._state = after, "text"
@@ -116,7 +119,7 @@ class ToolCallReader:
                     return place + 1
         return len(self._held)
 
-    def _begin(self, name: str, arguments: str, pieces: list[dict[str, Any]]) -> None:
+    def _begin(self, name: str, arguments: str, pieces: list[Piece]) -> None:
         self._open = None
         if self.only_first and self.calls:
             return
