@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.serving import converse, make_llm, make_model, running
+from harness.serving import converse
 from kvloom.engine.structured_params import StructuredOutputsParams
 from kvloom.errors import UnsupportedError
 from kvloom.server.fields import Body
@@ -44,16 +44,6 @@ def is_sum(arguments):
     return list(arguments) == ["a", "b"] and 0 <= arguments["a"] <= 99 and isinstance(arguments["b"], bool)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A model whose template teaches calls in few characters."""
-    template = (
-        "{% if tools %}<tool_call>{{ tools | length }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    with running(make_llm(make_model(tmp_path_factory.mktemp("tools"), template=template))) as found:
-        yield found
-
-
 def test_tools_reach_the_template_that_has_them(tiny_server):
     small = tool(parameters={"type": "object"})
     plain, offered = answer(converse(tiny_server)), answer(converse(tiny_server, tools=[small]))
@@ -68,9 +58,9 @@ def test_a_template_without_tools_refuses_them_with_all_reasons():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_forced_answer_is_a_call_whose_arguments_fit(server, seed):
+def test_a_forced_answer_is_a_call_whose_arguments_fit(calling_server, seed):
     body = answer(
-        converse(server, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=seed, **SAMPLED)
+        converse(calling_server, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=seed, **SAMPLED)
     )
     [choice] = body["choices"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
@@ -78,17 +68,17 @@ def test_a_forced_answer_is_a_call_whose_arguments_fit(server, seed):
         assert is_sum(arguments) if name == "add" else (name, arguments["x"]) == ("negate", 1)
 
 
-def test_a_named_function_is_the_one_that_is_called(server):
+def test_a_named_function_is_the_one_that_is_called(calling_server):
     named = {"type": "function", "function": {"name": "add"}}
-    [choice] = answer(converse(server, tools=TOOLS, tool_choice=named, **SAMPLED))["choices"]
+    [choice] = answer(converse(calling_server, tools=TOOLS, tool_choice=named, **SAMPLED))["choices"]
     [(name, arguments)] = calls_of(choice)
     assert name == "add" and is_sum(arguments)
 
 
-def test_streamed_pieces_of_a_call_are_the_whole_call(server):
+def test_streamed_pieces_of_a_call_are_the_whole_call(calling_server):
     fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": 5, **SAMPLED}
-    [whole] = answer(converse(server, **fields))["choices"]
-    events = converse(server, stream=True, **fields).events()
+    [whole] = answer(converse(calling_server, **fields))["choices"]
+    events = converse(calling_server, stream=True, **fields).events()
     pieces = [p for e in events for c in e["choices"] for p in c["delta"].get("tool_calls", ())]
     assert len(pieces) > 3 and [p["function"].get("name") for p in pieces if "id" in p] == [
         pieces[0]["function"]["name"]
@@ -99,9 +89,9 @@ def test_streamed_pieces_of_a_call_are_the_whole_call(server):
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_a_call_that_is_cut_by_max_tokens_stays_a_call(server):
+def test_a_call_that_is_cut_by_max_tokens_stays_a_call(calling_server):
     fields = {"tools": TOOLS[:1], "tool_choice": "required", "temperature": 0, "max_tokens": 42}
-    [choice] = answer(converse(server, **fields))["choices"]
+    [choice] = answer(converse(calling_server, **fields))["choices"]
     assert choice["finish_reason"] == "length"
     [call] = choice["message"]["tool_calls"]
     assert call["function"]["name"] == "add" and call["function"]["arguments"].startswith('{"a": ')
@@ -117,19 +107,19 @@ def test_a_call_that_is_cut_by_max_tokens_stays_a_call(server):
         ({"tools": [tool(parameters={"type": "array"})], "tool_choice": "required"}, "tools"),
     ],
 )
-def test_what_cannot_be_called_is_refused(server, fields, param):
-    reply = converse(server, **fields)
+def test_what_cannot_be_called_is_refused(calling_server, fields, param):
+    reply = converse(calling_server, **fields)
     assert (reply.status, reply.json()["error"]["param"]) == (400, param), reply.body
 
 
-def test_parameters_that_cannot_be_kept_are_warned_about_where_nobody_was_promised_them(server):
-    reply = converse(server, tools=[tool(parameters={"not": {}})], tool_choice="required", max_tokens=4)
+def test_parameters_that_cannot_be_kept_are_warned_about_where_nobody_was_promised_them(calling_server):
+    reply = converse(calling_server, tools=[tool(parameters={"not": {}})], tool_choice="required", max_tokens=4)
     assert reply.status == 200 and "'/not'" in reply.headers["kvloom-warning"]
 
 
-def test_a_strict_function_leaves_text_free_and_keeps_its_calls(server):
+def test_a_strict_function_leaves_text_free_and_keeps_its_calls(calling_server):
     """The grammar of an answer that may hold calls: text passes, a call that does not fit does not."""
-    service = server.service
+    service = calling_server.service
     processors = service.engine.processors.processors
 
     def check(form):

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvloom.server import chat, completions, operations
+from kvloom.server import chat, completions, operations, responses
 from kvloom.server.layers import ConcurrencyLayer, ExchangeLayer, KeyLayer
 from kvloom.server.origins import OriginLayer
 from kvloom.server.service import Service
@@ -20,6 +20,7 @@ ROUTES: tuple[tuple[str, str, Answer], ...] = (
     ("GET", "/v1/models/{model:path}", operations.model),
     ("POST", "/v1/completions", completions.respond),
     ("POST", "/v1/chat/completions", chat.respond),
+    ("POST", "/v1/responses", responses.respond),
     ("POST", "/tokenize", operations.tokenize),
     ("POST", "/detokenize", operations.detokenize),
     ("GET", "/tokenizer_info", operations.tokenizer_info),

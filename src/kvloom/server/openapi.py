@@ -6,6 +6,7 @@ from typing import Any
 from kvloom.server.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from kvloom.server.fields import Effect, Field
 from kvloom.server.refusal import TYPES
+from kvloom.server.responsesfields import RESPONSES
 
 JSON_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 ERROR_SCHEMA = {
@@ -28,6 +29,7 @@ ERROR_SCHEMA = {
 POSTS: dict[str, tuple[str, Mapping[str, Field]]] = {
     "/v1/completions": ("Continue prompts of text or token ids.", COMPLETION),
     "/v1/chat/completions": ("Answer a conversation.", CHAT),
+    "/v1/responses": ("Answer a conversation with items; nothing is kept.", RESPONSES),
     "/tokenize": ("Text or a conversation to token ids.", TOKENIZE),
     "/detokenize": ("Token ids to text.", DETOKENIZE),
 }
@@ -60,7 +62,7 @@ def document(root_path: str, with_keys: bool) -> dict[str, Any]:
     for path, (summary, table) in POSTS.items():
         content = {"application/json": {"schema": body_schema(table)}}
         answers = {"application/json": {"schema": {"type": "object"}}}
-        if table is COMPLETION or table is CHAT:
+        if "stream" in table:
             answers["text/event-stream"] = {}  # events of JSON chunks; OpenAPI 3.1 has no schema for one event
         paths[path] = {
             "post": {

@@ -245,6 +245,46 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Tagged:
+    """An object of the kind that its entry `tag` names; `default` is the name where that entry is absent."""
+
+    tag: str
+    kinds: Mapping[str, Kind]
+    default: str | None = None
+
+    def read(self, value: Any) -> dict[str, Any]:
+        """Return the checked object, with its tag."""
+        if not isinstance(value, dict):
+            raise ValueError(f"an object with {self.tag!r}")
+        kind = self._kind(value)
+        if kind is None:
+            known = ", ".join(repr(name) for name in self.kinds)
+            raise ValueError(f"an object whose {self.tag!r} is one of {known}")
+        found: dict[str, Any] = kind.read({name: item for name, item in value.items() if name != self.tag})
+        return {self.tag: value.get(self.tag) or self.default, **found}
+
+    def _kind(self, value: Mapping[str, Any]) -> Kind | None:
+        name = value.get(self.tag) or self.default
+        return self.kinds.get(name) if isinstance(name, str) else None
+
+    def strangers(self, value: Any, path: str) -> Iterator[str]:
+        """Yield the strangers that the kind of `value` sees in it."""
+        kind = self._kind(value)
+        if kind is not None:
+            yield from kind.strangers({name: item for name, item in value.items() if name != self.tag}, path)
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema."""
+        options = []
+        for name, kind in self.kinds.items():
+            described = kind.schema()
+            properties = {self.tag: {"const": name}, **described.get("properties", {})}
+            required = [*([] if name == self.default else [self.tag]), *described.get("required", ())]
+            options.append({**described, "properties": properties, **({"required": required} if required else {})})
+        return {"anyOf": options}
+
+
+@dataclass(frozen=True)
 class Verbatim(Leaf):
     """A JSON object kept as it is, nulls included: a schema may say that something is null."""
 
