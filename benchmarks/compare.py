@@ -2,9 +2,9 @@
 
 Regime: a small model on few cores, decode bound by memory bandwidth, prefill by arithmetic. Metric: tokens per second
 as each case defines it (peers.py). Every engine and case runs in a process of its own, engines in turn, several rounds;
-the table gives medians and the spread, the last line is JSON. Every figure goes to `--results` at once and what is
-there already counts, so that a run can be made in several goes. Run it on a machine that does nothing else: a neighbour
-on one core makes every engine's barriers collapse, and only ratios within one run count.
+the table gives medians and the spread, the last line is JSON. Every figure is written to `--results` at once. A later
+run continues from that file. Run it on an idle machine: a busy core slows the barriers of every engine. Compare ratios
+within one run only.
 
     python benchmarks/compare.py --checkpoint FOLDER --rounds 3 \
         --engine kvloom=.venv/bin/python --engine vllm=OTHER/bin/python --engine llama.cpp=THIRD/bin/python:MODEL.gguf
@@ -59,7 +59,7 @@ def main() -> None:
 
 def run(name: str, python: str, checkpoint: str, case: str) -> dict[str, float]:
     """Return the figures of one process, {} when the engine cannot run the case."""
-    # -P: else an engine that imports, say, `kernels` would find the script of that name beside this one.
+    # -P: otherwise an engine that imports, say, `kernels` would import the script of that name in this folder.
     command = [python, "-P", str(Path(__file__).with_name("peers.py")), name, checkpoint, case]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

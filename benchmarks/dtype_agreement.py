@@ -1,11 +1,11 @@
-"""How near bfloat16 and each backend stay to transformers in float32, on real texts.
+"""Divergence of bfloat16 and of each backend from transformers in float32, on real texts.
 
 Windows of Moby Dick and of State of the Union addresses in turn: a prompt, then tokens that are given; kvloom takes
 each through its decode path, transformers reads the whole window at once with `sdpa` attention. Against transformers in
 float32: share of tokens with the same most likely token, KL in nats a token and its largest mean over a window,
-relative difference of perplexity with a 95 % interval bootstrapped over windows. transformers in bfloat16 is the
-yardstick: another engine's rounding in the same number format; of a GGUF file it may keep the weights packed, of a
-folder it does not. The last line is one JSON object.
+relative difference of perplexity with a 95 % interval bootstrapped over windows. transformers in bfloat16 is measured
+for comparison: another engine's rounding in the same number format. It may keep the weights of a GGUF file packed,
+those of a folder not. The last line is one JSON object.
 
     python benchmarks/dtype_agreement.py [--model FILE.gguf or FOLDER] [--windows 32] [--context 256] [--tokens 64]
 """

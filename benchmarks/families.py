@@ -4,8 +4,8 @@ Regime: a model of 200 to 500 MB, batch of one. Prefill of 1,024 tokens is bound
 the bytes of the weights (of experts, those that a token chose) over the read rate of the memory, which is its ceiling.
 Metric: tokens per second, of prefill 1,024 over the time to the first token, of decode the tokens over the time from
 the first to the last. Each round runs both engines on each shape, in alternating order; the table gives medians, lowest
-and highest, and the median of the paired ratios. CPU seconds are those of all threads: where neighbours take the cores
-their ratio says more. The last line is JSON.
+and highest, and the median of the paired ratios. CPU seconds are those of all threads. Their ratio is more reliable
+where other processes use the cores. The last line is JSON.
 
     python benchmarks/families.py --shapes gpt_neox gpt2 --rounds 5
 """

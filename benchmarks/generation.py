@@ -4,7 +4,7 @@ Regime: greedy generation on the CPU. Prefill is one prompt of `--prompt` tokens
 decode follows it token by token, one sequence or `--batch` of them at once (bound by reading the weights once a step,
 and the cache). Metric: tokens/s; for decode those of all sequences together. Ceiling of decode: bytes of weights over
 the bandwidth at which this machine reads memory, measured in the same run. transformers runs its own forward pass with
-its own cache and `sdpa` attention, in a plain greedy loop, without what `generate` adds. Prefix caching is off.
+its own cache and `sdpa` attention, in a plain greedy loop without the overhead of `generate`. Prefix caching is off.
 Systems take turns in every repetition; medians with the spread; the last line is one JSON object.
 
     python benchmarks/generation.py [--model PATH.gguf] [--prompt 512] [--new 32] [--batch 8] [--repeats 5] [--eager]

@@ -3,10 +3,10 @@
 Regime: decode attention and products of few rows are bound by memory bandwidth; products of many rows and prefill
 attention by arithmetic. Metrics: GB/s = bytes of K and V (or weights) that must be read, over seconds; GFLOP/s = useful
 operations over seconds. Ceilings: a plain read of the same arena by the same threads, before and after every case; the
-rate of register-tile products out of the first cache. Decode rotates over at least 512 MiB, so nothing is found in a
-cache: "served" is what the lane table made of requests that came, grew by a token a step, ended and made room until the
-arena had been filled three times over ("served-long": with prompts of up to 4,096 tokens); "scattered" is the worst
-case, every block somewhere else. Medians of interleaved repetitions with the spread; the last line is one JSON object.
+rate of register-tile products from the first-level cache. Decode rotates over at least 512 MiB, so no cache holds the
+data. "served" is the layout of blocks after requests have arrived, grown by a token a step and ended until the arena
+was filled three times over ("served-long": with prompts of up to 4,096 tokens). "scattered" is the worst case: no two
+blocks of a lane are adjacent. Medians of interleaved repetitions with the spread; the last line is one JSON object.
 
     python benchmarks/kernels.py [--threads 2] [--repeats 7] [--only decode|linear|prefill]
 """
@@ -51,7 +51,7 @@ def scattered(store: str, groups: int, width: int, length: int, block_size: int 
     sequences = -(-ROTATION_BYTES // (groups * columns * size))
     count = sequences * groups * columns
     arena = huge_pages(count * size)
-    # Every byte 0x3c: 0.0115 in bf16, and small in the other stores; memory of zeros may read faster than it should.
+    # Every byte 0x3c: 0.0115 in bf16, and small in the other stores. Pages of zeros may be read faster than others.
     arena.fill_(0x3C)
     order = np.random.default_rng(0).permutation(count) * (size // GRANULE_BYTES)
     table = np.ascontiguousarray(order.reshape(sequences, groups, columns), dtype=np.int32)
@@ -62,7 +62,8 @@ def scattered(store: str, groups: int, width: int, length: int, block_size: int 
 def served(store: str, groups: int, width: int, longest: int) -> tuple[cpu.Lanes, np.ndarray, int]:
     """Return lanes as a server has them after a while, the rows that are in use, and the tokens in them.
 
-    Prompts of 32 to `longest` tokens come whole, outputs of 16 to 256 a token a step; who finds no room ends at once.
+    Prompts of 32 to `longest` tokens are added whole, outputs of 16 to 256 one token a step. A sequence for which there
+    is no room ends at once.
     """
     spec = KVSpec((LayerKV(groups, width, width),) * LAYERS, 16, store)
     capacity = ROTATION_BYTES + (64 << 20)
@@ -70,7 +71,7 @@ def served(store: str, groups: int, width: int, longest: int) -> tuple[cpu.Lanes
     cache = KVCache(spec, capacity, 512, dtype, layout="cpu")
     cache.memory.bytes.fill_(0x3C)
     lanes, numbers = cache.lanes, random.Random(0)
-    left: dict[int, int] = {}  # tokens that a request will still make
+    left: dict[int, int] = {}  # tokens that a request will still generate
     admitted, full = 0, False
     token_bytes = sum(spec.lane_token_bytes)
     while admitted * token_bytes < 3 * capacity or not full:

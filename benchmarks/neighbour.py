@@ -1,4 +1,4 @@
-"""Prefill, decode and every policy while other processes want the cores.
+"""Prefill, decode and every policy while other processes use the cores.
 
 Regime: greedy generation of one sequence on the CPU kernels, alone and beside a process that computes without end,
 pinned to the last core or left to the scheduler. Metric: tokens per second, those of a decode over all its steps, so
@@ -7,9 +7,9 @@ that stalls count; the worst step beside it. A fair share of a machine with `cor
 is one JSON object.
 
 With `--policies`: for each policy the seconds of prompt and `--new` tokens, alone, beside one and beside three such
-processes, left to the scheduler. The column to look at is (beside / alone) over the same quotient of `full`: what is
-above 1 is lost to waiting, not to work. A policy that is scored by operations whose threads wait for one another by
-spinning has a column far above 1.5; so has one run with `--torch-threads`, which undoes what the engine does about it.
+processes, left to the scheduler. The important column is (beside / alone) over the same quotient of `full`: the part
+above 1 is time spent waiting. It is far above 1.5 for a policy whose scores are computed by operations whose threads
+wait for one another by spinning, and with `--torch-threads`, which lets torch use all threads in the engine.
 
     python benchmarks/neighbour.py [--model PATH.gguf] [--prompt 512] [--new 64] [--repeats 5] [--threads 2]
     python benchmarks/neighbour.py --policies [all | POLICY ...] [--torch-threads] [--prompt 512] [--new 8]

@@ -1,10 +1,10 @@
-"""Two source trees beside each other: is the second slower than the first, and by how much at most?
+"""Speed of two source trees, compared in pairs, with a confidence interval of the ratio.
 
 Regime: greedy generation in bfloat16 on the CPU kernels, prefix caching off, of SmolLM2-135M-Instruct and Gemma 3 270M.
 Cases: `prefill` (512 random ids, tokens/s to the first token), `decode` (64 tokens after them, one sequence),
 `requests` (32 requests of 256 + 64 tokens at once, new tokens/s). Every tree runs every model in a fresh process, the
-trees in turn, the first of a pair alternating. Metric: the ratio second / first of each pair, whose two processes see
-the same machine; its geometric mean with the 95 % interval of the bootstrap over pairs. Above 1 the second is faster.
+trees in turn, the first of a pair alternating. Metric: the ratio second / first of each pair, whose two processes run
+one after the other; its geometric mean with the 95 % bootstrap interval over pairs. Above 1 the second is faster.
 Each tree is a checkout whose `src/kvloom` holds its built extension; both run under this Python. The last line is one
 JSON object.
 

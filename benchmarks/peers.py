@@ -8,7 +8,7 @@ bit for the rows of that kind. CASE is single:N (a 64-token warm-up, then N prom
 over the time to the first token, decode 64 over the time from it to the last), uniform (32 requests of 256 + 128 at
 once) or mixed (32 at once, prompts of 32 to 1,024 and outputs of 16 to 256 tokens, seed 0: 17,727 and 5,001 in all).
 Two threads, greedy, prefix caching off, end of sequence ignored; peak_mib is the peak resident memory of the process.
-The time of an engine's start (about a minute with vLLM) is in no figure. transformers cannot run mixed and says so.
+No figure contains the time of an engine's start (about a minute with vLLM). transformers cannot run mixed: an error.
 """
 
 import json
@@ -155,7 +155,7 @@ def llama_engine(checkpoint: str, sequences: int, room: int) -> Stamps:
 
 def vllm_engine(checkpoint: str) -> Stamps:
     """Return vLLM's CPU engine, stepped in process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else a second process competes for the two cores
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # otherwise a second process competes for the two cores
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
     engine = LLMEngine.from_engine_args(
@@ -206,7 +206,7 @@ def openvino_engine(folder: str) -> Stamps:
         stamps = []
         while pipe.has_non_finished_requests():
             pipe.step()
-            # A long prompt takes several steps; only those that gave a token count.
+            # A long prompt takes several steps; only steps that returned a token count.
             if len(handles) > 1 or handles[0].can_read():
                 stamps.append(time.perf_counter())
                 if len(handles) == 1:

@@ -1,14 +1,15 @@
-"""What each cache method costs in quality: divergence from the full cache, and whether a pass key survives.
+"""Quality of each cache method: divergence from the full cache, and retrieval of a pass key.
 
 Regime: prompts of `--context` tokens of real text, half of Moby Dick and half of the State of the Union addresses,
 compressed once, when the prompt is complete, to the same share of tokens (`--keep`, on average over lanes); then the
 text's own next `--tokens` tokens by forced decode. Metric: KL(full || method) in nats per token, mean over prompts with
 a bootstrapped 95 % interval; agreement of the most likely token. The pass key is a number hidden in text of either
-kind at even depths; the question follows in the prompt, which helps methods that look at the end of it; share answered
-with its exact interval. Floors: random eviction; ceiling: the full cache against itself (0). The texts were in
-every model's training data, so read differences, never absolute values. FastGen has no budget: read its share kept.
+kind at even depths; the question is at the end of the prompt, which helps methods that score by the last queries;
+share answered with its exact interval. Floor: random eviction; ceiling: the full cache against itself (0). The texts
+were in every model's training data, so read differences, never absolute values. FastGen has no budget: read the share
+that it kept.
 
-Rows are added to `--results` as they come, and those that it has are not run again, so the table may be made in pieces.
+Finished rows are written to `--results` and not run again, so the table may be made in several runs.
 The last line is one JSON object.
 
     python benchmarks/policies_quality.py --results quality.jsonl [--keep 0.5 0.25] [--prompts 16] [--keys 16]
@@ -130,7 +131,7 @@ def main() -> None:
         llm = LLM(asked.model, dtype=asked.dtype, kv_cache_memory_bytes=3 << 30, max_num_seqs=count)
         windows, keys = windows_and_keys(llm, asked)
         full: Reference = {}
-        measured(llm, windows, keys, None, full)  # also fills the prefix cache, which changes nothing of what is kept
+        measured(llm, windows, keys, None, full)  # also fills the prefix cache; the kept tokens do not depend on it
         for method, keep in missing:
             if time.perf_counter() - started > asked.seconds:
                 break

@@ -1,16 +1,16 @@
-"""What each cache method costs at prefill and saves while decoding, beside the full cache, in one process.
+"""Time of each cache method at prefill and at decode, relative to the full cache, in one process.
 
 Regime: one request at a time; a prompt of `--context` tokens of Moby Dick in chunks of the engine's default size, then
 greedy decode. All methods share one packed model; each has an engine and an arena of its own. Prefills take turns;
-afterwards every engine holds its finished prompt, and decoding goes round in turns of `--steps` steps, so that all see
-the same machine. Ceiling of decode: with B bytes of weights and F or C bytes of full or compressed cache read a step,
-(B + F) / (B + C) times the full cache's rate.
+afterwards every engine holds its finished prompt, and the engines decode in turns of `--steps` steps, so that all run
+under the same conditions. Ceiling of decode: with B bytes of weights and F or C bytes of full or compressed cache read
+a step, (B + F) / (B + C) times the full cache's rate.
 
-Columns: seconds of prefill; the scorer's share of them, measured around what shows queries to the policy, scores and
-compacts; prefill against that of the full cache, which counts everything; decode tokens/s; bytes held after the prompt;
-answer length from which the method is faster than the full cache as a whole ("never" when it is not at any length),
-or up to which, where it saves prefill and then decodes more slowly.
-Medians over rounds with least and most; a method that does not pay within `--answer` tokens is marked with "!". The
+Columns: seconds of prefill; the scorer's share of them (passing queries to the policy, scoring and compaction);
+prefill relative to that of the full cache; decode tokens/s; bytes held after the prompt; answer length from which the
+whole request is faster than with the full cache ("never" when it is not at any length), or up to which, where prefill
+is faster and decode slower.
+Medians over rounds with least and most; a method that is not faster within `--answer` tokens is marked with "!". The
 last line is one JSON object.
 
     python benchmarks/policies_speed.py [--quantization int8] [--context 8000] [--budget 1024] [--methods ...]
@@ -145,7 +145,7 @@ def main() -> None:
         for entrant in entrants:
             entrant.decode(asked.steps)
             if turn == 0:
-                entrant.steps.clear()  # the first turn after others had the caches
+                entrant.steps.clear()  # the first turn, when the caches hold the data of other engines
     rows = report(entrants, llm, asked)
     line = json.dumps({
         "schema_version": SCHEMA_VERSION, "benchmark": "policies_speed", "model": llm.model,

@@ -1,13 +1,13 @@
-"""Text without end: perplexity and memory of StreamingLLM's convention over many times the model's context.
+"""Streaming: perplexity and memory of StreamingLLM's position rule on a text longer than the model's context.
 
 Regime: Moby Dick by forced decode, token by token, under `streaming(sinks=S,window=W,positions=cache)`. Metrics: mean
 negative log-likelihood at sampled positions, against the same token predicted after a fresh forward pass over the
-window alone (recomputation, the method's ceiling: slow, and the same tokens in sight but for the sinks), with a
-bootstrapped 95 % interval of the ratio of perplexities; arena bytes and resident memory, which must not grow. Compared
-with 0 sinks, which the paper finds to fail. `--slack 0` evicts at every step, as the paper does; with more, lanes grow
-by so many tokens before they are compacted.
+window alone (recomputation, the method's ceiling: slow, with the same tokens except the sinks), with a bootstrapped
+95 % interval of the ratio of perplexities; arena bytes and resident memory, which must not grow. Compared with 0 sinks,
+which fails in the paper. `--slack 0` evicts at every step, as in the paper; with more, lanes grow by so many tokens
+before they are compacted.
 
-Parts are added to `--results` as they end and not run again. The last line is one JSON object.
+Finished parts are written to `--results` and not run again. The last line is one JSON object.
 
     python benchmarks/policies_streaming.py --results streaming.jsonl [--tokens 20000] [--sinks 4 0] [--slack 64]
 """

@@ -1,13 +1,13 @@
-"""Products with packed weights beside those of the libraries that torch carries, in one run.
+"""Products with packed weights, compared with those of the libraries in torch, in one run.
 
 Regime: y = x w^T as a layer computes it, weights packed beforehand. Few rows are bound by reading the weights, many by
 arithmetic; up to 64 rows each call has a weight that lies in no cache. Shapes of SmolLM2 135M and of a model of 1B.
-Beside kvloom's products stand oneDNN's with a weight reordered for the number of rows ("onednn": bf16; for w8a8 codes
-by codes, where only kvloom's time includes quantising the activations), torch's own weight-only kernel (int8), and the
-dynamic quantisation of its FBGEMM (w8a8: float32 activations, one scale for all rows). Systems take turns in every
-repetition. Metrics: GB/s of a matrix of the weight's size, GFLOP/s, and kvloom's speed over the other's, the median of
-the repetitions' ratios. Ceilings are probed between repetitions (that of w8a8 lies below what its products reach, so it
-is none). Results are compared with float32 before. The last line is one JSON object.
+kvloom's products are compared with oneDNN's with a weight reordered for the number of rows ("onednn": bf16; for w8a8
+codes by codes, where only kvloom's time includes quantising the activations), torch's own weight-only kernel (int8),
+and the dynamic quantisation of its FBGEMM (w8a8: float32 activations, one scale for all rows). Systems take turns in
+every repetition. Metrics: GB/s of a matrix of the weight's size, GFLOP/s, and kvloom's speed over the other's, the
+median of the repetitions' ratios. Ceilings are probed between repetitions; the probe of w8a8 is below the rate of its
+products, so it is no ceiling. Results are checked against float32 first. The last line is one JSON object.
 
     python benchmarks/products.py [--threads 2] [--repeats 7] [--products bf16 int8 w8a8] [--model small|large]
 """
@@ -100,7 +100,7 @@ def fbgemm_w8a8(weight: torch.Tensor, rows: int) -> Product:
     quantised = torch._make_per_channel_quantized_tensor(codes, scale, torch.zeros(len(scale), dtype=torch.int64), 0)
     packed = torch.ops.quantized.linear_prepack(quantised, None)
     kept: dict[int, torch.Tensor] = {}
-    # FBGEMM gives float32 for float32; the conversion is not its work.
+    # FBGEMM returns float32 for float32; the conversion to bf16 is not timed.
     return lambda x: torch.ops.quantized.linear_dynamic(kept.setdefault(id(x), x.float()), packed, True)
 
 
@@ -140,7 +140,7 @@ def product_case(
         read, peak = cpu.read_bandwidth(probe) / 1e9, cpu.peak_flops("int8" if name == "w8a8" else "bf16") / 1e9
         for system, products in made.items():
             seconds = passing(x, products)
-            time.sleep(0.01)  # OpenMP's threads spin for a while after their work; nobody is to compute beside them
+            time.sleep(0.01)  # OpenMP's threads spin for a while after their work and would slow the next system
             if repeat:
                 times[system].append(seconds)
         if repeat:
@@ -203,7 +203,7 @@ def main() -> None:
             for layer, (n, k) in SHAPES[model].items():
                 for rows in options.rows:
                     if layer == "lm_head" and rows > MANY:
-                        continue  # a step asks for one row of logits a sequence
+                        continue  # a step computes one row of logits a sequence
                     results.append(product_case(name, layer, n, k, rows, probe, options.repeats))
                     print(line_of(results[-1]), flush=True)
     print(json_line("products", options.threads, results))

@@ -1,10 +1,10 @@
-"""Measured times per token beside the planner's lower bounds, in one run.
+"""Measured times per token, compared with the planner's lower bounds, in one run.
 
 Regime: greedy generation on the CPU kernels, one sequence and `--batch` of them at once, at several contexts. Decode is
 bound by reading the weights and every sequence's own keys and values once a step, prefill by arithmetic. Bounds
 are those of `kvloom.plan` with the best bandwidth and peak of all probes of this run: nothing may be faster. Where
-memory is shared with other machines its rate moves within seconds, so a probe stands between any two repeats, and each
-repeat is also set against the bound at the better of its own two probes ("then").
+memory is shared with other machines its rate changes within seconds. So a probe runs between any two repeats, and each
+repeat is also compared with the bound at the better of its two neighbouring probes ("then").
 Every sequence has blocks of its own; the prefix cache only saves computing the same prompts again. A case is measured
 in `--repeats` runs of `--new` steps each; medians with the spread. The last line is one JSON object.
 
@@ -159,7 +159,7 @@ def main() -> None:
     for context, batch, times in cases:
 
         def decode_roof(device: DeviceSpec, context: int = context, batch: int = batch) -> Roofline:
-            # the prompt's first token is there when the first timed step begins
+            # the prompt's first token is generated before the first timed step
             return Roofline(Question(spec, device, context, options.new + 1, batch, dtype=options.dtype))
 
         roof = decode_roof(device)

@@ -1,13 +1,13 @@
-"""What weights in 8 and 4 bits cost a model on real texts.
+"""Quality of weights in 8 and 4 bits on real texts.
 
 Windows of Moby Dick and of State of the Union addresses in turn, cut as `kvloom measure` does it: a prompt, then tokens
 that are given, each through the decode path. Against the same model unquantised: KL in nats a token, relative loss of
 perplexity, share of tokens with the same most likely token; means and 95 % intervals bootstrapped over windows. Texts
 were in every model's training data: read differences.
 
-A checkpoint that is in 4 bits already, in the same groups, loses nothing again. `--shuffle` puts hidden units, units
-of the MLPs and those of the heads' values in a random order, which changes nothing but which weights share a group:
-what is lost then is what a checkpoint that was never quantised would lose.
+A checkpoint whose weights are already in 4 bits, in the same groups, is quantised without further loss. `--shuffle`
+puts hidden units, units of the MLPs and those of the heads' values in a random order. This changes only which weights
+share a group, so the loss is then that of a checkpoint that was never quantised.
 
     python benchmarks/weights_quality.py [--model smollm2] [--shuffle] [--windows 32] [--context 256] [--tokens 64]
 """

@@ -3,10 +3,10 @@
 
     scripts/try_newest.py [--write] [pytest arguments]
 
-Makes an environment of its own in a temporary folder, installs the checkout with its test extra and no constraints,
-and runs pytest there on a copy of the checkout. Deprecations count: a warning that a third party gives to kvloom's own
-modules or to the tests fails the run. Exits with pytest's status. With `--write` and no failure, constraints.txt
-becomes what was installed. Needs a way to the package index and about 3 GB of disk.
+Creates an environment in a temporary folder, installs the checkout with its test extra and no constraints, and runs
+pytest there on a copy of the checkout. A deprecation warning that a third party raises in kvloom's own modules or in
+the tests fails the run. Exits with pytest's status. With `--write` and no failure, the installed versions replace
+constraints.txt. Needs access to the package index and about 3 GB of disk.
 """
 
 import argparse

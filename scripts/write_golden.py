@@ -2,7 +2,7 @@
 
     python scripts/write_golden.py
 
-Needs the project's test dependencies. A change of the figures belongs to a commit that says why they change.
+Needs the project's test dependencies. A commit that changes the figures must say why they change.
 """
 
 import json

@@ -12,7 +12,7 @@ from kvloom.plan.explain import TOPICS
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
 from kvloom.spec.config_json import understood
 from kvloom.spec.format import bits_per_element, runs, store_format, store_names
-from kvloom.spec.hardware import DEVICES
+from kvloom.spec.hardware import DEVICES, DeviceSpec
 from kvloom.spec.hypothetical import Hypothesis
 from kvloom.spec.model import ModelSpec
 from kvloom.units import GIB, format_bytes
@@ -84,9 +84,14 @@ def devices() -> str:
     for name, device in DEVICES.items():
         lines.append(
             f"| {name} | {format_bytes(device.memory_bytes or 0)} | {(device.bandwidth or 0) / 1e9:,.0f} GB/s | "
-            f"{(device.peak('bfloat16') or 0) / 1e12:,.0f} TFLOP/s | {device.source} | {device.as_of} |"
+            f"{_peak(device)} | {device.source} | {device.as_of} |"
         )
     return "\n".join(lines)
+
+
+def _peak(device: DeviceSpec) -> str:
+    peak = device.peak("bfloat16")
+    return "not known" if peak is None else f"{peak / 1e12:,.0f} TFLOP/s"
 
 
 def catalogue() -> str:
