@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvloom.server import chat, completions, operations, responses
+from kvloom.server import anthropic, chat, completions, operations, responses
 from kvloom.server.layers import ConcurrencyLayer, ExchangeLayer, KeyLayer
 from kvloom.server.origins import OriginLayer
 from kvloom.server.service import Service
@@ -21,6 +21,9 @@ ROUTES: tuple[tuple[str, str, Answer], ...] = (
     ("POST", "/v1/completions", completions.respond),
     ("POST", "/v1/chat/completions", chat.respond),
     ("POST", "/v1/responses", responses.respond),
+    ("POST", "/v1/messages", anthropic.respond),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
+    ("POST", "/v1/embeddings", operations.embeddings),
     ("POST", "/tokenize", operations.tokenize),
     ("POST", "/detokenize", operations.detokenize),
     ("GET", "/tokenizer_info", operations.tokenizer_info),

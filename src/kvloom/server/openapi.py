@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kvloom.server.anthropicfields import COUNT_TOKENS, MESSAGES
 from kvloom.server.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from kvloom.server.dialect import ANTHROPIC, ANTHROPIC_TYPES, dialect_of
 from kvloom.server.fields import Effect, Field
 from kvloom.server.refusal import TYPES
 from kvloom.server.responsesfields import RESPONSES
@@ -26,10 +28,28 @@ ERROR_SCHEMA = {
     },
 }
 
+ANTHROPIC_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {
+                "type": {"type": "string", "enum": sorted(set(ANTHROPIC_TYPES.values()))},
+                "message": {"type": "string"},
+            },
+        },
+    },
+}
+
 POSTS: dict[str, tuple[str, Mapping[str, Field]]] = {
     "/v1/completions": ("Continue prompts of text or token ids.", COMPLETION),
     "/v1/chat/completions": ("Answer a conversation.", CHAT),
     "/v1/responses": ("Answer a conversation with items; nothing is kept.", RESPONSES),
+    "/v1/messages": ("Answer a conversation in Anthropic's form.", MESSAGES),
+    "/v1/messages/count_tokens": ("The tokens of a conversation's prompt.", COUNT_TOKENS),
     "/tokenize": ("Text or a conversation to token ids.", TOKENIZE),
     "/detokenize": ("Token ids to text.", DETOKENIZE),
 }
@@ -68,7 +88,7 @@ def document(root_path: str, with_keys: bool) -> dict[str, Any]:
             "post": {
                 "summary": summary,
                 "requestBody": {"required": True, "content": content},
-                "responses": {"200": {"description": "Done.", "content": answers}, **_errors(JSON_ERRORS)},
+                "responses": {"200": {"description": "Done.", "content": answers}, **_errors(JSON_ERRORS, path)},
             }
         }
     for path, summary in GETS.items():
@@ -81,6 +101,8 @@ def document(root_path: str, with_keys: bool) -> dict[str, Any]:
     ):
         responses = {"200": {"description": "Done."}, **_errors((401, 403, 500, 503))}
         paths[path] = {method: {"summary": summary, "responses": responses}}
+    refused = {"summary": "Refused: no embeddings are computed here.", "responses": _errors((400, 401, 403, 500, 503))}
+    paths["/v1/embeddings"] = {"post": refused}
     text = {"text/plain": {"schema": {"type": "string"}}}
     metrics = {"200": {"description": "Figures.", "content": text}, **_errors((403, 500, 503))}
     paths["/metrics"] = {"get": {"summary": "Figures in the text format of Prometheus.", "responses": metrics}}
@@ -96,6 +118,7 @@ def document(root_path: str, with_keys: bool) -> dict[str, Any]:
     return found
 
 
-def _errors(statuses: tuple[int, ...]) -> dict[str, Any]:
-    content = {"application/json": {"schema": ERROR_SCHEMA}}
+def _errors(statuses: tuple[int, ...], path: str = "/") -> dict[str, Any]:
+    schema = ANTHROPIC_SCHEMA if dialect_of(path) is ANTHROPIC else ERROR_SCHEMA
+    content = {"application/json": {"schema": schema}}
     return {str(status): {"description": TYPES[status].replace("_", " "), "content": content} for status in statuses}

@@ -110,6 +110,17 @@ async def _body(request: Request, service: Service, table: Any) -> Body:
     return body
 
 
+async def embeddings(request: Request, service: Service) -> ASGIApp:
+    """Refuse POST /v1/embeddings, naming what computes embeddings instead."""
+    raise Refusal(
+        400,
+        f"{service.names[0]!r} generates text, and this server computes no embeddings. Run an embedding model in a "
+        "server that does (vllm serve, llama-server --embeddings, text-embeddings-inference), and send there what "
+        "asks for /v1/embeddings",
+        code="unsupported",
+    )
+
+
 async def health(request: Request, service: Service) -> ASGIApp:
     """Answer GET /health: 200 while requests are taken, 503 when the engine is dead or the server ends."""
     if not service.thread.alive:
