@@ -26,6 +26,7 @@ from kvloom.measure.interval import bootstrap_interval
 from kvloom.measure.window import Window, windows_of
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.pull import pull
+from kvloom.spec.policy import FULL
 
 
 @torch.inference_mode()
@@ -95,7 +96,7 @@ def main() -> None:
                 path, dtype=dtype, backend=backend, max_model_len=asked.context + asked.tokens + 2,
                 kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False,
             )  # fmt: skip
-            scores = forced_scores(llm.engine, windows, None, reference)
+            scores = forced_scores(llm.engine, windows, FULL, reference)
             assert scores is not None
             report(f"kvloom {dtype} {backend}", scores)
     said = {"windows": len(windows), "context": asked.context, "tokens": asked.tokens, "model": path.name}

@@ -33,6 +33,7 @@ import torch
 from kvloom import LLM, SamplingParams
 from kvloom.kernels import cpu
 from kvloom.models.pull import pull
+from kvloom.policies.reading import read_policy
 
 SCHEMA_VERSION = 1
 NEIGHBOUR = """
@@ -63,7 +64,7 @@ def neighbour(core: int | None) -> Iterator[None]:
 def times(llm: LLM, prompt: list[int], new: int, policy: str = "full") -> tuple[float, list[float]]:
     """Return the seconds of the prompt's steps and those of `new` steps after them."""
     params = SamplingParams(temperature=0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
-    request = llm.engine.add(prompt, params, kv_policy=policy)
+    request = llm.engine.add(prompt, params, kv_policy=read_policy(policy))
     first, found = 0.0, []
     while not request.finished:
         answers = request.sequences[0].num_output_tokens > 0

@@ -33,6 +33,7 @@ from kvloom.measure.forced import Reference, forced_scores
 from kvloom.measure.interval import bootstrap_interval, share_interval
 from kvloom.measure.policies import at_share
 from kvloom.measure.window import Window
+from kvloom.spec.policy import FULL, PolicySpec
 
 SCHEMA_VERSION = 2
 METHODS = [
@@ -53,10 +54,10 @@ class Hidden:
     number: str
 
 
-def spelled(method: str, keep: float, prompt: int) -> str | None:
-    """Return the policy string of a row of the table; None for the full cache."""
+def spelled(method: str, keep: float, prompt: int) -> PolicySpec:
+    """Return the policy of a row of the table."""
     name, plus, additions = method.partition("+")
-    return None if name == "full" else at_share(f"{name}+prefill{plus}{additions}", keep, prompt)
+    return FULL if name == "full" else at_share(f"{name}+prefill{plus}{additions}", keep, prompt)
 
 
 def windows_and_keys(llm: LLM, asked: argparse.Namespace) -> tuple[list[Window], list[Hidden]]:
@@ -82,13 +83,13 @@ def windows_and_keys(llm: LLM, asked: argparse.Namespace) -> tuple[list[Window],
 
 
 def measured(
-    llm: LLM, windows: list[Window], keys: list[Hidden], policy: str | None, full: Reference
+    llm: LLM, windows: list[Window], keys: list[Hidden], policy: PolicySpec, full: Reference
 ) -> dict[str, object]:
     """Run everything under `policy` and compare with the log-probabilities of `full`, which is filled if empty."""
     began = time.perf_counter()
     scores = forced_scores(llm.engine, windows, policy, full)
     assert scores is not None
-    prompts = [{"prompt_token_ids": key.prompt, **({"kv_policy": policy} if policy else {})} for key in keys]
+    prompts = [{"prompt_token_ids": key.prompt, "kv_policy": policy} for key in keys]
     answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     hits = [float(key.number in answer.outputs[0].text.replace(",", ""))
             for key, answer in zip(keys, answers, strict=True)]  # fmt: skip
@@ -131,12 +132,13 @@ def main() -> None:
         llm = LLM(asked.model, dtype=asked.dtype, kv_cache_memory_bytes=3 << 30, max_num_seqs=count)
         windows, keys = windows_and_keys(llm, asked)
         full: Reference = {}
-        measured(llm, windows, keys, None, full)  # also fills the prefix cache; the kept tokens do not depend on it
+        measured(llm, windows, keys, FULL, full)  # also fills the prefix cache; the kept tokens do not depend on it
         for method, keep in missing:
             if time.perf_counter() - started > asked.seconds:
                 break
-            row = {"method": method, "keep": keep, "policy": spelled(method, keep, asked.context)}
-            row |= measured(llm, windows, keys, row["policy"], full)
+            policy = spelled(method, keep, asked.context)
+            row = {"method": method, "keep": keep, "policy": str(policy)}
+            row |= measured(llm, windows, keys, policy, full)
             done.append(row)
             with asked.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -35,6 +35,7 @@ from kvloom.engine.request import Request
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
 from kvloom.kernels import cpu
+from kvloom.policies.reading import read_policy
 
 SCHEMA_VERSION = 1
 METHODS = [
@@ -61,7 +62,7 @@ class Contestant:
         self.policy = policy
         self.engine = Engine(
             Runner(first.runner.model, cache), scheduler, llm.tokenizer, max_model_len=first.max_position,
-            max_position=first.max_position, eos_token_ids=(), kv_policy=policy,
+            max_position=first.max_position, eos_token_ids=(), kv_policy=read_policy(policy),
         )  # fmt: skip
         self.scoring = 0.0
         for owner, name in ((self.engine.evictions, "evict"), (self.engine.runner, "observe")):

@@ -31,6 +31,7 @@ from kvloom.measure.window import windows_of
 from kvloom.models.checkpoint import Checkpoint, open_checkpoint
 from kvloom.models.compiled import CompiledModel
 from kvloom.spec.decoder import DecoderConfig
+from kvloom.spec.policy import FULL
 
 ARENA_BYTES = 1 << 30
 QUANTIZATIONS = (None, "int8", "w8a8", "int4")
@@ -90,7 +91,7 @@ def main() -> None:
     rows = []
     for quantization in QUANTIZATIONS:
         engine = engine_of(checkpoint, quantization, asked.shuffle, asked.context + asked.tokens + 2)
-        scores = forced_scores(engine, windows, None, reference)
+        scores = forced_scores(engine, windows, FULL, reference)
         assert scores is not None
         base = base or [score.nll for score in scores]
         kl, more = [score.kl for score in scores], [score.nll - full for score, full in zip(scores, base, strict=True)]

@@ -8,6 +8,7 @@ from harness.tiny_engine import engine_of, finish, greedy, nothing_left
 from harness.tiny_model import random_tokens
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.models.eager import EagerModel
+from kvloom.policies.reading import read_policy
 
 PROMPT = random_tokens(24, 131)
 
@@ -62,7 +63,7 @@ def test_requests_of_both_kinds_run_in_one_batch_as_they_do_alone(models):
 
 def test_a_policy_moves_keys_by_the_frequencies_of_their_request(models):
     engine = short_engine(models[1])
-    request = engine.add(PROMPT, greedy(40), kv_policy="streaming(sinks=2,window=14)")
+    request = engine.add(PROMPT, greedy(40), kv_policy=read_policy("streaming(sinks=2,window=14)"))
     leader = request.sequences[0].eviction.model
     own = models[1].inverse_frequencies(0, request.length_class)
     assert torch.equal(leader.inverse_frequencies[0], own)

@@ -13,6 +13,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.errors import InvalidInputError
 from kvloom.kernels import cpu
 from kvloom.kernels.threads import keep_one_torch_thread, one_torch_thread, set_threads
+from kvloom.policies.reading import read_policy
 from kvloom.policies.scorers.knorm import Knorm
 
 
@@ -26,7 +27,7 @@ def watched(engine, monkeypatch, policy="knorm(budget=20,skip_layers=0)"):
     score = Knorm.score
     monkeypatch.setattr(Knorm, "score", lambda self, context: (look("scoring"), score(self, context))[1])
     engine.observer = lambda sequences, logits: look("sampling")
-    run(engine, [random_tokens(40)], greedy(3), kv_policy=policy)
+    run(engine, [random_tokens(40)], greedy(3), kv_policy=read_policy(policy))
     return found
 
 

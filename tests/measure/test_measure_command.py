@@ -69,7 +69,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(measure, fil
     original, runs = sessions.forced_scores, []
 
     def interrupted(*arguments):
-        runs.append(arguments[2])
+        runs.append(str(arguments[2]))
         if len(runs) == 3:
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
@@ -77,13 +77,13 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(measure, fil
     monkeypatch.setattr(sessions, "forced_scores", interrupted)
     policies = ("--kv-policy", "tova(budget=20)", "--kv-policy", "keydiff(budget=20)", "--json", str(file))
     code, out, err = measure(*policies)
-    assert (code, runs) == (main.INTERRUPTED, [None, "tova(budget=20)", "keydiff(budget=20)"])
+    assert (code, runs) == (main.INTERRUPTED, ["full", "tova(budget=20)", "keydiff(budget=20)"])
     assert f"the same command continues from {file}" in err
     assert "tova(budget=20)" in out and "keydiff(budget=20)" not in out
     assert [entry["policy"] for entry in json.loads(file.read_text())["results"]] == ["full", "tova(budget=20)"]
     before = json.loads(file.read_text())["results"]
     code, out, _ = measure(*policies)
-    assert (code, runs[3:]) == (0, [None, "keydiff(budget=20)"])
+    assert (code, runs[3:]) == (0, ["full", "keydiff(budget=20)"])
     after = json.loads(file.read_text())["results"]
     assert [entry["by_window"] for entry in after[:2]] == [entry["by_window"] for entry in before]
     assert after[2]["policy"] == "keydiff(budget=20)"

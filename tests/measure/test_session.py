@@ -13,9 +13,13 @@ from kvloom.measure.results import Results
 from kvloom.measure.session import Session, runnable
 from kvloom.measure.window import windows_of
 from kvloom.plan.measured import read_measurements
+from kvloom.spec.policy import FULL, PolicySpec
 
 FACTS = {"dtype": "float32"}
-POLICIES = ["snapkv(budget=30,window=8)", "random(budget=20)"]
+POLICIES = [PolicySpec.parse("snapkv(budget=30,window=8)"), PolicySpec.parse("random(budget=20)")]
+KEYDIFF, KNORM = PolicySpec.parse("keydiff(budget=30)"), PolicySpec.parse("knorm(budget=9)")
+TOVA, DUO = PolicySpec.parse("tova(budget=9)"), PolicySpec.parse("duo")
+LATE = PolicySpec.parse("snapkv(budget=9,window=4)+step")
 
 
 def session(llm, text, results, count=5, policies=POLICIES, **options):
@@ -37,7 +41,7 @@ def whole(llm, text):
 
 def test_every_policy_and_the_full_cache_get_all_windows_and_costs(whole):
     results, progress = whole
-    assert [row.policy for row in results.rows] == ["full", *POLICIES]
+    assert [row.policy for row in results.rows] == [FULL, *POLICIES]
     assert all((len(row.scores), len(row.costs)) == (5, 2) for row in results.rows)
     assert (progress[0].done, progress[-1].done, progress[-1].total) == (0, 3 * 7, 3 * 7)
     assert [p.done for p in progress] == sorted(p.done for p in progress)
@@ -45,7 +49,7 @@ def test_every_policy_and_the_full_cache_get_all_windows_and_costs(whole):
 
 def test_a_result_is_the_mean_over_windows_against_the_same_windows_of_the_full_cache(whole):
     results, _ = whole
-    full, some = (next(e for e in results.summaries() if e["policy"] == name) for name in ("full", POLICIES[0]))
+    full, some = (next(e for e in results.summaries() if e["policy"] == name) for name in ("full", str(POLICIES[0])))
     change = [a - b for a, b in zip(some["by_window"]["nll"], full["by_window"]["nll"], strict=True)]
     assert some["loss"] == pytest.approx(math.exp(sum(change) / 5) - 1)
     assert some["loss_low"] <= some["loss"] <= some["loss_high"]
@@ -75,7 +79,7 @@ def test_more_windows_and_policies_are_added_to_what_there_is(llm, text, whole, 
     whole[0].save(path)
     results = Results.open(path, "tiny", "here", FACTS)
     before = scores_of(whole[0])
-    list(session(llm, text, results, count=7, policies=[*POLICIES, "keydiff(budget=30)"]).run())
+    list(session(llm, text, results, count=7, policies=[*POLICIES, KEYDIFF]).run())
     found = scores_of(results)
     assert {name: len(scores) for name, scores in found.items()} == dict.fromkeys(found, 7)
     for policy, scores in before.items():
@@ -94,8 +98,8 @@ def test_the_file_is_what_the_planner_reads(whole, tmp_path):
     whole[0].save(path)
     found = read_measurements(path)
     assert (found.model, found.machine) == ("tiny", "here")
-    one = next(entry for entry in whole[0].summaries() if entry["policy"] == POLICIES[1])
-    read = next(entry for entry in found.results if str(entry.policy) == POLICIES[1])
+    one = next(entry for entry in whole[0].summaries() if entry["policy"] == str(POLICIES[1]))
+    read = next(entry for entry in found.results if entry.policy == POLICIES[1])
     assert (read.context, read.loss, read.loss_high) == (80, one["loss"], one["loss_high"])
     assert (read.tpot_s, read.kv_peak_bytes) == (one["tpot_s"], one["kv_peak_bytes"])
     assert read.evicted_tokens == 4 * (70 - 20)
@@ -127,9 +131,9 @@ def test_nothing_is_written_before_there_is_a_result(tmp_path):
 
 def test_a_policy_with_fewer_windows_is_compared_on_those(tmp_path):
     results = Results("tiny", "here", FACTS)
-    results.row("full", 80, 10).scores = [Score(2.0, 0, 1, 0), Score(4.0, 0, 1, 0)]
-    results.row("knorm(budget=9)", 80, 10).scores = [Score(2.5, 0.1, 0.9, 7)]
-    results.row("knorm(budget=9)", 80, 10).costs = [Cost(0.1, 0.02, 64, 128), Cost(0.3, 0.04, 64, 128)]
+    results.row(FULL, 80, 10).scores = [Score(2.0, 0, 1, 0), Score(4.0, 0, 1, 0)]
+    results.row(KNORM, 80, 10).scores = [Score(2.5, 0.1, 0.9, 7)]
+    results.row(KNORM, 80, 10).costs = [Cost(0.1, 0.02, 64, 128), Cost(0.3, 0.04, 64, 128)]
     entry = results.summaries()[1]
     assert entry["loss"] == pytest.approx(math.exp(0.5) - 1)
     assert (entry["windows"], entry["ttft_s"], entry["kv_bytes"], entry["kv_peak_bytes"]) == (1, 0.2, 64, 128)
@@ -137,12 +141,12 @@ def test_a_policy_with_fewer_windows_is_compared_on_those(tmp_path):
 
 def test_policies_that_cannot_run_are_named_with_their_reasons(llm, text):
     window = windows_of([llm.tokenizer.encode(text)], 70, 10, 1)[0]
-    able, refused = runnable(llm.engine, window, ["tova(budget=9)", "duo", "expected(budget=3)"])
-    assert able == ["tova(budget=9)"]
-    assert "duo needs the file" in refused["duo"]
-    assert "budget 3 of expected is below its sinks" in refused["expected(budget=3)"]
+    able, refused = runnable(llm.engine, window, [TOVA, DUO, LATE])
+    assert able == [TOVA]
+    assert "duo needs the file" in refused[DUO]
+    assert "it cannot act while generating" in refused[LATE]
 
 
 def test_a_policy_that_cannot_run_is_refused_before_anything_runs(llm, text):
-    with pytest.raises(InvalidInputError, match="below its sinks"):
-        session(llm, text, Results("tiny", "here", FACTS), policies=["expected(budget=3)"])
+    with pytest.raises(InvalidInputError, match="duo needs the file"):
+        session(llm, text, Results("tiny", "here", FACTS), policies=[DUO])

@@ -70,9 +70,8 @@ def trace(engine, prompt, output, policy):
     from kvloom import SamplingParams
 
     ids = [random.Random(7).randrange(3, 90) for _ in range(prompt)]
-    text = None if policy == "full" else policy
     params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True, detokenize=False)
-    request = engine.add(ids, params, kv_policy=text)
+    request = engine.add(ids, params, kv_policy=PolicySpec.parse(policy))
     sequence = request.sequences[0]
     while engine.has_work:
         engine.step()

@@ -69,7 +69,7 @@ def test_planned_bytes_are_the_bytes_of_the_live_tables(variant, asked):
         prompt = min(prompt, decoder.config.max_position - output)
         ids = [random.Random(seed).randrange(3, 120) for _ in range(prompt)]
         try:
-            request = engine.add(ids, greedy(output), kv_policy=None if text == "full" else text)
+            request = engine.add(ids, greedy(output), kv_policy=spec)
         except UnsupportedError as error:
             question = Question(model, find_device("cpu"), prompt, output, policy=spec, block_size=block_size)
             assert policy_refusals(question), f"the plan knows no reason for {error}"

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 PROGRAM = """
 import json, random, sys
 from kvloom import LLM, SamplingParams
+from kvloom.spec.policy import PolicySpec
 
 path, arena, users, prompt, output, dtype, quantization, policies = json.loads(sys.argv[1])
 options = dict(dtype=dtype, quantization=quantization, kv_cache_memory_bytes=arena, max_num_seqs=users)
@@ -30,7 +31,7 @@ params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detok
 ids = [[random.Random(user).randrange(100, 20000) for _ in range(prompt)] for user in range(users)]
 found = []
 for policy in policies:
-    requests = [llm.engine.add(one, params, kv_policy=None if policy == "full" else policy) for one in ids]
+    requests = [llm.engine.add(one, params, kv_policy=PolicySpec.parse(policy)) for one in ids]
     while llm.engine.has_work:
         llm.engine.step()
         for number, request in enumerate(requests):

@@ -25,6 +25,7 @@ from kvloom.plan.serving import (
     served_name,
 )
 from kvloom.policies.policy import Policy
+from kvloom.policies.reading import read_policy
 from kvloom.spec.architectures import ARCHITECTURES
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
 from kvloom.spec.families import FAMILY_CONFIGS
@@ -32,7 +33,7 @@ from kvloom.spec.format import SERVED_STORES, store_names
 from kvloom.spec.hardware import find_device
 from kvloom.spec.method import METHODS
 from kvloom.spec.model import DTYPE_BYTES
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.policy import FULL, PolicySpec
 
 
 def ask(model="smollm2", device="cpu:8GiB", prompt=3584, output=512, **facts):
@@ -48,6 +49,7 @@ def read_serve(command):
         values = dict(context.params)
     names = {field.name for field in fields(EngineConfig)}
     options = {name: value for name, value in engine_arguments(values).items() if name in names}
+    options["kv_policy"] = read_policy(options["kv_policy"] or FULL)
     return values, EngineConfig(**options)
 
 
@@ -82,8 +84,8 @@ def test_the_printed_command_is_read_back_to_the_question_and_its_arena_holds_al
     assert kv_bytes >= Memory(asked).kv_bytes(asked)
     longest = config.resolve_max_model_len(kv, asked.model.max_position, kv_bytes)
     assert longest == asked.context or asked.policy.evicts
-    assert PolicySpec.parse(config.kv_policy or "full") == asked.policy
-    assert asked.policy == PolicySpec() or Policy.parse(config.kv_policy) is not None
+    assert config.kv_policy == asked.policy
+    assert (Policy.of(config.kv_policy) is None) is (asked.policy == FULL)
 
 
 @pytest.mark.parametrize("model", [name for name in catalogue_names() if catalogue_spec(name).kv_layers])
@@ -93,8 +95,8 @@ def test_every_policy_that_is_recommended_without_a_reason_against_it_is_read_by
     assert candidates
     for policy in candidates:
         if not policy_refusals(replace(asked, policy=policy)):
-            parsed = Policy.parse(str(policy))
-            assert (PolicySpec() if parsed is None else parsed.spec) == policy
+            assert read_policy(str(policy)) == policy
+            Policy.of(policy)
 
 
 @pytest.mark.parametrize("store", store_names())

@@ -96,11 +96,10 @@ def test_the_longest_request_that_it_names_is_admitted_and_a_block_more_is_not(d
     spec = model_spec(decoder.config, "x", "float32")
     asked = Question(spec, find_device("cpu"), 1000, 100, policy=PolicySpec.parse(policy), dtype="float32", chunk=256)
     longest = start_figures(asked, SLAB_BYTES)["longest_request"]
-    asks = None if policy == "full" else policy
 
     def check(tokens):
         output = tokens // 8
-        return engine.check(prompt_of(tokens - output), greedy(output), None, asks)
+        return engine.check(prompt_of(tokens - output), greedy(output), None, asked.policy)
 
     assert check(longest) == longest // 8
     if longest < decoder.config.max_position:

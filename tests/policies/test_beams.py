@@ -5,6 +5,7 @@ import pytest
 from harness.small_engine import prompt_of, run, small_engine
 from harness.tiny_engine import greedy
 from kvloom.engine.beam import BeamSearchParams
+from kvloom.policies.reading import read_policy
 
 POLICIES = ["h2o(budget=40)", "snapkv(budget=40,window=8)+adaptive", "streaming(sinks=4,window=36)",
             "streaming(sinks=2,window=30,positions=cache)", "tova(budget=40)+slack(tokens=8)",
@@ -15,7 +16,7 @@ PARAMS = BeamSearchParams(beam_width=3, max_tokens=24, ignore_eos=True)
 
 def beams_of(engine, prompt, policy, **options):
     """Return the request of a beam search and its best sequences with the sums of their log-probabilities."""
-    request = engine.add_beam_search(prompt, PARAMS, kv_policy=policy, **options)
+    request = engine.add_beam_search(prompt, PARAMS, kv_policy=read_policy(policy), **options)
     run(engine, [request], engine.cache.check_invariants)
     return request, [(s.output_token_ids, s.cumulative_logprob) for s in request.sequences]
 
@@ -23,7 +24,8 @@ def beams_of(engine, prompt, policy, **options):
 def forced(prompt, tokens, policy):
     """Return the sum of the log-probabilities of `tokens` when they alone follow the prompt under `policy`."""
     engine = small_engine(prefix=False)
-    request = engine.add(prompt, greedy(len(tokens), logprobs=0, seed=0), forced_token_ids=tokens, kv_policy=policy)
+    params = greedy(len(tokens), logprobs=0, seed=0)
+    request = engine.add(prompt, params, forced_token_ids=tokens, kv_policy=read_policy(policy))
     run(engine, [request])
     return request.sequences[0].cumulative_logprob
 
@@ -49,7 +51,7 @@ def test_beams_in_a_crowded_arena_are_those_that_a_search_alone_finds(policy):
     _, alone = beams_of(small_engine(prefix=False, slabs=32), prompt, policy)
     engine = small_engine(slabs=1, max_num_batched_tokens=64)
     others = [engine.add(prompt_of(n, seed=n), greedy(60)) for n in (150, 200, 90)]
-    request = engine.add_beam_search(prompt, PARAMS, kv_policy=policy)
+    request = engine.add_beam_search(prompt, PARAMS, kv_policy=read_policy(policy))
     run(engine, [request, *others], engine.cache.check_invariants)
     assert [s.output_token_ids for s in request.sequences] == [tokens for tokens, _ in alone]
     engine.cache.index.clear()
@@ -58,13 +60,13 @@ def test_beams_in_a_crowded_arena_are_those_that_a_search_alone_finds(policy):
 
 def test_a_budget_that_holds_everything_changes_no_beam():
     prompt = prompt_of(80)
-    assert beams_of(small_engine(), prompt, "h2o(budget=200)")[1] == beams_of(small_engine(), prompt, None)[1]
+    assert beams_of(small_engine(), prompt, "h2o(budget=200)")[1] == beams_of(small_engine(), prompt, "full")[1]
 
 
 def test_aborted_beams_free_everything():
     engine = small_engine(prefix=False)
     for steps in range(1, 6):
-        request = engine.add_beam_search(prompt_of(100), PARAMS, kv_policy="h2o(budget=40)")
+        request = engine.add_beam_search(prompt_of(100), PARAMS, kv_policy=read_policy("h2o(budget=40)"))
         for _ in range(steps):
             engine.step()
         engine.abort(request.request_id)

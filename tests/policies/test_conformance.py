@@ -12,6 +12,7 @@ from kvloom.models.eager import EagerModel
 from kvloom.policies import plugins
 from kvloom.policies.budgets import BUDGETS
 from kvloom.policies.policy import Policy
+from kvloom.policies.reading import read_policy
 from kvloom.policies.scorer import RULES, Selector
 from kvloom.spec.method import METHODS
 from policies.brute_force import hash_number
@@ -54,7 +55,7 @@ def after_prompt(policy, prompt, *, chunk=2048, before=None, decoder=LLAMA, **op
     engine = small_engine(decoder, max_num_batched_tokens=chunk, **options)
     if before is not None:
         run(engine, [engine.add(before, greedy(2))])
-    request = engine.add(prompt, greedy(3), kv_policy=policy)
+    request = engine.add(prompt, greedy(3), kv_policy=read_policy(policy))
     while not request.sequences[0].num_output_tokens:
         engine.step()
     found = survivors(engine, request)
@@ -71,7 +72,7 @@ def test_a_method_keeps_its_budget_and_what_it_protects_and_frees_the_rest_for_o
     engine = small_engine(model=EagerModel(LLAMA, backend), prefix=False, block_size=16)
     backend.watch(engine.cache)
     policy = Policy.parse(policy_of(name, pattern))
-    request = engine.add(prompt_of(70), greedy(6), kv_policy=policy_of(name, pattern))
+    request = engine.add(prompt_of(70), greedy(6), kv_policy=read_policy(policy_of(name, pattern)))
     protected = {}
     choose = request.sequences[0].eviction.choice.make
 
@@ -133,7 +134,7 @@ def test_a_budget_that_holds_everything_changes_no_bit(name, length, seed, budge
     engine = small_engine()
     free = engine.add(prompt, greedy(4, logprobs=3))
     policy = f"{name}(budget=100)" + (f"+{budget}" if budget else "")
-    bound = engine.add(prompt, greedy(4, logprobs=3), kv_policy=policy)
+    bound = engine.add(prompt, greedy(4, logprobs=3), kv_policy=read_policy(policy))
     run(engine, [free, bound])
     assert free.sequences[0].token_ids == bound.sequences[0].token_ids
     assert free.sequences[0].logprobs == bound.sequences[0].logprobs
@@ -167,12 +168,13 @@ def test_windowed_layers_are_left_to_their_window(name, pattern):
 )
 def test_requests_with_different_policies_in_one_batch_answer_as_they_do_alone(names, lengths, chunk):
     requests = [(prompt_of(n, seed=n), policy_of(name, "")) for name, n in zip(names, lengths, strict=False)]
-    requests.append((prompt_of(lengths[0], seed=lengths[0]), None))
+    requests.append((prompt_of(lengths[0], seed=lengths[0]), "full"))
     engine = small_engine(max_num_batched_tokens=chunk, prefix=False)
-    together = run(engine, [engine.add(p, greedy(5), kv_policy=k) for p, k in requests], engine.cache.check_invariants)
+    added = [engine.add(p, greedy(5), kv_policy=read_policy(k)) for p, k in requests]
+    together = run(engine, added, engine.cache.check_invariants)
     for (prompt, policy), tokens in zip(requests, together, strict=True):
         alone = small_engine(prefix=False)
-        assert run(alone, [alone.add(prompt, greedy(5), kv_policy=policy)]) == [tokens]
+        assert run(alone, [alone.add(prompt, greedy(5), kv_policy=read_policy(policy))]) == [tokens]
 
 
 @pytest.mark.parametrize("policy", ["keydiff(budget=64)+chunk(tokens=128)", "tova(budget=64)+chunk(tokens=128)",

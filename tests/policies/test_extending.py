@@ -16,9 +16,10 @@ ENTRY_POINT = next(code for language, code in BLOCKS if language == "toml")
 RUN = """
 from harness.small_engine import prompt_of, run, small_engine
 from harness.tiny_engine import greedy
+from kvloom.policies.reading import read_policy
 import torch
 engine = small_engine()
-request = engine.add(prompt_of(80), greedy(4), kv_policy="valuenorm(budget=20,sinks=3)")
+request = engine.add(prompt_of(80), greedy(4), kv_policy=read_policy("valuenorm(budget=20,sinks=3)"))
 engine.step()
 row, cache = request.sequences[0].row, engine.cache
 for lane in range(6):

@@ -12,6 +12,7 @@ from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.eager import EagerModel
 from kvloom.policies.keymass import KeyMass
+from kvloom.policies.reading import read_policy
 from policies.test_conformance import policy_of, survivors
 
 CONFIG = tiny_config("llama", num_heads=9, num_kv_heads=3, head_dim=64, layers=(FULL,) * 2, max_position=4096)
@@ -54,7 +55,7 @@ class Twice:
 @pytest.mark.parametrize("chunk", [50, 2048])
 def test_mass_from_the_kernels_is_that_of_the_definition_at_every_step(model, policy, chunk):
     engine = small_engine(model=model, prefix=False, max_num_batched_tokens=chunk)
-    request = engine.add(prompt_of(200), greedy(20), kv_policy=policy)
+    request = engine.add(prompt_of(200), greedy(20), kv_policy=read_policy(policy))
     twice = Twice(request.sequences[0].eviction.record.observation.mass)
     run(engine, [request], engine.cache.check_invariants)
     assert twice.compared > 20 and engine.kv_usage(request).evicted_tokens > 0
@@ -67,7 +68,7 @@ def test_on_the_kernels_what_is_kept_depends_neither_on_the_chunk_size_nor_on_a_
         engine = small_engine(model=model, prefix=prefix, max_num_batched_tokens=chunk)
         if prefix:
             run(engine, [engine.add(prompt[:592], greedy(2))])
-        request = engine.add(prompt, greedy(3), kv_policy=policy)
+        request = engine.add(prompt, greedy(3), kv_policy=read_policy(policy))
         while not request.sequences[0].num_output_tokens:
             engine.step()
         found.append(survivors(engine, request))
@@ -79,7 +80,7 @@ def test_a_method_that_weighs_by_layer_inputs_keeps_on_the_kernels_what_it_keeps
     decoder = Decoder(CONFIG, random_weights(CONFIG))
     for one in (model, EagerModel(decoder, ReferenceBackend())):
         engine = small_engine(model=one, prefix=False)
-        request = engine.add(prompt, greedy(3), kv_policy=policy)
+        request = engine.add(prompt, greedy(3), kv_policy=read_policy(policy))
         while not request.sequences[0].num_output_tokens:
             engine.step()
         found.append(survivors(engine, request))

@@ -8,6 +8,7 @@ from harness.tiny_engine import greedy
 from harness.tiny_model import FULL, random_weights, tiny_config
 from kvloom.errors import DoesNotFitError, InvalidInputError, UnsupportedError
 from kvloom.models.compiled import CompiledModel
+from kvloom.policies.reading import read_policy
 from kvloom.spec.footprint import request_footprint
 from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
@@ -34,7 +35,7 @@ def test_sixteen_compressed_requests_hold_what_the_plan_says_and_never_more_than
     policy = f"snapkv(budget={BUDGET})"
     plan = request_footprint(engine.cache.spec, PolicySpec.parse(policy), PROMPT, OUTPUT, 2048)
     assert plan.settled.exact
-    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=policy) for i in range(16)]
+    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=read_policy(policy)) for i in range(16)]
     highest = 0
     while requests[-1].sequences[0].num_output_tokens == 0:
         engine.step()
@@ -59,7 +60,7 @@ def test_an_arena_for_four_uncompressed_requests_runs_ten_compressed_ones_at_onc
     assert 4 * bytes_of(PROMPT + OUTPUT) <= plain.cache.arena.num_bytes < 5 * bytes_of(PROMPT + OUTPUT)
     engine = small_engine(model=smol, slabs=slabs, max_num_seqs=16, prefix=False)
     policy = f"knorm(budget={BUDGET},skip_layers=0)"
-    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=policy) for i in range(12)]
+    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=read_policy(policy)) for i in range(12)]
     running = []
 
     def count():
@@ -76,18 +77,18 @@ def test_a_prompt_three_times_the_arena_runs_per_chunk_and_is_refused_with_numbe
     prompt = prompt_of(3 * held)
     for policy in ("streaming(sinks=4,window=508)", "h2o(budget=512)+chunk(tokens=256)+step",
                    "keydiff(budget=256)+chunk(tokens=128)"):  # fmt: skip
-        request = engine.add(prompt, greedy(4), kv_policy=policy)
+        request = engine.add(prompt, greedy(4), kv_policy=read_policy(policy))
         assert len(run(engine, [request])[0][0]) == 4
         assert engine.kv_usage(request).bytes_peak <= engine.cache.arena.num_bytes
     with pytest.raises(DoesNotFitError, match=rf"{len(prompt) + 4} tokens need .* of KV cache; the arena has 8.*MiB"):
-        engine.add(prompt, greedy(4), kv_policy="snapkv(budget=512)")
+        engine.add(prompt, greedy(4), kv_policy=read_policy("snapkv(budget=512)"))
     engine.cache.check_invariants()
 
 
 def reserved_for(policy, sequences):
     """Run a request alone, assert that it held no more than was reserved, and return the engine and what was."""
     engine = small_engine(max_num_batched_tokens=128, prefix=False)
-    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=policy)
+    request = engine.add(prompt_of(300), greedy(40, n=sequences), kv_policy=read_policy(policy))
     reserved = request.sequences[0].eviction.occupancy.peak_bytes(340, 128, sequences)
     engine.cache.arena.peak_bytes = 0
     run(engine, [request])
@@ -127,7 +128,7 @@ def test_what_admission_reserves_is_what_the_plan_counts(decoder, name):
     for extra in ("", "+chunk(tokens=64)", "+slack(tokens=8)", "+every(tokens=16)", "+adaptive", "+pyramid"):
         text = f"{name}({'budget=100' if METHODS.get(name).budgeted else ''}){extra}"
         try:
-            request = engine.add(prompt_of(200), greedy(40), kv_policy=text)
+            request = engine.add(prompt_of(200), greedy(40), kv_policy=read_policy(text))
         except (UnsupportedError, InvalidInputError):
             continue  # this method does not go with that
         compared += 1
@@ -142,7 +143,8 @@ def test_what_admission_reserves_is_what_the_plan_counts(decoder, name):
 
 def test_what_a_sequence_still_needs_falls_with_what_it_lost():
     engine = small_engine(max_num_batched_tokens=128)
-    request = engine.add(prompt_of(300), greedy(200), kv_policy="tova(budget=100)+prefill+slack(tokens=10)")
+    policy = read_policy("tova(budget=100)+prefill+slack(tokens=10)")
+    request = engine.add(prompt_of(300), greedy(200), kv_policy=policy)
     (sequence,) = request.sequences
     occupancy = sequence.eviction.occupancy
     while not sequence.num_output_tokens:
@@ -158,7 +160,7 @@ def test_what_a_sequence_still_needs_falls_with_what_it_lost():
 def test_requests_that_cannot_be_preempted_never_run_short_of_each_other(smol, policy):
     engine = small_engine(model=smol, slabs=1, prefix=False)
     held = engine.cache.spec.max_tokens_in(engine.cache.arena.num_bytes)
-    requests = [engine.add(prompt_of(120, seed=i), greedy(200), kv_policy=policy) for i in range(5)]
+    requests = [engine.add(prompt_of(120, seed=i), greedy(200), kv_policy=read_policy(policy)) for i in range(5)]
     assert 5 * (32 + 200) > held > 3 * 120
     answers = run(engine, requests)
     assert all(len(answer[0]) == 200 for answer in answers)

@@ -6,6 +6,7 @@ import torch
 from harness.small_engine import prompt_of, run, small_engine
 from harness.tiny_engine import greedy
 from kvloom.errors import MethodError
+from kvloom.policies.reading import read_policy
 from kvloom.policies.scorers.duo import Duo
 from kvloom.policies.scorers.knorm import Knorm
 from policies.lifelike import Life, random_layers
@@ -82,7 +83,7 @@ def test_a_request_whose_method_fails_ends_alone_with_the_error_and_leaves_nothi
     expected = run(engine, [engine.add(prompt_of(40, seed=1), greedy(3))])
     monkeypatch.setattr(Knorm, "score", lambda self, context: torch.full(context.valid.shape, float("nan")))
     engine = small_engine()
-    bad = engine.add(prompt_of(40), greedy(3), kv_policy=policy)
+    bad = engine.add(prompt_of(40), greedy(3), kv_policy=read_policy(policy))
     good = engine.add(prompt_of(40, seed=1), greedy(3))
     assert bad in engine.step()
     assert bad.finished and bad.sequences[0].finish_reason == "error"

@@ -11,6 +11,7 @@ from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
+from kvloom.policies.reading import read_policy
 from kvloom.spec.catalogue import catalogue_spec
 from kvloom.spec.footprint import request_footprint
 from kvloom.spec.hardware import find_device
@@ -45,7 +46,7 @@ def test_sixteen_requests_hold_what_was_planned_and_reach_no_more_than_the_plann
     engine = engine_of(smollm2, 400)
     one = request_footprint(engine.cache.spec, policy, PROMPT, OUTPUT, CHUNK)
     assert one.settled.exact and one.settled.high == LANES * BUDGET // 16 * BLOCK_BYTES
-    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=str(policy)) for i in range(16)]
+    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=policy) for i in range(16)]
     while requests[-1].sequences[0].num_output_tokens == 0:
         engine.step()
     generated = [request.sequences[0].num_output_tokens - 1 for request in requests]
@@ -67,7 +68,7 @@ def test_where_four_whole_requests_fit_ten_compressed_ones_run_at_once_and_promp
     slabs = -(-4 * spec.request_bytes(PROMPT + OUTPUT) // SLAB_BYTES)
     assert 5 * spec.request_bytes(PROMPT + OUTPUT) > slabs * SLAB_BYTES
     engine = engine_of(smollm2, slabs)
-    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=f"snapkv(budget={BUDGET})")
+    requests = [engine.add(prompt_of(PROMPT, seed=i), greedy(OUTPUT), kv_policy=read_policy(f"snapkv(budget={BUDGET})"))
                 for i in range(11)]  # fmt: skip
     running = []
 
@@ -79,8 +80,8 @@ def test_where_four_whole_requests_fit_ten_compressed_ones_run_at_once_and_promp
     small = engine_of(smollm2, 12)
     room = small.cache.spec.max_tokens_in(small.cache.arena.num_bytes, CHUNK)
     prompt = prompt_of(3 * room)
-    answer = small.add(prompt, greedy(4), kv_policy="h2o(budget=256)+chunk(tokens=256)+step")
+    answer = small.add(prompt, greedy(4), kv_policy=read_policy("h2o(budget=256)+chunk(tokens=256)+step"))
     assert len(run(small, [answer])[0][0]) == 4
     assert small.kv_usage(answer).bytes_peak <= small.cache.arena.num_bytes
     with pytest.raises(DoesNotFitError, match=rf"{len(prompt) + 4} tokens need .* the arena has 24.*MiB"):
-        small.add(prompt, greedy(4), kv_policy="snapkv(budget=256)")
+        small.add(prompt, greedy(4), kv_policy=read_policy("snapkv(budget=256)"))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvloom.measure.results import Results
     from kvloom.measure.session import Progress, Session
     from kvloom.measure.window import Window
+    from kvloom.spec.policy import PolicySpec
 
 STDOUT = Path("-")
 SWITCHED_ON = ("1", "true", "yes", "on", "-")
@@ -53,10 +54,13 @@ def run(
     name = choose_model(click.get_current_context(), argument, model)
     texts = [_read(path) for path in text]
     _check_numbers(keep, output, windows, cost_runs)
-    named = _canonical(kv_policies)
 
-    from kvloom.measure.results import FULL, Results
+    from kvloom.measure.results import Results
     from kvloom.measure.session import Session, check_policy
+    from kvloom.policies.reading import read_policy
+    from kvloom.spec.policy import FULL
+
+    named = [read_policy(policy) for policy in kv_policies]
 
     file = None if as_json in (None, STDOUT) else as_json
     llm = load_llm(name, enable_prefix_caching=False, **engine_arguments(values))
@@ -95,7 +99,7 @@ def _follow(session: "Session", results: "Results", file: Path | None) -> None:
         task = bar.add_task("")
         try:
             for progress in session.run():
-                bar.update(task, total=progress.total, completed=progress.done, description=progress.policy)
+                bar.update(task, total=progress.total, completed=progress.done, description=_now(progress))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     saved = time.monotonic()
                     if file is not None:
@@ -108,7 +112,11 @@ def _follow(session: "Session", results: "Results", file: Path | None) -> None:
 
 
 def _line(progress: "Progress") -> str:
-    return f"{progress.done} of {progress.total} runs, now {progress.policy}"
+    return f"{progress.done} of {progress.total} runs, now {_now(progress)}"
+
+
+def _now(progress: "Progress") -> str:
+    return "" if progress.policy is None else str(progress.policy)
 
 
 def _say(words: str) -> None:
@@ -135,13 +143,9 @@ def _check_numbers(keep: tuple[float, ...], output: int, windows: int, cost_runs
             raise InvalidInputError(f"{flag} is {value}; it must be at least {least}")
 
 
-def _canonical(policies: tuple[str, ...]) -> list[str]:
-    from kvloom.spec.policy import PolicySpec
-
-    return [str(PolicySpec.parse(policy)) for policy in policies]
-
-
-def _chosen(llm: "LLM", window: "Window", named: bool, everything: bool, keep: tuple[float, ...]) -> Iterator[str]:
+def _chosen(
+    llm: "LLM", window: "Window", named: bool, everything: bool, keep: tuple[float, ...]
+) -> "Iterator[PolicySpec]":
     """Yield the policies of the list that the flags choose; prints on standard error which are left out, and why."""
     from kvloom.measure.policies import DEFAULT_METHODS, at_share, registered_methods, registered_stores
     from kvloom.measure.session import runnable
@@ -157,7 +161,7 @@ def _chosen(llm: "LLM", window: "Window", named: bool, everything: bool, keep: t
     for method in methods:
         spelled = [at_share(method, share, len(window.prompt)) for share in keep]
         able, refused = runnable(llm.engine, window, list(dict.fromkeys(spelled)))
-        yield from _canonical(tuple(able))
+        yield from able
         for policy, reason in refused.items():
             _say(f"left out {policy}: {reason}")
 

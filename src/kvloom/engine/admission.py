@@ -8,6 +8,7 @@ from kvloom.engine.logits_processors import ProcessorFactory
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import InvalidInputError
 from kvloom.policies.policy import Policy
+from kvloom.spec.policy import PolicySpec
 
 UNBOUNDED_TOKENS = 1 << 31
 """Room of a request whose positions are counted in the cache, so that no length of the model ends it."""
@@ -37,7 +38,7 @@ class Admission:
         self.max_position = max_position
 
     def check_request(
-        self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None, kv_policy: str | None
+        self, prompt: Seq[int], params: SamplingParams, forced: Seq[int] | None, kv_policy: PolicySpec | None
     ) -> int:
         """Return how many tokens such a request may generate.
 

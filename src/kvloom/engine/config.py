@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.errors import DoesNotFitError, InvalidInputError
+from kvloom.policies.allowlist import EVERYTHING, AllowList
 from kvloom.registry import nearest
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.packing import QUANTIZATIONS
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.policy import FULL, PolicySpec
 from kvloom.spec.slabs import longest_request
 from kvloom.spec.store import SLAB_BYTES
 from kvloom.units import GIB, format_bytes
@@ -39,8 +40,8 @@ class EngineConfig:
     backend: str = "auto"
     quantization: str | None = None
     threads: int | None = None
-    kv_policy: str | None = None
-    allow_kv_policies: tuple[str, ...] | None = None
+    kv_policy: PolicySpec = FULL
+    allow_kv_policies: AllowList = EVERYTHING
 
     def __post_init__(self) -> None:
         for kind, value, known in (
@@ -105,7 +106,7 @@ class EngineConfig:
         if self.max_model_len is None:
             return fits
         if self.max_model_len > fits:
-            if self.kv_policy is not None and PolicySpec.parse(self.kv_policy).evicts:
+            if self.kv_policy.evicts:
                 return fits
             raise DoesNotFitError(
                 f"one sequence of {self.max_model_len} tokens needs "

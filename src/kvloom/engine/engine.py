@@ -27,6 +27,8 @@ from kvloom.engine.work import Work
 from kvloom.errors import InvalidInputError
 from kvloom.kernels.threads import one_torch_thread
 from kvloom.models.tokenizer import Tokenizer
+from kvloom.policies.allowlist import EVERYTHING, AllowList
+from kvloom.spec.policy import FULL, PolicySpec
 from kvloom.spec.store import STORES
 
 LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
@@ -45,13 +47,13 @@ class Engine:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         seed: int = 0,
-        kv_policy: str | None = None,
-        allow_kv_policies: Seq[str] | None = None,
+        kv_policy: PolicySpec = FULL,
+        allow_kv_policies: AllowList = EVERYTHING,
         max_position: int | None = None,
     ) -> None:
         """Take requests of up to `max_model_len` tokens; under a policy that evicts, of up to `max_position`.
 
-        `kv_policy` is the policy of requests that name none; they may name those in `allow_kv_policies` (None: any).
+        `kv_policy` is the policy of requests that name none; they may name those in `allow_kv_policies`.
         """
         self.runner = runner
         self.scheduler = scheduler
@@ -128,9 +130,9 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
         forced_token_ids: Seq[int] | None = None,
-        kv_policy: str | None = None,
+        kv_policy: PolicySpec | None = None,
     ) -> Request:
-        """Queue a request; `kv_policy` is a policy string, None for the engine's own policy.
+        """Queue a request under `kv_policy`, None for the engine's own policy.
 
         Raises `InvalidInputError`, `UnsupportedError` or `DoesNotFitError`, and then leaves nothing behind.
         """
@@ -180,7 +182,7 @@ class Engine:
         prompt: Seq[int],
         params: SamplingParams,
         forced: Seq[int] | None = None,
-        kv_policy: str | None = None,
+        kv_policy: PolicySpec | None = None,
     ) -> int:
         """Return how many tokens such a request may generate; changes nothing and may be called from any thread.
 

@@ -24,14 +24,15 @@ class KVPolicies:
         runner: Runner,
         scheduler: Scheduler,
         *,
-        own: str | None,
-        allowed: Seq[str] | None,
+        own: PolicySpec,
+        allowed: AllowList,
         token_kinds: Callable[[], TokenKinds] | None,
         replay_instruction: Callable[[Seq[int]], list[int]] | None,
     ) -> None:
-        """Raises `InvalidInputError` or `UnsupportedError` for an `own` or `allowed` policy that cannot be."""
-        self.own = None if own is None else Policy.parse(own)
-        self.allowed = AllowList(allowed, None if own is None else _spec_of(self.own))
+        """Requests that name no policy get `own`; raises as `Policy.of` does where that cannot be."""
+        Policy.of(own)
+        self.own = own
+        self.allowed = allowed
         self.runner = runner
         self.scheduler = scheduler
         model = runner.model
@@ -45,16 +46,15 @@ class KVPolicies:
             replay_instruction=replay_instruction,
         )
 
-    def policy_of(self, asked: str | None) -> Policy | None:
+    def policy_of(self, asked: PolicySpec | None) -> Policy | None:
         """Return the policy of a request that asks for `asked`, the engine's own for None; None keeps everything.
 
-        Raises `InvalidInputError` for what cannot be read and `UnsupportedError` for what is not allowed or possible.
+        Raises `UnsupportedError` for what is not allowed or possible, and as `Policy.of` does.
         """
         if asked is None:
-            return self.own
-        policy = Policy.parse(asked)
-        self.allowed.check(_spec_of(policy), asked)
-        return policy
+            return Policy.of(self.own)
+        self.allowed.check(asked, self.own)
+        return Policy.of(asked)
 
     def check_policy(self, policy: Policy, prompt: Seq[int], num_tokens: int, sequences: int) -> None:
         """Raise unless a request of `num_tokens` under `policy` can run on this engine when it is alone.
@@ -94,8 +94,3 @@ class KVPolicies:
             sequence.eviction = Eviction(
                 policy, self.runner.cache, facts, sequence.token_ids, len(request.prompt_token_ids), request.seed
             )
-
-
-def _spec_of(policy: Policy | None) -> PolicySpec:
-    """Return what `policy` was parsed from; None keeps everything."""
-    return PolicySpec() if policy is None else policy.spec

@@ -26,6 +26,8 @@ from kvloom.kernels.threads import set_threads
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.loader import load_model
 from kvloom.policies.policy import Policy
+from kvloom.policies.reading import read_allow_list, read_policy
+from kvloom.spec.policy import FULL, PolicySpec
 from kvloom.spec.store import NATIVE_STORE
 
 if TYPE_CHECKING:
@@ -52,13 +54,13 @@ class LLM:
     """Loads a model and generates with it, offline or as the engine of a server.
 
     `model` is a catalogue name, a Hugging Face id, a folder with safetensors or a `.gguf` file. `kv_policy` is the
-    policy of every request that names none, e.g. `snapkv(budget=1024)+adaptive`; `allow_kv_policies` lists which others
-    requests may name (selectors or whole policies), None for any. `hf_overrides` are entries that replace those of the
-    model's config.json, such as `{"rope_scaling": {...}}`. `threads` is how many threads compute, in this process: all
-    models share them. Without it: `OMP_NUM_THREADS`, or as many as there are cores to use. `populate` makes the first
-    pages of the cache and of a step's buffers at once: the start takes up to half a second longer, and a first long
-    prompt need not wait for them. Raises `KvloomError`s: model not found, checkpoint damaged, unsupported, does not
-    fit.
+    policy of every request that names none, as text such as `snapkv(budget=1024)+adaptive` or as a `PolicySpec`;
+    `allow_kv_policies` lists which others requests may name (selectors or whole policies), None for any. `hf_overrides`
+    are entries that replace those of the model's config.json, such as `{"rope_scaling": {...}}`. `threads` is how many
+    threads compute, in this process: all models share them. Without it: `OMP_NUM_THREADS`, or as many as there are
+    cores to use. `populate` makes the first pages of the cache and of a step's buffers at once: the start takes up to
+    half a second longer, and a first long prompt need not wait for them. Raises `KvloomError`s: model not found,
+    checkpoint damaged, unsupported, does not fit.
 
     Methods may be called from any number of threads: one thread runs the engine, and the requests of all callers share
     its steps. It ends with `close`, which leaving a `with` block and garbage collection call too. `engine` is for one
@@ -82,7 +84,7 @@ class LLM:
         backend: str = "auto",
         quantization: str | None = None,
         threads: int | None = None,
-        kv_policy: str | None = None,
+        kv_policy: str | PolicySpec | None = None,
         allow_kv_policies: Seq[str] | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
         populate: bool = True,
@@ -99,15 +101,14 @@ class LLM:
             backend=backend,
             quantization=quantization,
             threads=threads,
-            kv_policy=kv_policy,
-            allow_kv_policies=None if allow_kv_policies is None else tuple(allow_kv_policies),
+            kv_policy=FULL if kv_policy is None else read_policy(kv_policy),
+            allow_kv_policies=read_allow_list(allow_kv_policies),
         )
         if not isinstance(model, str | os.PathLike):
             raise InvalidInputError(f"model must be a name or a path, not {type(model).__name__}")
         if threads is not None:
             set_threads(threads)
-        if kv_policy is not None:
-            Policy.parse(kv_policy)  # a misspelt policy is refused before anything is loaded
+        Policy.of(config.kv_policy)  # one that cannot run is refused before anything is loaded
         checkpoint = open_checkpoint(os.fspath(model), revision=revision, overrides=hf_overrides)
         self.model = checkpoint.name
         self.generation_config = checkpoint.generation_config
@@ -309,6 +310,8 @@ class LLM:
             else:
                 ids = _token_ids(prompt["prompt_token_ids"])
             options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
+            if options.get("kv_policy") is not None:
+                options["kv_policy"] = read_policy(options["kv_policy"])
         else:
             ids = _token_ids(prompt)
         return ids, {"prompt": text, **options}

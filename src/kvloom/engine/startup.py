@@ -6,7 +6,6 @@ from kvloom.engine.llm import LLM
 from kvloom.plan.question import Question
 from kvloom.plan.startup import start_figures
 from kvloom.spec.hardware import find_device
-from kvloom.spec.policy import PolicySpec
 from kvloom.spec.shape import model_spec
 
 
@@ -20,7 +19,7 @@ def engine_figures(llm: LLM) -> dict[str, Any]:
         llm.max_model_len - output,
         output,
         llm.config.max_num_seqs,
-        PolicySpec.parse(llm.config.kv_policy or "full"),
+        llm.config.kv_policy,
         llm.dtype,
         block_size=cache.spec.block_size,
         chunk=llm.config.max_num_batched_tokens,

@@ -7,6 +7,7 @@ from kvloom.engine.engine import Engine
 from kvloom.engine.params import SamplingParams
 from kvloom.measure.forced import never
 from kvloom.measure.window import Window
+from kvloom.spec.policy import PolicySpec
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Cost:
     kv_peak_bytes: int
 
 
-def cost_of(engine: Engine, window: Window, policy: str | None, stop: Callable[[], bool] = never) -> Cost | None:
+def cost_of(engine: Engine, window: Window, policy: PolicySpec, stop: Callable[[], bool] = never) -> Cost | None:
     """Run `window` alone on an idle `engine` without a prefix cache, or return None when `stop()` became true.
 
     Tokens are those of the text; logits are not used. Bytes are those of all blocks in use in the arena. Raises as

@@ -11,6 +11,7 @@ from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request
 from kvloom.engine.request import Sequence as Running
 from kvloom.measure.window import Window
+from kvloom.spec.policy import PolicySpec
 
 Reference = dict[tuple[int, int], torch.Tensor]
 """Log-probabilities [V] float32 of the full cache by (window, token after the prompt)."""
@@ -38,13 +39,13 @@ class Score:
 def forced_scores(
     engine: Engine,
     windows: Sequence[Window],
-    policy: str | None,
+    policy: PolicySpec,
     reference: Reference,
     stop: Callable[[], bool] = never,
 ) -> list[Score] | None:
     """Run all `windows` at once on `engine` and return a score for each, or None when `stop()` became true.
 
-    An empty `reference` is filled, so that the first run, without a policy, is compared with itself. The first token
+    An empty `reference` is filled, so that the first run, under `FULL`, is compared with itself. The first token
     after a prompt comes from the prompt's own forward pass, before anything was evicted, and is not scored. Raises as
     `Engine.add` does; the engine is left without requests.
     """

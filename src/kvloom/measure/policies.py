@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from kvloom.spec.format import runs, store_names
 from kvloom.spec.method import METHODS
+from kvloom.spec.policy import PolicySpec
 
 DEFAULT_METHODS = (
     "random(sinks=4)", "streaming+slack", "tova+slack", "snapkv(pooling=max,kernel=7)",
@@ -15,8 +16,8 @@ _BASES = {"refine": ("snapkv", "h2o+prefill"), "budget": ("snapkv",), "action": 
 """Methods with which parts that cannot act alone are measured."""
 
 
-def at_share(method: str, keep: float, prompt: int) -> str:
-    """Return the policy string of `method` (a selector and its additions) that keeps `keep` of a prompt.
+def at_share(method: str, keep: float, prompt: int) -> PolicySpec:
+    """Return the policy of `method` (a selector and its additions) that keeps `keep` of a prompt.
 
     Methods with a budget get the share itself, windows its tokens; methods that choose their own length are unchanged.
     """
@@ -31,7 +32,7 @@ def at_share(method: str, keep: float, prompt: int) -> str:
         given = ",".join(filter(None, [given, f"window={max(1, tokens - sinks)}"]))
     elif METHODS.get(name).budgeted:
         given = ",".join(filter(None, [f"keep={keep:g}", given]))
-    return f"{name}({given}){plus}{additions}" if given else method
+    return PolicySpec.parse(f"{name}({given}){plus}{additions}" if given else method)
 
 
 def registered_methods() -> Iterator[str]:

@@ -18,8 +18,8 @@ from kvloom.measure.forced import Score
 from kvloom.measure.interval import bootstrap_interval
 from kvloom.models.cache_dir import write_atomically
 from kvloom.plan.measured import SCHEMA, read_measurements
+from kvloom.spec.policy import FULL, PolicySpec
 
-FULL = "full"
 METRIC = "perplexity"
 
 
@@ -27,7 +27,7 @@ METRIC = "perplexity"
 class Row:
     """Measurements of one policy at one context: scores by window, in the order of the windows, and costs."""
 
-    policy: str
+    policy: PolicySpec
     context: int
     output: int
     scores: list[Score] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Results:
         results.rows = [_row(path, entry) for entry in data["results"]]
         return results
 
-    def row(self, policy: str, context: int, output: int) -> Row:
+    def row(self, policy: PolicySpec, context: int, output: int) -> Row:
         """Return the row of `policy` at `context` tokens of which `output` are scored, a new one if there is none."""
         for row in self.rows:
             if (row.policy, row.context, row.output) == (policy, context, output):
@@ -102,7 +102,7 @@ def _summary(row: Row, full: Row) -> dict[str, Any]:
     kl_low, kl_high = bootstrap_interval(kl)
     nll = statistics.fmean(score.nll for score in scores)
     found = {
-        "policy": row.policy,
+        "policy": str(row.policy),
         "context": row.context,
         "output": row.output,
         "windows": len(scores),
@@ -133,7 +133,7 @@ def _row(path: Path, entry: Mapping[str, Any]) -> Row:
         parts = zip(*(columns[name] for name in ("nll", "kl", "agreement", "evicted")), strict=True)
         scores = [Score(float(nll), float(kl), float(agreement), int(evicted)) for nll, kl, agreement, evicted in parts]
         costs = [Cost(**cost) for cost in entry["costs"]]
-        return Row(str(entry["policy"]), int(entry["context"]), int(entry["output"]), scores, costs)
+        return Row(PolicySpec.parse(entry["policy"]), int(entry["context"]), int(entry["output"]), scores, costs)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(
             f"{path} does not say how {entry.get('policy')} was measured ({error}), so a run cannot continue from it; "

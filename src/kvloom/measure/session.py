@@ -8,8 +8,9 @@ from kvloom.engine.params import SamplingParams
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.measure.cost import cost_of
 from kvloom.measure.forced import Reference, forced_scores, never
-from kvloom.measure.results import FULL, Results, Row
+from kvloom.measure.results import Results, Row
 from kvloom.measure.window import Window
+from kvloom.spec.policy import FULL, PolicySpec
 
 REFERENCE_BYTES = 256 << 20
 """Most bytes of log-probabilities of the full cache."""
@@ -20,15 +21,15 @@ MOST_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` runs of a window under a policy, and what is being run now."""
+    """`done` of `total` runs of a window under a policy, and what is being run now; None at the end."""
 
     done: int
     total: int
-    policy: str
+    policy: PolicySpec | None
 
 
 class Session:
-    """Measures `policies` (canonical spellings; the full cache is always among them) on `windows` into `results`.
+    """Measures `policies` (the full cache is always among them) on `windows` into `results`.
 
     Entries of `results` are not measured again. `cost_runs` windows are also run alone, for times and bytes.
     """
@@ -37,7 +38,7 @@ class Session:
         self,
         engine: Engine,
         windows: Sequence[Window],
-        policies: Sequence[str],
+        policies: Sequence[PolicySpec],
         results: Results,
         *,
         cost_runs: int = 2,
@@ -51,7 +52,7 @@ class Session:
         self.stop = stop
         prompt, follow = self.windows[0].prompt, self.windows[0].follow
         size = len(prompt) + len(follow)
-        self.rows = [results.row(name, size, len(follow)) for name in dict.fromkeys((FULL, *policies))]
+        self.rows = [results.row(policy, size, len(follow)) for policy in dict.fromkeys((FULL, *policies))]
         for row in self.rows:
             check_policy(engine, self.windows[0], row.policy)
         per_window = 4 * len(follow) * engine.runner.model.config.vocab_size
@@ -75,11 +76,11 @@ class Session:
             for row in self.rows:
                 if len(row.costs) == number:
                     yield self._progress(row.policy)
-                    cost = cost_of(self.engine, self.windows[number], _asked(row), self.stop)
+                    cost = cost_of(self.engine, self.windows[number], row.policy, self.stop)
                     if cost is None:
                         return
                     row.costs.append(cost)
-        yield self._progress("")
+        yield self._progress(None)
 
     def _step(self, first: int) -> int:
         """Return how many windows from `first` on run together; every row lacks either all of them or none."""
@@ -92,32 +93,28 @@ class Session:
         reference: Reference = {}
         for row in [full, *(row for row in missing if row is not full)]:
             yield self._progress(row.policy)
-            scores = forced_scores(self.engine, windows, _asked(row), reference, self.stop)
+            scores = forced_scores(self.engine, windows, row.policy, reference, self.stop)
             if scores is None:
                 return
             if len(row.scores) == first:
                 row.scores += scores
 
-    def _progress(self, policy: str) -> Progress:
+    def _progress(self, policy: PolicySpec | None) -> Progress:
         done = sum(min(len(row.scores), len(self.windows)) + min(len(row.costs), self.cost_runs) for row in self.rows)
         return Progress(done, len(self.rows) * (len(self.windows) + self.cost_runs), policy)
 
 
-def _asked(row: Row) -> str | None:
-    """Return the policy that a request of this row asks for."""
-    return None if row.policy == FULL else row.policy
-
-
-def check_policy(engine: Engine, window: Window, policy: str) -> None:
+def check_policy(engine: Engine, window: Window, policy: PolicySpec) -> None:
     """Raise `UnsupportedError`, `DoesNotFitError` or `InvalidInputError` unless `policy` can run on such a window."""
-    asked = None if policy == FULL else policy
-    engine.check(window.prompt, SamplingParams(temperature=0), window.follow, asked)
+    engine.check(window.prompt, SamplingParams(temperature=0), window.follow, policy)
 
 
-def runnable(engine: Engine, window: Window, policies: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def runnable(
+    engine: Engine, window: Window, policies: Sequence[PolicySpec]
+) -> tuple[list[PolicySpec], dict[PolicySpec, str]]:
     """Return those of `policies` that can run on such a window, and for each other one the reason."""
-    able: list[str] = []
-    refused: dict[str, str] = {}
+    able: list[PolicySpec] = []
+    refused: dict[PolicySpec, str] = {}
     for policy in policies:
         try:
             check_policy(engine, window, policy)

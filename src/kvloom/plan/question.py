@@ -12,10 +12,9 @@ from kvloom.spec.layer import Attention, Latent
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec
 from kvloom.spec.packedmodel import PackedModel, packed_model
 from kvloom.spec.packing import QUANTIZATIONS
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.policy import FULL, PolicySpec
 from kvloom.spec.store import NATIVE_STORE
 
-FULL = PolicySpec()
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_CHUNK = 2048
 DEFAULT_UTILIZATION = 0.9

@@ -10,7 +10,7 @@ from kvloom.plan.measured import Measurement, Measurements
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
 from kvloom.plan.serving import policy_refusals, serve_command, serve_refusals, served_name
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.policy import FULL, PolicySpec
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def recommend(asked: Question, model: str, max_loss: float, measured: Measuremen
     The full cache is taken when it fits. A measured policy counts when the upper end of its loss is at most
     `max_loss` and it was measured at no less than half the asked context, where it did evict tokens.
     """
-    full = replace(asked, policy=PolicySpec())
+    full = replace(asked, policy=FULL)
     if Memory(full).fits:
         return _serve(full, model, "the full cache fits, so no tokens need to be evicted")
     if Memory(full).fits is None:

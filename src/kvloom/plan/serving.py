@@ -12,7 +12,7 @@ from kvloom.spec.catalogue import catalogue_entry, find_in_catalogue
 from kvloom.spec.footprint import replay_tokens
 from kvloom.spec.format import SERVED_STORES
 from kvloom.spec.method import METHODS
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.policy import FULL
 from kvloom.spec.store import SLAB_BYTES
 
 SERVED_NAMES = frozenset({"smollm2"})
@@ -99,7 +99,7 @@ def serve_command(asked: Question, model: str) -> str:
              "--kv-cache-memory-bytes", str(arena_bytes(asked))]
     if asked.quantization is not None:
         parts += ["--quantization", asked.quantization]
-    if asked.policy != PolicySpec():
+    if asked.policy != FULL:
         parts += ["--kv-policy", shlex.quote(str(asked.policy))]
     if asked.block_size != DEFAULT_BLOCK_SIZE:
         parts += ["--block-size", str(asked.block_size)]

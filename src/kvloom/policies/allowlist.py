@@ -1,33 +1,37 @@
-"""AllowList: which policies requests may ask for."""
+"""AllowList: which policies requests may ask for. Torch-free."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvloom.errors import UnsupportedError
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.policy import FULL, PolicySpec
 
 
+@dataclass(frozen=True)
 class AllowList:
     """Names of selectors (`snapkv`: with any arguments and additions) and whole policies (exactly those).
 
-    None allows everything. The engine's own policy is always allowed, and so is `full`, which costs no more.
+    `everything` allows all. The engine's own policy is always allowed, and so is `full`, which costs no more.
     """
 
-    def __init__(self, entries: Sequence[str] | None, own: PolicySpec | None = None) -> None:
-        """Read `entries`; raises `InvalidInputError` for one that is no policy."""
-        self._names: set[str] = {"full"}
-        self._whole: set[str] = set()
-        self._all = entries is None
-        for entry in entries or ():
-            if entry.strip().isidentifier():
-                self._names.add(PolicySpec.selector_named(entry.strip()))
-            else:
-                self._whole.add(str(PolicySpec.parse(entry)))
-        if own is not None:
-            self._whole.add(str(own))
+    names: frozenset[str] = frozenset()
+    whole: frozenset[PolicySpec] = frozenset()
+    everything: bool = False
 
-    def check(self, spec: PolicySpec, asked: str) -> None:
-        """Raise `UnsupportedError` unless requests may ask for `spec`, which they spelled `asked`."""
-        if self._all or spec.selector.name in self._names or str(spec) in self._whole:
+    @classmethod
+    def parse(cls, entries: Sequence[str]) -> "AllowList":
+        """Return the list that `entries` spell; raises `InvalidInputError` for one that is no policy."""
+        names = [entry.strip() for entry in entries if entry.strip().isidentifier()]
+        whole = [entry for entry in entries if not entry.strip().isidentifier()]
+        return cls(frozenset(map(PolicySpec.selector_named, names)), frozenset(map(PolicySpec.parse, whole)))
+
+    def check(self, asked: PolicySpec, own: PolicySpec) -> None:
+        """Raise `UnsupportedError` unless requests may ask for `asked` of an engine whose own policy is `own`."""
+        names = {*self.names, FULL.selector.name}
+        if self.everything or asked.selector.name in names or asked in self.whole or asked == own:
             return
-        known = ", ".join(sorted(self._names) + sorted(self._whole))
-        raise UnsupportedError(f"policy {asked!r}", [f"this engine allows only: {known}"])
+        known = ", ".join(sorted(names) + sorted({*map(str, self.whole), str(own)} - names))
+        raise UnsupportedError(f"policy {str(asked)!r}", [f"this engine allows only: {known}"])
+
+
+EVERYTHING = AllowList(everything=True)

@@ -1,4 +1,4 @@
-"""Policy: a policy string turned into the objects that carry it out."""
+"""Policy: the objects that carry out a `PolicySpec`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from kvloom.policies.action import ACTIONS, Action
 from kvloom.policies.budgets import BUDGETS, Budget
 from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.needs import Needs
+from kvloom.policies.reading import read_policy
 from kvloom.policies.refinement import REFINEMENTS, Refinement
 from kvloom.policies.replay import HINT
 from kvloom.policies.scorer import RULES, Rule
@@ -21,7 +22,7 @@ from kvloom.spec.policy import PolicySpec
 
 @dataclass(frozen=True)
 class Policy:
-    """Scorer (or selector) x budget x trigger x action of one policy string; immutable and shared by requests."""
+    """Scorer (or selector) x budget x trigger x action of one policy; immutable and shared by requests."""
 
     spec: PolicySpec
     rule: Rule
@@ -31,12 +32,17 @@ class Policy:
     action: Action
 
     @classmethod
-    def parse(cls, text: str) -> "Policy | None":
-        """Return the policy that `text` spells, None when it keeps everything as it is.
+    def of(cls, spec: PolicySpec) -> "Policy | None":
+        """Return what carries out `spec`, None when it keeps everything as it is; the same object for equal specs.
 
-        Raises `InvalidInputError` for what cannot be read and `UnsupportedError` for what cannot be combined.
+        Raises `UnsupportedError` for what cannot be combined and `InvalidInputError` for arguments that cannot be used.
         """
-        return _parse(text)
+        return _build(spec)
+
+    @classmethod
+    def parse(cls, text: str) -> "Policy | None":
+        """Return what carries out the policy that `text` spells; raises as `read_policy` and `of` do."""
+        return cls.of(read_policy(text))
 
     @cached_property
     def needs(self) -> Needs:
@@ -116,11 +122,11 @@ class Policy:
 
 
 @lru_cache(maxsize=256)
-def _parse(text: str) -> Policy | None:
+def _build(spec: PolicySpec) -> Policy | None:
     plugins.load_all()
-    spec = PolicySpec.parse(text)
+    what = f"policy {str(spec)!r}"
     if spec.store is not None:
-        raise UnsupportedError(f"policy {text!r}", [f"store {spec.store.name} cannot be served yet; leave it out"])
+        raise UnsupportedError(what, [f"store {spec.store.name} cannot be served yet; leave it out"])
     if not spec.evicts:
         return None
     rule = RULES.get(spec.selector.name)(dict(spec.selector.args))
@@ -134,7 +140,7 @@ def _parse(text: str) -> Policy | None:
     )
     reasons = _conflicts(policy)
     if reasons:
-        raise UnsupportedError(f"policy {text!r}", reasons)
+        raise UnsupportedError(what, reasons)
     return policy
 
 

@@ -16,6 +16,7 @@ from kvloom.server.dialect import COMPLETIONS, event
 from kvloom.server.exchange import Context, encode_large_json
 from kvloom.server.fields import Body
 from kvloom.server.job import respond_with
+from kvloom.server.kvpolicy import read_kv_policy
 from kvloom.server.logprobs import LogprobFormat
 from kvloom.server.queue import Place
 from kvloom.server.refusal import bad_field
@@ -74,6 +75,7 @@ class CompletionJob:
         self.show_ids = bool(body.get("return_token_ids", False))
         self.drop_answer = False
         self.params = self._params()
+        self.policy = read_kv_policy(body.get("kv_policy"))
         self.names = LogprobFormat(
             service.tokenizer,
             count=self.logprobs or 0,
@@ -119,7 +121,7 @@ class CompletionJob:
         self.place.widen(len(prompts))
         await self.service.prepare(self.params)
         encoded = await self.service.offload(lambda: [self._encoded(prompt) for prompt in prompts])
-        return self.service.tickets(self.context, self.body, encoded, self.params)
+        return self.service.tickets(self.context, self.body, encoded, self.params, self.policy)
 
     def _prompts(self) -> list[str] | list[list[int]]:
         given = self.body.get("prompt")
@@ -138,7 +140,7 @@ class CompletionJob:
         ids = self.service.truncated(ids, self.body, self.params)
         if not ids:
             raise bad_field("prompt", "the prompt is empty; give at least one token")
-        self.service.check_prompt(ids, self.params, self.body)
+        self.service.check_prompt(ids, self.params, self.policy)
         if self.echo and (text is None or "truncate_prompt_tokens" in self.body):
             text = self.service.tokenizer.decode(ids, self.params.skip_special_tokens)
         return ids, text

@@ -11,6 +11,7 @@ from kvloom.server.answer import Delta, Update
 from kvloom.server.conversation import conversation_ids, note_unused
 from kvloom.server.exchange import Context
 from kvloom.server.fields import Body
+from kvloom.server.kvpolicy import read_kv_policy
 from kvloom.server.message import Message
 from kvloom.server.queue import Place
 from kvloom.server.refusal import bad_field
@@ -46,6 +47,7 @@ class Dialogue:
         note_unused(body, service.tokenizer.chat_template)
         self.logprobs = self._num_logprobs()
         self.params = self._params()
+        self.policy = read_kv_policy(body.get("kv_policy"))
         self._place = place
 
     def _num_logprobs(self) -> int | None:
@@ -73,7 +75,7 @@ class Dialogue:
             self.params = replace(self.params, structured_outputs=form)
         await self.service.prepare(self.params)
         ids = await self.service.offload(self._encoded)
-        return self.service.tickets(self.context, self.body, [(ids, None)], self.params)
+        return self.service.tickets(self.context, self.body, [(ids, None)], self.params, self.policy)
 
     def _encoded(self) -> list[int]:
         """Return the conversation's token ids, checked against the model; for a thread of the pool."""
@@ -84,7 +86,7 @@ class Dialogue:
         ids = self.service.truncated(ids, self.body, self.params)
         if not ids:
             raise bad_field("messages", "the conversation comes to no token at all")
-        self.service.check_prompt(ids, self.params, self.body)
+        self.service.check_prompt(ids, self.params, self.policy)
         return ids
 
     def _form_of_calls(self) -> StructuredOutputsParams:

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kvloom.errors import InvalidInputError
+from kvloom.errors import InvalidInputError, KvloomError
 from kvloom.policies.description import describe
+from kvloom.policies.reading import read_policy
 from kvloom.server.refusal import bad_field
+from kvloom.spec.policy import PolicySpec
 
 ALIASES = {"none": "full", "": "full"}
 """Other ways to ask for a cache that keeps everything."""
 
 
-def read_kv_policy(value: Any) -> str | None:
-    """Return the policy that a body asks for, as the engine takes it; None, for an absent one, is the engine's own.
+def read_kv_policy(value: Any) -> PolicySpec | None:
+    """Return the policy that a body asks for; None, for an absent one, is the engine's own.
 
     The engine checks it against the model and the prompt before anything runs.
     """
@@ -20,7 +22,10 @@ def read_kv_policy(value: Any) -> str | None:
         return None
     if not isinstance(value, str):
         raise bad_field("kv_policy", "kv_policy is one string, such as 'snapkv(budget=1024,window=64)'")
-    return ALIASES.get(value.strip(), value)
+    try:
+        return read_policy(ALIASES.get(value.strip(), value))
+    except KvloomError as error:
+        raise bad_field("kv_policy", str(error), "unsupported") from None
 
 
 def allowed_policies(given: Sequence[str]) -> tuple[str, ...] | None:

@@ -18,7 +18,6 @@ from kvloom.registry import nearest
 from kvloom.server.exchange import Context, parse_json, read_bytes
 from kvloom.server.feed import Feed
 from kvloom.server.fields import Body, Field, read_body
-from kvloom.server.kvpolicy import read_kv_policy
 from kvloom.server.metrics import ServerMetrics
 from kvloom.server.queue import Place, Queue
 from kvloom.server.refusal import Refusal, bad_field
@@ -28,6 +27,7 @@ from kvloom.server.settings import ServerConfig
 from kvloom.server.ticket import Ticket
 from kvloom.server.usage import Usage
 from kvloom.server.watchdog import Watchdog
+from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import STORES
 
 T = TypeVar("T")
@@ -118,12 +118,11 @@ class Service:
         salt: str = body.get("cache_salt", "")
         return f"{context.key_digest}:{salt}" if self.config.isolate_by_key else salt
 
-    def check_prompt(self, ids: Sequence[int], params: SamplingParams, body: Body) -> int:
-        """Return the most tokens that can be generated. For any thread.
+    def check_prompt(self, ids: Sequence[int], params: SamplingParams, policy: PolicySpec | None) -> int:
+        """Return the most tokens that can be generated, under `policy` (None: the engine's own). For any thread.
 
         Raises `Refusal` `context_length_exceeded`, and the engine's own errors for what can never run.
         """
-        policy = read_kv_policy(body.get("kv_policy"))
         try:
             forgets = self.engine.policies.policy_of(policy) is not None
         except KvloomError as error:
@@ -187,12 +186,12 @@ class Service:
         body: Body,
         prompts: Sequence[tuple[list[int], str | None]],
         params: SamplingParams,
+        policy: PolicySpec | None,
     ) -> list[Ticket]:
-        """Return one ticket a prompt, all with the same feed."""
+        """Return one ticket a prompt, all under `policy` (None: the engine's own) and with the same feed."""
         stream = bool(body.get("stream", False))
         live = stream and bool(body.get("stream_options", {}).get("continuous_usage_stats", False))
         feed = Feed(len(prompts))
-        policy = read_kv_policy(body.get("kv_policy"))
         salt, priority, unique = self.read_salt(body, context), self.read_priority(body), secrets.token_hex(4)
         return [
             Ticket(

@@ -8,6 +8,7 @@ from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request, Sequence, Status
 from kvloom.server.answer import Delta, Update
 from kvloom.server.feed import Feed
+from kvloom.spec.policy import PolicySpec
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class Ticket:
     prompt: str | None = None
     priority: int = 0
     cache_salt: str = ""
-    kv_policy: str | None = None
+    kv_policy: PolicySpec | None = None
     streaming: bool = False
     live_usage: bool = False
     arrived: float = field(default_factory=time.monotonic)

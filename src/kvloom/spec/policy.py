@@ -168,6 +168,10 @@ class PolicySpec:
         return not METHODS.get(self.selector.name).ragged and not METHODS.get(self.budget.name).ragged
 
 
+FULL = PolicySpec()
+"""Keeps every token, in the model's own dtype."""
+
+
 def _default_budget(method: MethodSpec) -> Term:
     """Return the default budget of a selector."""
     name = method.default_budget
