@@ -174,7 +174,7 @@ def line_of(case: dict[str, object]) -> str:
 
 
 def keep_memory() -> None:
-    """Let freed memory be used again instead of faulted in anew, so that an output's pages are nobody's cost."""
+    """Reuse freed memory instead of mapping it anew, so that page faults of outputs are in no measurement."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
