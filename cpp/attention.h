@@ -23,7 +23,7 @@ struct LaneTable {
   std::ptrdiff_t bounds_stride = 0;
   int block_size = 0;
   uint32_t block_inverse = 0;
-  Element store = Element::kBf16;
+  Store store = Store::kBf16;
   // Optional, for lanes of several stores: segments of lane (s, l) are segment_start[s * num_lanes + l] up to the
   // next entry, in `segment_store` and `segment_end` (columns).
   int num_lanes = 0;

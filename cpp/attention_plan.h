@@ -63,9 +63,9 @@ class Stores {
     seek(slot);
     return segment_ < lane_.num_segments ? lane_.segment_end[segment_] * lane_.block_size : INT_MAX;
   }
-  Element of(int slot) {
+  Store of(int slot) {
     seek(slot);
-    return segment_ < lane_.num_segments ? static_cast<Element>(lane_.segment_store[segment_]) : lane_.store;
+    return segment_ < lane_.num_segments ? static_cast<Store>(lane_.segment_store[segment_]) : lane_.store;
   }
 
  private:

@@ -216,7 +216,7 @@ class Step {
     read.batch = flow.stretch->batch;
     read.shape = shape;
     const bool low = model_.dtype == Element::kBf16 &&
-                     (call_.lanes.store == Element::kBf16 || call_.lanes.store == Element::kInt8);
+                     (call_.lanes.store == Store::kBf16 || call_.lanes.store == Store::kInt8);
     read.compute = low ? Element::kBf16 : Element::kFloat;
     read.scale = part.scale;
     read.softcap = part.softcap;

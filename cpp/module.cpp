@@ -222,7 +222,7 @@ void argmax_op(std::uintptr_t x, int num_rows, int width, std::uintptr_t out) {
 }
 
 Slots slots_of(std::uintptr_t arena, int store, int block_size, int k_width, int v_width) {
-  return {reinterpret_cast<char*>(arena), static_cast<Element>(store), block_size, k_width, v_width};
+  return {reinterpret_cast<char*>(arena), static_cast<Store>(store), block_size, k_width, v_width};
 }
 
 }  // namespace
@@ -283,6 +283,12 @@ NB_MODULE(_ext, m) {
     nb::gil_scoped_release release;
     copy_slots(slots_of(arena, store, block_size, k_width, v_width), from.data(), from_within.data(), to.data(),
                to_within.data(), start.data(), static_cast<int>(start.shape(0)) - 1);
+  });
+  m.def("encode_blocks", [](std::uintptr_t arena, int store, int to_store, int block_size, int k_width, int v_width,
+                            const IntVector& from, const IntVector& to) {
+    nb::gil_scoped_release release;
+    encode_blocks(slots_of(arena, store, block_size, k_width, v_width), static_cast<Store>(to_store), from.data(),
+                  to.data(), static_cast<int>(from.shape(0)));
   });
   bind_experts(m);
   bind_decoder(m);

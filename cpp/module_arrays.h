@@ -100,7 +100,7 @@ struct LanesObject {
       throw std::invalid_argument("lanes this long need smaller blocks");
     table.block_size = block_size;
     table.block_inverse = block_inverse_of(block_size);
-    table.store = static_cast<Element>(store);
+    table.store = static_cast<Store>(store);
     table.num_lanes = num_lanes;
   }
 

@@ -1,4 +1,4 @@
-// Reading, writing and moving single slots, for whoever must not know how a block lies inside.
+// Reading, writing and moving single slots, and encoding whole blocks, for whoever must not know how a block lies inside.
 #pragma once
 
 #include "attention.h"
@@ -8,7 +8,7 @@ namespace kvloom {
 // N slots, each given by the address of its block (granules) and its place in it.
 struct Slots {
   char* arena = nullptr;
-  Element store = Element::kFloat;
+  Store store = Store::kFloat;
   int block_size = 0, k_width = 0, v_width = 0;
 };
 
@@ -21,5 +21,9 @@ void read_slots(const Slots& slots, const int32_t* address, const int32_t* withi
 // thread, so a lane may be compacted onto itself; different runs must not touch the same slots.
 void copy_slots(const Slots& slots, const int32_t* from, const int32_t* from_within, const int32_t* to,
                 const int32_t* to_within, const int32_t* start, int num_runs);
+
+// Encode the whole blocks at `from` [N], of the native store that `slots` names, into those at `to` [N] in `to_store`,
+// by the whole team. No block is in both.
+void encode_blocks(const Slots& slots, Store to_store, const int32_t* from, const int32_t* to, int n);
 
 }  // namespace kvloom

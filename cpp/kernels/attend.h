@@ -9,7 +9,7 @@ namespace KVLOOM_ISA {
 
 static void attend(const AttendArgs& args, char* scratch) {
   if (args.num_rows <= kMaxRows && args.lane.num_segments == 0 && args.slot_begin < args.slot_end) {
-#define KVLOOM_ATTEND(Kind) attend_few<Kind>(args, scratch)
+#define KVLOOM_ATTEND(K, V) attend_few<K, V>(args, scratch)
     KVLOOM_BY_STORE(args.lane.store, args.compute, KVLOOM_ATTEND)
     return;
   }
@@ -78,7 +78,7 @@ static void mass(const MassArgs& mass_args, char* scratch) {
       const Strip seen = seen_part(args, strip, r0, rows);
       if (seen.begin >= seen.end) continue;
       const char* queries = args.queries + (size_t)r0 * kRowBytes;
-#define KVLOOM_SCORES(Kind) strip_scores<Kind>(args, seen, queries, rows, 0, scores)
+#define KVLOOM_SCORES(K, V) strip_scores<K>(args, seen, queries, rows, 0, scores)
       KVLOOM_BY_STORE(seen.store, args.compute, KVLOOM_SCORES)
       for (int r = 0; r < rows; ++r) {
         float* s = scores + r * kStrip;

@@ -20,12 +20,16 @@ constexpr int kAheadBytes = 8192, kMostAhead = 4;
 constexpr int kPlaces = 8;  // a power of two above 2 + kMostAhead
 
 // `Rows`: the number of query rows, so that all that is done for each row is laid out at once; 0: any.
-template <class Kind, int Rows> struct FewRows {
-  static constexpr size_t kUnit = Kind::kPer * Kind::kBBytes;  // bytes of a column in one row of B
-  static constexpr size_t kLine = kGroup * kUnit;
-  static constexpr int kStep = Kind::kPer * Kind::kABytes;     // bytes of a row of A that meet one row of B
-  static constexpr int kValueRows = kGroup / Kind::kPer;
-  static constexpr bool kScaled = Kind::kBBytes == 1;
+// `K`, `V`: the products of keys and of values.
+template <class K, class V, int Rows> struct FewRows {
+  static constexpr size_t kKeyUnit = K::kPer * K::kBBytes;  // bytes of a column in one row of B
+  static constexpr size_t kValueUnit = V::kPer * V::kBBytes;
+  static constexpr size_t kKeyLine = kGroup * kKeyUnit, kValueLine = kGroup * kValueUnit;
+  static constexpr int kKeyStep = K::kPer * K::kABytes;  // bytes of a row of A that meet one row of B
+  static constexpr int kValueStep = V::kPer * V::kABytes;
+  static constexpr int kValueRows = kGroup / V::kPer;
+  static constexpr bool kKeyScaled = K::kBBytes == 1, kValueScaled = V::kBBytes == 1;
+  static_assert(K::kABytes == V::kABytes, "queries and probabilities are multiplied in the same numbers");
   static_assert(Rows == 0 || W == kGroup, "a unit of a known number of rows is a vector wide");
 
   struct Place {  // where a unit lies
@@ -43,7 +47,8 @@ template <class Kind, int Rows> struct FewRows {
   AttendArgs args;  // peak and total: of the part that the softmax is in
   const Lane& lane;
   const size_t key_stride, value_stride;  // bytes between the rows of a key and of a value group
-  const size_t block_bytes;               // of a block that is a unit with keys as wide as values, else 0
+  const BlockLayout layout;
+  const size_t block_bytes;               // of a block that is a unit with keys as long as values, else 0
   const int num_rows, first, units;       // first: slot of unit 0
   const int ahead;                        // in units
   int part_end;                           // slot
@@ -56,12 +61,13 @@ template <class Kind, int Rows> struct FewRows {
   Weights weights[2];        // of an even and of an odd unit
 
   FewRows(const AttendArgs& a, char* scratch)
-      : args(a), lane(a.lane), key_stride((size_t)lane.block_size * kUnit), value_stride((size_t)lane.v_width * kUnit),
-        block_bytes(lane.block_size == kGroup && lane.k_width == lane.v_width
-                        ? kGroup * (2 * lane.k_width * Kind::kBBytes + (kScaled ? 8 : 0))
+      : args(a), lane(a.lane), key_stride((size_t)lane.block_size * kKeyUnit), value_stride((size_t)lane.v_width * kValueUnit),
+        layout(layout_of(lane, lane.store)),
+        block_bytes(lane.block_size == kGroup && layout.k_bytes() == layout.v_bytes()
+                        ? 2 * layout.k_bytes() + kGroup * 4 * (kKeyScaled + kValueScaled)
                         : 0),
         num_rows(a.num_rows), first(a.slot_begin / kGroup * kGroup), units((a.slot_end - first + kGroup - 1) / kGroup),
-        ahead(units_ahead(kGroup * (lane.k_width + lane.v_width) * Kind::kBBytes)), part_end(a.slot_begin),
+        ahead(units_ahead(kGroup * (lane.k_width * K::kBBytes + lane.v_width * V::kBBytes))), part_end(a.slot_begin),
         seen_begin(a.slot_begin), seen_end(a.slot_end), scores((float*)scratch) {
     scratch += kMaxRows * kGroup * 4;
     for (Weights& each : weights) {
@@ -102,12 +108,14 @@ template <class Kind, int Rows> struct FewRows {
     prefetch(at.columns + column + 32);  // the table itself falls out of the caches
     const char* block = at.arena + (size_t)(uint32_t)at.columns[column] * 128;
     place.follows = block_bytes && block == before.key + block_bytes;
-    place.key = block + (size_t)within * kUnit;
-    place.value = block + ((size_t)at.block_size * at.k_width + (size_t)within * at.v_width) * Kind::kBBytes;
-    if (kScaled) {
-      place.key_scale = (const float*)(block + (size_t)at.block_size * (at.k_width + at.v_width)) + within;
-      place.value_scale = place.key_scale + at.block_size;
+    place.key = block + (size_t)within * kKeyUnit;
+    place.value = block + ((size_t)at.block_size * at.k_width * K::kBBytes + (size_t)within * at.v_width * V::kBBytes);
+    if (kKeyScaled) {
+      place.key_scale = (const float*)(block + layout.k_scale(within));
       prefetch(place.key_scale);
+    }
+    if (kValueScaled) {
+      place.value_scale = (const float*)(block + layout.v_scale(within));
       prefetch(place.value_scale);
     }
   }
@@ -119,16 +127,16 @@ template <class Kind, int Rows> struct FewRows {
     for (int r = 0; r < Rows; ++r) even[r] = odd[r] = vzero();
     const char* a = args.queries;
     float* const out = scores;
-    const size_t stride = key_stride, step = Whole ? 2 * kLine : stride;
+    const size_t stride = key_stride, step = Whole ? 2 * kKeyLine : stride;
 #pragma GCC unroll 1
-    for (int i = lane.k_width / Kind::kPer; i > 0; i -= 2) {
+    for (int i = lane.k_width / K::kPer; i > 0; i -= 2) {
       dot_rows(even, a, at);
       prefetch(next);
-      if (Whole) prefetch(next + kLine);
-      dot_rows(odd, a + kStep, at + stride);
+      if (Whole) prefetch(next + kKeyLine);
+      dot_rows(odd, a + kKeyStep, at + stride);
       prefetch(next + step);
-      if (Whole) prefetch(next + step + kLine);
-      a += 2 * kStep;
+      if (Whole) prefetch(next + step + kKeyLine);
+      a += 2 * kKeyStep;
       at += 2 * stride;
       next += 2 * step;
     }
@@ -136,16 +144,16 @@ template <class Kind, int Rows> struct FewRows {
     for (int r = 0; r < Rows; ++r) vstore(out + r * kGroup, vadd(even[r], odd[r]));
   }
   static inline void dot_rows(vf* sum, const char* a, const char* at) {
-    const typename Dot<Kind>::B line = Dot<Kind>::b(at);
+    const typename Dot<K>::B line = Dot<K>::b(at);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) sum[r] = Dot<Kind>::dot(sum[r], Dot<Kind>::a(a + r * kRowBytes), line);
+    for (int r = 0; r < Rows; ++r) sum[r] = Dot<K>::dot(sum[r], Dot<K>::a(a + r * kRowBytes), line);
   }
 
   void keys(int unit) {
     const Place &place = place_of(unit), &next = place_of(unit + ahead);
     if constexpr (Rows == 0) {
-      const Columns b = {&place.key, &next.key, 1, lane.k_width / Kind::kPer, key_stride, key_stride};
-      product<Kind, 1>(num_rows, args.queries, 0, b, scores, kGroup, false);
+      const Columns b = {&place.key, &next.key, 1, lane.k_width / K::kPer, key_stride, key_stride};
+      product<K, 1>(num_rows, args.queries, 0, b, scores, kGroup, false);
     } else if (next.follows) {
       keys<true>(place.key, next.key);
     } else {
@@ -179,7 +187,7 @@ template <class Kind, int Rows> struct FewRows {
     float* s = scores + r * kGroup;
     if (!Plain) {
       finish_scores(args, {slot, slot + kGroup, lane.store}, r, s);
-    } else if (kScaled) {
+    } else if (kKeyScaled) {
       for (int j = 0; j < kGroup; j += W) vstore(s + j, vmul(vload(s + j), vload(place.key_scale + j)));
     }
     vf top = vload(s);
@@ -199,7 +207,7 @@ template <class Kind, int Rows> struct FewRows {
     for (int j = 0; j < kGroup; j += W) {
       vf p = nothing ? vzero() : vexp2(vsub(vload(s + j), shift));
       total[r] = vadd(total[r], p);
-      if (kScaled) {
+      if (kValueScaled) {
         p = vmul(p, vload(place.value_scale + j));
         if (!Plain && slot + j + W > args.lane_end) {  // scales of unwritten slots
           float lanes[W];
@@ -209,7 +217,7 @@ template <class Kind, int Rows> struct FewRows {
           p = vload(lanes);
         }
       }
-      if (Kind::kABytes == 2)
+      if (V::kABytes == 2)
         vstore_bf16((uint16_t*)probabilities + j, p);
       else
         vstore((float*)probabilities + j, p);
@@ -238,17 +246,17 @@ template <class Kind, int Rows> struct FewRows {
 
   // Add values of a unit times their weights to NV column groups of the sums, from `d` on.
   template <int NV> void values(const Weights& from, const char* value, const char* next, int d) {
-    value += (size_t)d * kUnit;
-    next += (size_t)d / kGroup * kValueRows * kLine;
+    value += (size_t)d * kValueUnit;
+    next += (size_t)d / kGroup * kValueRows * kValueLine;
     float* const sum = from.sum + d;
     if constexpr (Rows == 0) {
       const char *column[NV], *asked[NV];
       for (int v = 0; v < NV; ++v) {
-        column[v] = value + v * kLine;
-        asked[v] = next + v * kLine;
+        column[v] = value + v * kValueLine;
+        asked[v] = next + v * kValueLine;
       }
-      const Columns b = {column, asked, 1, kValueRows, value_stride, NV * kLine};
-      product<Kind, NV>(num_rows, from.probabilities, 0, b, sum, lane.v_width, from.add);
+      const Columns b = {column, asked, 1, kValueRows, value_stride, NV * kValueLine};
+      product<V, NV>(num_rows, from.probabilities, 0, b, sum, lane.v_width, from.add);
     } else {
       const size_t row_bytes = value_stride, width = lane.v_width;
       const char* a = from.probabilities;
@@ -266,21 +274,21 @@ template <class Kind, int Rows> struct FewRows {
       }
 #pragma GCC unroll 2
       for (int i = 0; i < kValueRows; ++i) {
-        typename Dot<Kind>::B line[NV];
+        typename Dot<V>::B line[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-          line[v] = Dot<Kind>::b(value + v * kLine);
-          prefetch(next + v * kLine);
+          line[v] = Dot<V>::b(value + v * kValueLine);
+          prefetch(next + v * kValueLine);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
-          const typename Dot<Kind>::A weight = Dot<Kind>::a(a + r * kRowBytes);
+          const typename Dot<V>::A weight = Dot<V>::a(a + r * kRowBytes);
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) acc[r][v] = Dot<Kind>::dot(acc[r][v], weight, line[v]);
+          for (int v = 0; v < NV; ++v) acc[r][v] = Dot<V>::dot(acc[r][v], weight, line[v]);
         }
-        a += kStep;
+        a += kValueStep;
         value += row_bytes;
-        next += NV * kLine;
+        next += NV * kValueLine;
       }
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
@@ -294,7 +302,7 @@ template <class Kind, int Rows> struct FewRows {
     const int slot = first + unit * kGroup;
     const char* value = place_of(unit).value;
     const char* next = place_of(unit + 1 + ahead).value;
-    if (slot + kGroup > args.lane_end) value = without_unwritten<Kind>(args, value, slot, written);
+    if (slot + kGroup > args.lane_end) value = without_unwritten<V>(args, value, slot, written);
     for (int r = 0; from.add && from.shrinks && r < rows(); ++r)
       if (from.shrink[r] != 1.0f) scale_row(from.sum + (size_t)r * lane.v_width, lane.v_width, from.shrink[r]);
     int d = 0;
@@ -318,17 +326,17 @@ template <class Kind, int Rows> struct FewRows {
   }
 };
 
-template <class Kind> static void attend_few(const AttendArgs& args, char* scratch) {
+template <class K, class V> static void attend_few(const AttendArgs& args, char* scratch) {
 #if defined(KVLOOM_AVX512)
   switch (args.num_rows) {
 #define KVLOOM_FEW(n) \
-  case n: return FewRows<Kind, n>(args, scratch).run();
+  case n: return FewRows<K, V, n>(args, scratch).run();
     KVLOOM_FEW(1) KVLOOM_FEW(2) KVLOOM_FEW(3) KVLOOM_FEW(4) KVLOOM_FEW(5) KVLOOM_FEW(6)
     KVLOOM_FEW(7) KVLOOM_FEW(8) KVLOOM_FEW(9) KVLOOM_FEW(10) KVLOOM_FEW(11) KVLOOM_FEW(12)
 #undef KVLOOM_FEW
   }
 #else
-  FewRows<Kind, 0>(args, scratch).run();
+  FewRows<K, V, 0>(args, scratch).run();
 #endif
 }
 

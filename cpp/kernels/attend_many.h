@@ -27,7 +27,7 @@ static inline const char* ahead_group(const AttendArgs& args, int slot, int dist
     if (target >= args.upcoming->slot_end) return fallback;
     lane = &args.upcoming->lane;
   }
-  Element store = store_of(*lane, target);
+  Store store = store_of(*lane, target);
   return value ? value_group(*lane, store, target) : key_group(*lane, store, target);
 }
 
@@ -134,7 +134,8 @@ class ManyRows {
     totals_ = fresh_ + kMaxRows * W;
     probabilities_ = (char*)(totals_ + (size_t)args.num_rows * W);
     fixed_ = probabilities_ + kMaxRows * kRowBytes;
-    const int group_bytes = kGroup * (lane_.k_width + lane_.v_width) * store_bytes(lane_.store);
+    const BlockLayout layout = layout_of(lane_, lane_.store);
+    const int group_bytes = (int)(kGroup * (layout.k_bytes() + layout.v_bytes()) / lane_.block_size);
     const int groups = (16 << 10) / group_bytes;
     distance_ = (groups < 1 ? 1 : groups > 8 ? 8 : groups) * kGroup;
   }
@@ -152,7 +153,7 @@ class ManyRows {
         rows_ = args_.num_rows - r0 < kMaxRows ? args_.num_rows - r0 : kMaxRows;
         const Strip seen = seen_part(args_, strip, r0, rows_);  // near the diagonal much of a strip is nobody's
         if (seen.begin >= seen.end) continue;
-#define KVLOOM_TILE(Kind) tile<Kind>(seen)
+#define KVLOOM_TILE(K, V) tile<K, V>(seen)
         KVLOOM_BY_STORE(seen.store, args_.compute, KVLOOM_TILE)
         ahead_ = 0;
       }
@@ -164,18 +165,19 @@ class ManyRows {
  private:
   const char* queries() const { return args_.queries + (size_t)row0_ * kRowBytes; }
 
-  template <class Kind> void tile(const Strip& seen) {
+  template <class K, class V> void tile(const Strip& seen) {
+    static_assert(K::kABytes == V::kABytes, "queries and probabilities are multiplied in the same numbers");
     float* sum = args_.sum + (size_t)row0_ * lane_.v_width;
     memset(fresh_, 0, sizeof(float) * kMaxRows * W);
-    if (!in_registers<Kind>(seen)) {
+    if (!in_registers<K>(seen)) {
       memset(fresh_, 0, sizeof(float) * kMaxRows * W);
-      careful<Kind>(seen, seen, true);
+      careful<K>(seen, seen, true);
     }
     for (int r = 0; r < rows_; ++r) {
       float* total = totals_ + (size_t)(row0_ + r) * W;
       vstore(total, vadd(vload(total), vload(fresh_ + r * W)));
     }
-    strip_values<Kind>(args_, seen, probabilities_, rows_, ahead_, fixed_, sum);
+    strip_values<V>(args_, seen, probabilities_, rows_, ahead_, fixed_, sum);
   }
 
   // Probabilities of `part` of a strip, any masks and extras. A row that would have to be rescaled is if `may_rescale`,
@@ -215,7 +217,7 @@ class ManyRows {
     for (int j = 0; j < n; j += W) {
       vf p = vpower(args_.compute, vsub(vload(s + j), shift));
       total = vadd(total, p);
-      if (part.store == Element::kInt8) p = by_scale(part, j, p);
+      if (v_side(part.store).scaled) p = by_scale(part, j, p);
       write_probability(args_.compute, out, j, p);
     }
     vstore(fresh_ + r * W, total);
@@ -223,7 +225,7 @@ class ManyRows {
 
   // Probabilities by the scales of their values; those of unwritten slots may be anything.
   vf by_scale(const Strip& part, int j, vf p) const {
-    p = vmul(p, vload(scale_group(lane_, true, part.begin + j / kGroup * kGroup) + j % kGroup));
+    p = vmul(p, vload(value_scales(lane_, part.store, part.begin + j / kGroup * kGroup) + j % kGroup));
     if (part.begin + j + W <= args_.lane_end) return p;
     float lanes[W];
     vstore(lanes, p);
@@ -242,7 +244,7 @@ class ManyRows {
   // As `careful`, with what all rows see kept in the registers. False: nothing is valid, a row has to be rescaled or has
   // seen nothing yet.
   template <class Kind> bool in_registers(const Strip& seen) {
-    if (seen.store == Element::kInt8 || args_.softcap > 0 || args_.slope || args_.bias || rows_ < kMaxRows / 2)
+    if (k_side(seen.store).scaled || v_side(seen.store).scaled || args_.softcap > 0 || args_.slope || args_.bias || rows_ < kMaxRows / 2)
       return false;
     int low = args_.slot_begin, high = args_.slot_end;
     bool opens = false;
@@ -274,7 +276,7 @@ class ManyRows {
 
   // Twelve rows by two column groups; returns the largest of `top` and the scores above their shifts. The order of each
   // sum is that of tile.h.
-  template <class Kind, bool Ahead> vf pair(Element store, int slot, const float* shift, char* out, vf top) {
+  template <class Kind, bool Ahead> vf pair(Store store, int slot, const float* shift, char* out, vf top) {
     const char* column[2] = {key_group(lane_, store, slot), key_group(lane_, store, slot + kGroup)};
     const char* next[2] = {column[0], column[1]};
     if (Ahead)

@@ -4,9 +4,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace kvloom {
+#include "store.h"
 
-enum class Element : int { kFloat = 0, kBf16 = 1, kHalf = 2, kInt8 = 3 };
+namespace kvloom {
 
 // How a linear layer keeps its weight and in which numbers it multiplies.
 enum class Product : int {
@@ -137,9 +137,9 @@ struct Lane {
   int v_width;
   // Stores by column: segment i covers columns below segment_end[i]; one segment unless the lane mixes stores.
   int num_segments;
-  const int32_t* segment_store;  // Element values
+  const int32_t* segment_store;  // Store values
   const int32_t* segment_end;
-  Element store;  // if num_segments is 0
+  Store store;  // if num_segments is 0
 };
 
 constexpr uint32_t block_inverse_of(int block_size) {
@@ -147,6 +147,14 @@ constexpr uint32_t block_inverse_of(int block_size) {
 }
 // Exact for slot * block_size < 2^32.
 constexpr int divide_by_block(int slot, uint32_t inverse) { return (int)(((uint64_t)(uint32_t)slot * inverse) >> 32); }
+
+// A whole block of one lane, to be encoded: `from` and `to` are its bytes in two stores. `from` is native.
+struct EncodeArgs {
+  Store from_store, to_store;
+  int block_size, k_width, v_width;
+  const char* from;
+  char* to;
+};
 
 struct AttendArgs {
   Lane lane;
@@ -197,6 +205,8 @@ struct Kernels {
   void (*gate)(Activation, const float* gate, const float* up, int n, float* out);
   void (*rope)(float* head, int width, const float* cos_sin, int rotary);
   void (*write_slot)(const Lane&, int slot, const float* k, const float* v);
+  // Gives the bits that `write_slot` gives slot by slot.
+  void (*encode_block)(const EncodeArgs&, char* scratch);
   void (*attend)(const AttendArgs&, char* scratch);
   // Join the results of `count` parts for one row, `stride` floats apart: *peak, *total and sum [width] as if of one.
   void (*join)(const float* peaks, const float* totals, const float* sums, ptrdiff_t stride, int count, int width,

@@ -20,38 +20,37 @@ constexpr float kLog2E = 1.44269504089f;
 constexpr int kGroup = 16;   // slots per column group
 constexpr float kMinusInf = -__builtin_inff();
 
-static inline int store_per(Element e) { return e == Element::kBf16 ? 2 : e == Element::kInt8 ? 4 : 1; }
-static inline int store_bytes(Element e) { return e == Element::kFloat ? 4 : e == Element::kInt8 ? 1 : 2; }
-
 static inline int column_of(const Lane& lane, int slot) { return divide_by_block(slot, lane.block_inverse); }
 static inline int within_of(const Lane& lane, int slot) { return slot - column_of(lane, slot) * lane.block_size; }
 static inline const char* block_of(const Lane& lane, int slot) {
   return lane.arena + (size_t)(uint32_t)lane.columns[column_of(lane, slot)] * 128;
 }
-static inline Element store_of(const Lane& lane, int slot) {
+static inline Store store_of(const Lane& lane, int slot) {
   if (lane.num_segments == 0) return lane.store;
   int column = column_of(lane, slot);
   for (int i = 0; i < lane.num_segments; ++i)
-    if (column < lane.segment_end[i]) return (Element)lane.segment_store[i];
+    if (column < lane.segment_end[i]) return (Store)lane.segment_store[i];
   return lane.store;
 }
-static inline const char* key_group(const Lane& lane, Element store, int slot) {
-  return block_of(lane, slot) + (size_t)within_of(lane, slot) * store_per(store) * store_bytes(store);
+static inline BlockLayout layout_of(const Lane& lane, Store store) {
+  return {store, lane.block_size, lane.k_width, lane.v_width};
 }
-static inline const char* value_group(const Lane& lane, Element store, int slot) {
-  int within = within_of(lane, slot);
-  const size_t elements = (size_t)lane.block_size * lane.k_width + (size_t)within * lane.v_width;
-  return block_of(lane, slot) + elements * store_bytes(store);
+static inline const char* key_group(const Lane& lane, Store store, int slot) {
+  return block_of(lane, slot) + layout_of(lane, store).key(within_of(lane, slot));
 }
-// Scales of the int8 store behind the codes: K [P], then V [P].
-static inline const float* scale_group(const Lane& lane, bool value, int slot) {
-  size_t codes = (size_t)lane.block_size * (lane.k_width + lane.v_width);
-  return (const float*)(block_of(lane, slot) + codes) + (value ? lane.block_size : 0) + within_of(lane, slot);
+static inline const char* value_group(const Lane& lane, Store store, int slot) {
+  return block_of(lane, slot) + layout_of(lane, store).value(within_of(lane, slot));
+}
+static inline const float* key_scales(const Lane& lane, Store store, int slot) {
+  return (const float*)(block_of(lane, slot) + layout_of(lane, store).k_scale(within_of(lane, slot)));
+}
+static inline const float* value_scales(const Lane& lane, Store store, int slot) {
+  return (const float*)(block_of(lane, slot) + layout_of(lane, store).v_scale(within_of(lane, slot)));
 }
 
 struct Strip {
   int begin, end;  // slots, multiples of 16 (the end may pass slot_end)
-  Element store;
+  Store store;
 };
 
 static inline Strip next_strip(const AttendArgs& args, int begin, int most) {
@@ -86,9 +85,9 @@ static inline const char* without_unwritten(const AttendArgs& args, const char* 
 // Bring the raw scores of one row to units of log 2, and -inf where the row does not see.
 static inline void finish_scores(const AttendArgs& args, const Strip& strip, int row, float* s) {
   const int n = strip.end - strip.begin;
-  if (strip.store == Element::kInt8)
+  if (k_side(strip.store).scaled)
     for (int j = 0; j < n; j += kGroup) {
-      const float* scale = scale_group(args.lane, false, strip.begin + j);
+      const float* scale = key_scales(args.lane, strip.store, strip.begin + j);
       for (int i = 0; i < kGroup; i += W) vstore(s + j + i, vmul(vload(s + j + i), vload(scale + i)));
     }
   if (args.softcap > 0) {
@@ -128,16 +127,17 @@ static inline void scale_row(float* x, int n, float by) {
   for (int d = 0; d < n; d += W) vstore(x + d, vmul(vload(x + d), factor));
 }
 
-#define KVLOOM_BY_STORE(store, compute, call)                                   \
-  switch (store) {                                                              \
-    case Element::kFloat: call(WeightF32); break;                               \
-    case Element::kHalf: call(HalfByF32); break;                                \
-    case Element::kBf16:                                                        \
-      if (compute == Element::kBf16) { call(WeightBf16); } else { call(Bf16ByF32); } \
-      break;                                                                    \
-    case Element::kInt8:                                                        \
-      if (compute == Element::kBf16) { call(Int8ByBf16); } else { call(Int8ByF32); } \
-      break;                                                                    \
+// call(K, V) with the kinds of product that keys and values of a store take part in; both have the same A.
+#define KVLOOM_BY_STORE(store, compute, call)                                                                    \
+  switch (store) {                                                                                               \
+    case Store::kFloat: call(WeightF32, WeightF32); break;                                                       \
+    case Store::kHalf: call(HalfByF32, HalfByF32); break;                                                        \
+    case Store::kBf16:                                                                                           \
+      if (compute == Element::kBf16) { call(WeightBf16, WeightBf16); } else { call(Bf16ByF32, Bf16ByF32); }      \
+      break;                                                                                                     \
+    case Store::kInt8:                                                                                           \
+      if (compute == Element::kBf16) { call(Int8ByBf16, Int8ByBf16); } else { call(Int8ByF32, Int8ByF32); }      \
+      break;                                                                                                     \
   }
 
 }  // namespace KVLOOM_ISA

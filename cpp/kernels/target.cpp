@@ -1,5 +1,6 @@
 // Compiled once per instruction set; exports the set's table.
 #include "attend.h"
+#include "encode.h"
 #include "int4_fit.h"
 #include "linear.h"
 #include "rows.h"
@@ -10,6 +11,6 @@ extern const kvloom::Kernels table;
 const kvloom::Kernels table = {
     KVLOOM_NAME, linear, group_sums, int4_fit, pack_row, convert_to_float, convert_from_float,
     convert_scaled, rms_norm, layer_norm, add, gate, rope,
-    write_slot, attend, join, mass, argmax, read_probe, flop_probe,
+    write_slot, encode_block, attend, join, mass, argmax, read_probe, flop_probe,
 };
 }  // namespace KVLOOM_ISA

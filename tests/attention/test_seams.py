@@ -78,7 +78,7 @@ class Duet:
         The oracle takes over what they decode to, which is what it would round to itself or the next code: a number
         within rounding errors of the edge between two codes may fall either way.
         """
-        assert self.cache.encode(sequence, lanes, "int8", first, last)
+        assert self.cache.encoder.encode(sequence, lanes, "int8", first, last)
         for lane in lanes:
             layer = self.cache.spec.lane_layer[lane]
             entries = self.beside.dense.lanes[sequence, layer, lane - self.cache.layers[layer].first]
@@ -181,9 +181,9 @@ def test_a_lane_of_16_bit_then_int8_then_16_bit_segments_equals_dense_attention(
     assert cache.bytes_in_use == 6 * 8 * native  # 128 tokens: 8 blocks in each of 3 layers x 2 lanes
 
     # lane 3 (head 1 of layer 1): two blocks of sinks stay, four are encoded, two of the newest stay; lane 0: one is
-    assert cache.encode(sequence, [3], "int8", 2, 6)
+    assert cache.encoder.encode(sequence, [3], "int8", 2, 6)
     checked.beside.dense.encode(sequence, 1, 1, 2 * P, 6 * P)
-    assert cache.encode(sequence, [0], "int8", 0, 1)
+    assert cache.encoder.encode(sequence, [0], "int8", 0, 1)
     checked.beside.dense.encode(sequence, 0, 0, 0, P)
     cache.check_invariants()
     int8 = 640  # 16 x 32 codes + 2 x 16 scales of 4 bytes
@@ -192,7 +192,7 @@ def test_a_lane_of_16_bit_then_int8_then_16_bit_segments_equals_dense_attention(
 
     before = checked.compared
     feed(decoder, cache, sequence, random_tokens(30, seed=2), backend=checked, chunk=1)
-    assert cache.encode(sequence, [3], "int8", 6, 8)  # the encoded run grows while the generation goes on
+    assert cache.encoder.encode(sequence, [3], "int8", 6, 8)  # the encoded run grows while the generation goes on
     checked.beside.dense.encode(sequence, 1, 1, 6 * P, 8 * P)
     feed(decoder, cache, sequence, random_tokens(40, seed=3), backend=checked, chunk=7)
     assert checked.compared == before + 3 * (30 + 6)
@@ -242,7 +242,7 @@ def test_encoding_really_loses_something() -> None:
     exact, coded = cache.lanes.open(), cache.lanes.open()
     for sequence in (exact, coded):
         feed(decoder, cache, sequence, tokens[:64])
-    assert cache.encode(coded, [0, 1, 2, 3, 4, 5], "int8", 0, 4)
+    assert cache.encoder.encode(coded, [0, 1, 2, 3, 4, 5], "int8", 0, 4)
     difference = (feed(decoder, cache, exact, tokens[64:]) - feed(decoder, cache, coded, tokens[64:])).abs().max()
     assert 10 * LOGITS_SAME_WEIGHTS < difference < 1
 
@@ -252,7 +252,7 @@ def test_compaction_happens_before_encoding_or_not_at_all() -> None:
     cache = cache_of(decoder)
     sequence = cache.lanes.open()
     feed(decoder, cache, sequence, random_tokens(64))
-    assert cache.encode(sequence, [2], "int8", 0, 2)
+    assert cache.encoder.encode(sequence, [2], "int8", 0, 2)
     keep = {0: np.arange(3), 2: np.arange(3)}
     with pytest.raises(UnsupportedError) as refused:
         cache.compact(sequence, keep)
@@ -261,15 +261,15 @@ def test_compaction_happens_before_encoding_or_not_at_all() -> None:
         "lane 2 has encoded blocks; select before encoding",
     )
     with pytest.raises(UnsupportedError, match="small windows stay in 16 bit"):
-        cache.encode(sequence, [0], "int8", 3, 4)
+        cache.encoder.encode(sequence, [0], "int8", 3, 4)
     with pytest.raises(UnsupportedError, match="a block is encoded once"):
-        cache.encode(sequence, [2], "int8", 1, 3)
+        cache.encoder.encode(sequence, [2], "int8", 1, 3)
     with pytest.raises(InvalidInputError, match="not all full blocks"):
-        cache.encode(sequence, [2], "int8", 3, 5)
+        cache.encoder.encode(sequence, [2], "int8", 3, 5)
     with pytest.raises(InvalidInputError, match="takes each lane once and a store among"):
-        cache.encode(sequence, [2, 2], "int8", 3, 4)
+        cache.encoder.encode(sequence, [2, 2], "int8", 3, 4)
     with pytest.raises(InvalidInputError, match="unknown store 'int7'"):
-        cache.encode(sequence, [2], "int7", 3, 4)
+        cache.encoder.encode(sequence, [2], "int7", 3, 4)
     cache.check_invariants()
 
 

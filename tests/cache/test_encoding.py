@@ -38,7 +38,7 @@ def filled(cache):
 def test_encoding_after_publishing_lowers_use_to_what_the_formula_says(cache):
     row = filled(cache)
     assert cache.arena.used_bytes == 8 * NATIVE
-    assert cache.encode(row, [0, 1], "int8", 0, 3)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
     assert cache.arena.used_bytes == 6 * INT8 + 2 * NATIVE
     assert len(cache.index) == 1, "the block that was not encoded stays"
     cache.check_invariants()
@@ -46,7 +46,7 @@ def test_encoding_after_publishing_lowers_use_to_what_the_formula_says(cache):
 
 def test_encoding_some_lanes_takes_the_copies_of_their_blocks_out_of_the_index(cache):
     row = filled(cache)
-    assert cache.encode(row, [1], "int8", 1, 2)
+    assert cache.encoder.encode(row, [1], "int8", 1, 2)
     assert cache.arena.used_bytes == 7 * NATIVE + INT8
     assert cache.index.match(list(range(TOKENS)), PrefixChain(), TOKENS).num_blocks == 1
     cache.check_invariants()
@@ -55,7 +55,7 @@ def test_encoding_some_lanes_takes_the_copies_of_their_blocks_out_of_the_index(c
 def test_blocks_that_another_sequence_reads_stay_in_the_index(cache):
     row = filled(cache)
     other = cache.lanes.fork(row)
-    assert cache.encode(row, [0, 1], "int8", 0, 4)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 4)
     assert cache.index.match(list(range(TOKENS)), PrefixChain(), TOKENS).num_blocks == 4
     cache.lanes.close(other)
     cache.check_invariants()
@@ -63,7 +63,7 @@ def test_blocks_that_another_sequence_reads_stay_in_the_index(cache):
 
 def test_a_sequence_that_was_encoded_publishes_nothing_more(cache):
     row = filled(cache)
-    assert cache.encode(row, [0, 1], "int8", 0, 4)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 4)
     assert cache.lanes.extend(row, P)
     cache.lanes.publish(row, PrefixChain(), list(range(TOKENS + P)), 4, 5)
     assert len(cache.index) == 0, "it was computed from lossy keys and values"
@@ -71,7 +71,7 @@ def test_a_sequence_that_was_encoded_publishes_nothing_more(cache):
 
 def test_bytes_that_a_sequence_does_not_share_are_those_of_its_blocks_as_they_are_stored(cache):
     row, empty = filled(cache), cache.lanes.open()
-    assert cache.encode(row, [0, 1], "int8", 0, 3)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
     assert cache.lanes.bytes_beyond(row, empty) == cache.lanes.sequence_bytes(row) == 6 * INT8 + 2 * NATIVE
 
 
@@ -81,6 +81,6 @@ def test_traffic_counts_encoded_blocks_as_they_are_stored(cache):
     request.sequences[0].row = row
     work = [Work(request.sequences[0], 0, TOKENS, True)]
     assert Traffic(cache, work).read_bytes == 8 * NATIVE
-    assert cache.encode(row, [0, 1], "int8", 0, 3)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
     assert Traffic(cache, work).read_bytes == 6 * INT8 + 2 * NATIVE
     assert np.array_equal(cache.lanes.held[row], [TOKENS, TOKENS])

@@ -255,10 +255,10 @@ class CacheMachine(RuleBasedStateMachine):
         columns = set(range(first, last))
         if any(twin.encoded[lane] & columns for lane in lanes):
             with pytest.raises(UnsupportedError, match="a block is encoded once"):
-                self.cache.encode(row, lanes, "int8", first, last)
+                self.cache.encoder.encode(row, lanes, "int8", first, last)
             return
         needs = Counter(INT8_BYTES[lane] for lane in lanes for _ in columns)
-        if not self.cache.encode(row, lanes, "int8", first, last):
+        if not self.cache.encoder.encode(row, lanes, "int8", first, last):
             assert not self.would_fit(needs)
             return
         twin.lossy_until = len(twin.tokens)

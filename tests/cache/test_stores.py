@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from kvloom.cache.memory import ArenaMemory
-from kvloom.cache.stores.int8 import Int8Store, quantize_int8
-from kvloom.cache.stores.native import NativeStore
+from kvloom.cache.stores.codec import Int8Codec
+from kvloom.cache.stores.rows import RowStore
 from kvloom.cache.stores.store import Store
-from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
+from kvloom.spec.store import GRANULE_BYTES, NATIVE_STORE, SLAB_BYTES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -17,8 +17,16 @@ def memory() -> ArenaMemory:
     return ArenaMemory(SLAB_BYTES, torch.device("cpu"))
 
 
+def native(dtype: torch.dtype, where: ArenaMemory, block_size: int) -> Store:
+    return RowStore(NATIVE_STORE[str(dtype).removeprefix("torch.")], dtype, where, block_size)
+
+
+def int8(dtype: torch.dtype, where: ArenaMemory, block_size: int) -> Store:
+    return RowStore("int8", dtype, where, block_size)
+
+
 def stores(dtype: torch.dtype, block_size: int, where: ArenaMemory) -> list[Store]:
-    return [NativeStore(dtype, where, block_size), Int8Store(dtype, where, block_size)]
+    return [native(dtype, where, block_size), int8(dtype, where, block_size)]
 
 
 def addresses(store: Store, k_width: int, v_width: int, numbers: list[int]) -> np.ndarray:
@@ -33,7 +41,7 @@ def rows(count: int, width: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(("k_width", "v_width"), [(64, 64), (32, 96), (576, 0)])
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_the_native_store_gives_back_every_bit(dtype: torch.dtype, k_width: int, v_width: int, block_size: int) -> None:
-    store = NativeStore(dtype, memory(), block_size)
+    store = native(dtype, memory(), block_size)
     blocks = addresses(store, k_width, v_width, [5, 0, 3])
     k, v = rows(3 * block_size, k_width, dtype, 1), rows(3 * block_size, v_width, dtype, 2)
     order = np.random.default_rng(0).permutation(3 * block_size)  # slots may be filled in any order
@@ -61,7 +69,7 @@ def test_a_write_leaves_other_slots_and_other_blocks_alone(number: int) -> None:
 
 def test_int8_codes_are_off_by_at_most_half_a_step_per_token() -> None:
     x = rows(50, 64, torch.float32, 3) * torch.logspace(-6, 6, 50)[:, None]
-    codes, scale = quantize_int8(x)
+    codes, scale = Int8Codec().encode(x)
     assert torch.equal(scale, x.abs().amax(1) / 127)
     assert codes.abs().amax(1).eq(127).all()  # the largest element uses the whole range
     error = (codes.float() * scale[:, None] - x).abs()
@@ -70,7 +78,7 @@ def test_int8_codes_are_off_by_at_most_half_a_step_per_token() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_int8_store_decodes_codes_times_scale_of_each_side(dtype: torch.dtype) -> None:
-    store = Int8Store(dtype, memory(), 4)
+    store = int8(dtype, memory(), 4)
     blocks = addresses(store, 8, 16, [2, 0])
     k, v = rows(8, 8, dtype, 1) * 3, rows(8, 16, dtype, 2) / 5
     store.write(np.repeat(blocks, 4), np.tile(np.arange(4), 2), k, v)
@@ -84,7 +92,7 @@ def test_the_int8_store_decodes_codes_times_scale_of_each_side(dtype: torch.dtyp
 
 def test_the_bytes_of_an_int8_block_are_codes_then_scales() -> None:
     where = memory()
-    store = Int8Store(torch.float32, where, 2)
+    store = int8(torch.float32, where, 2)
     k, v = torch.tensor([[127.0, -127.0], [1.0, 0.5]]), torch.tensor([[254.0, 0.0], [-127.0, 12.0]])
     store.write(np.zeros(2, np.int32), np.arange(2), k, v)
     content = where.load(np.zeros(1, np.int32), 128)[0].numpy()
@@ -93,7 +101,7 @@ def test_the_bytes_of_an_int8_block_are_codes_then_scales() -> None:
 
 
 def test_a_zero_vector_decodes_to_zeros_and_not_to_nan() -> None:
-    store = Int8Store(torch.float32, memory(), 4)
+    store = int8(torch.float32, memory(), 4)
     blocks = addresses(store, 8, 8, [0])
     store.write(np.repeat(blocks, 4), np.arange(4), torch.zeros(4, 8), torch.ones(4, 8))
     k, v = store.read(blocks, 8, 8)
@@ -101,7 +109,7 @@ def test_a_zero_vector_decodes_to_zeros_and_not_to_nan() -> None:
 
 
 def test_vectors_near_the_smallest_and_largest_numbers_survive_int8() -> None:
-    store = Int8Store(torch.float32, memory(), 4)
+    store = int8(torch.float32, memory(), 4)
     blocks = addresses(store, 8, 8, [0])
     tiny, huge = torch.finfo(torch.float32).tiny, 3e38
     k = torch.stack([torch.full((8,), x) for x in (tiny / 64, tiny, -huge, huge)])
@@ -112,7 +120,7 @@ def test_vectors_near_the_smallest_and_largest_numbers_survive_int8() -> None:
 
 
 def test_the_int8_store_holds_lanes_without_v() -> None:
-    store = Int8Store(torch.float32, memory(), 4)
+    store = int8(torch.float32, memory(), 4)
     blocks = addresses(store, 12, 0, [1])
     assert store.block_bytes(12, 0) == 128  # 4 x 12 codes + 4 scales of 4 bytes
     k = rows(4, 12, torch.float32, 1)
@@ -122,7 +130,7 @@ def test_the_int8_store_holds_lanes_without_v() -> None:
 
 
 def test_int8_refuses_widths_whose_scales_would_not_be_aligned() -> None:
-    store = Int8Store(torch.float32, memory(), 1)
+    store = int8(torch.float32, memory(), 1)
     assert store.unsupported(3, 3) == [
         "int8 scales follow the codes at multiples of 4 bytes; 1 x (3 + 3) bytes of codes are none"
     ]

@@ -10,22 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses, Arena
+from kvloom.cache.encoder import BlockEncoder
 from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.memory import ArenaMemory
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixIndex
 from kvloom.cache.segments import NATIVE
-from kvloom.cache.stores.int8 import Int8Store
-from kvloom.cache.stores.native import NativeStore
+from kvloom.cache.stores.rows import RowStore
 from kvloom.cache.stores.store import Store
 from kvloom.cache.survivors import Survivors
-from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.errors import UnsupportedError
 from kvloom.spec.kv import KVSpec
-from kvloom.spec.store import STORES
-
-ENCODED_AT_ONCE = 4096
-"""Blocks that are decoded to be encoded anew at a time: bounds what lies outside the arena meanwhile."""
 
 Layout = Literal["rows", "cpu"]
 """How tokens lie inside a block: row by row for torch, or interleaved for the CPU kernels."""
@@ -73,6 +69,7 @@ class KVCache:
         self.stores: dict[str, Store] = {NATIVE: self.native, spec.store: self.native}
         for name in extra_stores:
             self.stores[name] = self._store(name, dtype)
+        self.encoder = BlockEncoder(self.lanes, self.stores)
         self.layers = [
             LayerView(spec.lane_offset[i], kv.num_lanes, kv.k_width, kv.v_width, kv.window)
             for i, kv in enumerate(spec.layers)
@@ -92,9 +89,7 @@ class KVCache:
             from kvloom.cache.stores.cpu import CPUStore  # needs the compiled extension
 
             return CPUStore(name, dtype, self.memory, self.spec.block_size)
-        if name == "int8":
-            return Int8Store(dtype, self.memory, self.spec.block_size)
-        return NativeStore(dtype, self.memory, self.spec.block_size)
+        return RowStore(name, dtype, self.memory, self.spec.block_size)
 
     def lanes_of(self, layers: Sequence[int]) -> slice | NDArray[np.int64]:
         """Return the lanes of some layers, in order, as an index: a slice where they follow each other."""
@@ -253,11 +248,6 @@ class KVCache:
                 k, v = torch.cat([x.keys for x in parts]), torch.cat([x.values for x in parts])
                 self.native.write(addresses, place % size, k.to(self.native.dtype), v.to(self.native.dtype))
 
-    def _widths(self, lane: int) -> tuple[int, int]:
-        """Return the widths of a lane's keys and values."""
-        lanes = self.spec.lane_set[lane]
-        return lanes.k_width, lanes.v_width
-
     def _check_compactable(self, sequence: int, lanes: NDArray[np.int64]) -> None:
         """Raise unless all of `lanes` may lose tokens."""
         segments, reasons = self.lanes.segments, []
@@ -269,74 +259,6 @@ class KVCache:
                     reasons.append(f"lane {lane} has encoded blocks; select before encoding")
         if reasons:
             raise UnsupportedError("compaction", reasons)
-
-    def encode(self, sequence: int, lanes: Sequence[int], store: str, first: int, last: int) -> bool:
-        """Encode the full native blocks in columns `first .. last - 1` of `lanes` in `store`, once and for all.
-
-        The 16-bit blocks are released. Other sequences keep theirs; the prefix index does not keep copies that nobody
-        else reads, so that encoding never raises what is in use. False, and no change, when the new blocks cannot be
-        had now.
-        """
-        self._check_encodable(sequence, lanes, store, first, last)
-        alike: dict[tuple[int, tuple[int, int]], list[int]] = {}  # lanes by block bytes and widths
-        for lane in lanes:
-            cost = self.spec.lane_block_bytes(lane, store)
-            alike.setdefault((cost, self._widths(lane)), []).append(lane)
-        needs: dict[int, int] = {}
-        for (cost, _), members in alike.items():
-            needs[cost] = needs.get(cost, 0) + len(members) * (last - first)
-        if not self.pool.ensure(needs):
-            return False
-        native = [
-            self._encode_alike(sequence, np.array(members), store, range(first, last), cost)
-            for (cost, _), members in sorted(alike.items())
-        ]
-        for lane in lanes:
-            self.lanes.segments.encode(sequence, lane, store, first, last)
-        self.lanes.note_loss(sequence)
-        self.index.drop_copies(np.concatenate(native))
-        return True
-
-    def _encode_alike(
-        self, sequence: int, lanes: NDArray[np.int64], store: str, columns: range, block_bytes: int
-    ) -> Addresses:
-        """Encode the blocks in `columns` of lanes of equal widths; returns the native blocks, which were released."""
-        size, span = self.spec.block_size, slice(columns.start, columns.stop)
-        old = self.lanes.table[sequence, lanes, span].ravel()
-        fresh = self.arena.allocate(len(old), block_bytes)
-        assert fresh is not None, "the pool promised these blocks"
-        for start in range(0, len(old), ENCODED_AT_ONCE):
-            part = slice(start, start + ENCODED_AT_ONCE)
-            k, v = self.native.read(old[part], *self._widths(int(lanes[0])))
-            slots = np.tile(np.arange(size, dtype=np.int64), len(old[part]))
-            self.stores[store].write(np.repeat(fresh[part], size), slots, k.flatten(0, 1), v.flatten(0, 1))
-        self.lanes.table[sequence, lanes, span] = fresh.reshape(len(lanes), -1)
-        self.arena.release(old)
-        return old
-
-    def _check_encodable(self, sequence: int, lanes: Sequence[int], store: str, first: int, last: int) -> None:
-        """Raise unless columns `first .. last - 1` of all `lanes` are full native blocks that `store` can take."""
-        STORES.get(store)  # an unknown name is refused with the nearest known one
-        if store not in self.stores or len(set(lanes)) != len(lanes):
-            raise InvalidInputError(
-                f"encode takes each lane once and a store among {sorted(filter(None, self.stores))}; "
-                f"got {store!r} for lanes {list(lanes)}"
-            )
-        size = self.spec.block_size
-        for lane in lanes:
-            reasons = self.stores[store].unsupported(*self._widths(lane))
-            if reasons:
-                raise UnsupportedError("encoding", reasons)
-            end = int(self.lanes.begin[sequence, lane] + self.lanes.held[sequence, lane])
-            if self.lanes.begin[sequence, lane] > first * size or last * size > end or first >= last:
-                raise InvalidInputError(f"columns {first}..{last - 1} of lane {lane} are not all full blocks")
-            if self._windowed[lane]:
-                raise UnsupportedError("encoding", [f"lane {lane} is windowed; small windows stay in 16 bit"])
-            for segment in self.lanes.segments.of(sequence, lane):
-                if segment.store and segment.first < last and first < (segment.last or last):
-                    raise UnsupportedError(
-                        "encoding", [f"lane {lane} has encoded blocks there; a block is encoded once"]
-                    )
 
     # ---- accounting -----------------------------------------------------------------------------------------------
 

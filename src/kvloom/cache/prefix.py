@@ -176,12 +176,16 @@ class PrefixIndex:
                 if addresses is not None:
                     self.arena.release(addresses)
 
-    def drop_copies(self, addresses: Addresses) -> None:
-        """Let go of the groups of entries of which a block is among `addresses` and has no other owner."""
+    def drop_copies(self, addresses: Addresses, digests: Sequence[bytes] | None = None) -> None:
+        """Let go of the groups of entries `digests` (None: all) with a block among `addresses` that none else owns."""
         held = addresses[self.arena.references(addresses) == 1]
+        if not len(held):
+            return
         marked = np.zeros(len(self.arena.refs), np.bool_)
         marked[self.arena.cell_of(held)] = True
-        for digest in list(self._entries):
+        for digest in list(self._entries) if digests is None else digests:
+            if digest not in self._entries:
+                continue
             blocks = self._entries[digest].blocks
             for group, own in enumerate(blocks):
                 if own is not None and marked[self.arena.cell_of(own)].any():
@@ -203,13 +207,13 @@ class PrefixIndex:
 
     def idle_blocks(self) -> dict[int, int]:
         """Return the blocks (block bytes -> number) that `reclaim` could free now."""
-        found: dict[int, int] = {}
-        for index, group in enumerate(self.spec.groups):
-            held = [b for b in (entry.blocks[index] for entry in self._entries.values()) if b is not None]
-            if held:
-                idle = int((self.arena.references(np.concatenate(held)) == 1).sum())
-                found[group.block_bytes] = found.get(group.block_bytes, 0) + idle
-        return found
+        held = list(self.held_blocks())
+        if not held:
+            return {}
+        every = np.concatenate(held)
+        idle = every[self.arena.references(every) == 1]
+        sizes, counts = np.unique(self.arena.block_bytes_at(idle), return_counts=True)
+        return dict(zip(sizes.tolist(), counts.tolist(), strict=True))
 
     @property
     def idle_bytes(self) -> int:

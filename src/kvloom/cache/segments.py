@@ -77,6 +77,10 @@ class SegmentList:
         """Return whether any block of the sequence is encoded."""
         return bool(self._encoded[sequence])
 
+    def overlaps(self, sequence: int, lane: int, first: int, last: int) -> bool:
+        """Return whether any of the columns `first .. last - 1` of a lane is encoded."""
+        return any(s.first < last and first < (s.last or last) for s in self._encoded[sequence].get(lane, ()))
+
     def encode(self, sequence: int, lane: int, store: str, first: int, last: int) -> None:
         """Note that columns `first .. last - 1`, native until now, are in `store`."""
         segments = [*self._encoded[sequence].get(lane, []), Segment(store, first, last)]

@@ -32,6 +32,11 @@ class CPUStore(Store):
         )
         return k.view(number, size, k_width), v.view(number, size, v_width)
 
+    def encode(self, native: Store, source: Addresses, target: Addresses, k_width: int, v_width: int) -> None:
+        """Encode whole blocks by all threads of the kernels (see `Store.encode`)."""
+        names = native.spec.name, self.spec.name
+        cpu.encode_blocks(self.memory.bytes, *names, self.block_size, (k_width, v_width), source, target)
+
     def move(
         self,
         source: tuple[Addresses, NDArray[np.integer]],

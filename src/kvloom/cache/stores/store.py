@@ -47,6 +47,12 @@ class Store(ABC):
         at, slot = torch.from_numpy(inverse), torch.from_numpy(source[1])
         self.write(*target, k[at, slot], v[at, slot])
 
+    def encode(self, native: "Store", source: Addresses, target: Addresses, k_width: int, v_width: int) -> None:
+        """Encode the whole blocks at `source` [N], which `native` holds, into others at `target` [N]."""
+        k, v = native.read(source, k_width, v_width)
+        slots = np.tile(np.arange(self.block_size, dtype=np.int64), len(source))
+        self.write(np.repeat(target, self.block_size), slots, k.flatten(0, 1), v.flatten(0, 1))
+
     def block_bytes(self, k_width: int, v_width: int) -> int:
         """Return the bytes of one block."""
         return self.spec.block_bytes(self.block_size, k_width, v_width)

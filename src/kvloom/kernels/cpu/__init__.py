@@ -12,7 +12,7 @@ from kvloom.kernels.cpu.machine import (
     read_bandwidth,
 )
 from kvloom.kernels.cpu.rows import argmax, gate, layer_norm, rms_norm
-from kvloom.kernels.cpu.slots import copy_slots, read_slots, write_slots
+from kvloom.kernels.cpu.slots import copy_slots, encode_blocks, read_slots, write_slots
 from kvloom.kernels.cpu.threads import num_threads, set_num_threads
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "attention",
     "available_isas",
     "copy_slots",
+    "encode_blocks",
     "force_isa",
     "gate",
     "isa",

@@ -1,4 +1,4 @@
-"""Single slots of blocks: write, read back, move. No other module depends on the layout inside a block.
+"""Slots of blocks: write, read back, move; and whole blocks: encode. No other module depends on the inner layout.
 
 A block of P slots holds K as [Dk / e][P][e] and V as [P / e][Dv][e], with e = 2 in bf16, 4 in int8 and 1 in float32
 and float16; int8 codes are followed by float32 scales, K [P] then V [P]. So keys are the right-hand side of a
@@ -74,4 +74,25 @@ def copy_slots(
     _ext.copy_slots(
         arena.data_ptr(), STORE_ELEMENT.get(store), block_size, *widths, _int32(source[0]), _int32(source[1]),
         _int32(target[0]), _int32(target[1]), _int32(runs),
+    )  # fmt: skip
+
+
+def encode_blocks(
+    arena: torch.Tensor,
+    store: str,
+    to_store: str,
+    block_size: int,
+    widths: tuple[int, int],
+    source: NDArray[np.integer],
+    target: NDArray[np.integer],
+) -> None:
+    """Encode the blocks at `source` [N], which are in the native `store`, into those at `target` [N] in `to_store`.
+
+    Gives the bits that `write_slots` gives of each slot. Mutates the arena; no block may be in both.
+    """
+    assert len(source) == len(target), "each block is encoded into one"
+    follow_torch()
+    _ext.encode_blocks(
+        arena.data_ptr(), STORE_ELEMENT.get(store), STORE_ELEMENT.get(to_store), block_size, *widths,
+        _int32(source), _int32(target),
     )  # fmt: skip
