@@ -58,7 +58,7 @@ def test_an_unknown_slash_word_names_the_nearest_and_is_not_sent(kvloom, llm, pi
     piped(b"/rest\n")
     _, out, err = kvloom("chat")
     assert (out, llm.last.asked) == ("", [])
-    assert "/rest is no command (did you mean '/reset'?)" in err
+    assert "/rest is not a command (did you mean '/reset'?)" in err
 
 
 def test_at_a_terminal_ctrl_c_clears_the_line_and_ctrl_d_ends(kvloom, llm, typed):

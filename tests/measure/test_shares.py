@@ -29,5 +29,5 @@ def test_every_true_share_is_covered_at_least_as_often_as_said(trials: int) -> N
 
 @pytest.mark.parametrize(("hits", "trials"), [(-1, 3), (4, 3), (0, 0)])
 def test_what_is_no_share_is_an_error(hits: int, trials: int) -> None:
-    with pytest.raises(ValueError, match="make no share"):
+    with pytest.raises(ValueError, match="are not a share"):
         share_interval(hits, trials)

@@ -75,7 +75,7 @@ def test_every_policy_parses_back_from_its_own_spelling(text):
         ("snapkv(64)", ["write key=value"]),
         ("snapkv(budget=64,pooling=sum)", ["'sum'", "avg, max"]),
         ("adaptive", ["evicts nothing"]),
-        ("streaming+pyramid", ["decides lengths itself"]),
+        ("streaming+pyramid", ["takes no budget"]),
         ("int8+int4", ["two of the kind store"]),
         ("snapkv(budget=64)+h2o(budget=64)", ["two of the kind selector"]),
         ("a(b", ["unbalanced"]),

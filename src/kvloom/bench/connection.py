@@ -35,7 +35,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self._parts: SplitResult = urlsplit(self.base_url)
         if self._parts.scheme not in ("http", "https") or not self._parts.hostname:
-            raise InvalidInputError(f"{self.base_url!r} is no base URL; write e.g. http://127.0.0.1:8000")
+            raise InvalidInputError(f"{self.base_url!r} is not a base URL; write e.g. http://127.0.0.1:8000")
 
     @property
     def _port(self) -> int:

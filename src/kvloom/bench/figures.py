@@ -28,7 +28,7 @@ def read_goals(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             limit = ""
         if name not in ("ttft", "tpot", "e2el") or not limit or goals[name] <= 0:
-            raise InvalidInputError(f"{text!r} is no goal; write e.g. ttft:500, tpot:50 or e2el:4000 (milliseconds)")
+            raise InvalidInputError(f"{text!r} is not a goal; write e.g. ttft:500, tpot:50 or e2el:4000 (milliseconds)")
     return goals
 
 

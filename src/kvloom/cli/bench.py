@@ -198,7 +198,7 @@ class _Rate(click.ParamType[float]):
         except ValueError:
             rate = 0.0
         if not rate > 0:
-            self.fail(f"{value!r} is no rate; give requests a second, or inf", param, ctx)
+            self.fail(f"{value!r} is not a rate; give requests a second, or inf", param, ctx)
         return rate
 
 

@@ -51,7 +51,7 @@ class Conversation:
         if word == "/reset":
             self.reset()
         elif word.startswith("/") and " " not in word:
-            hint = "" if word == "/help" else f"{word} is no command{nearest(word, list(WORDS))}. "
+            hint = "" if word == "/help" else f"{word} is not a command{nearest(word, list(WORDS))}. "
             sys.stderr.write(f"{hint}{HELP}\n")
         elif word:
             self.say(valid_text(line, "message"))
@@ -95,7 +95,7 @@ def run(
         llm.tokenizer.chat_template = template
     if not llm.tokenizer.has_chat_template:
         raise ChatTemplateError(
-            f"{name} has no chat template and cannot converse; use `kvloom generate`, or give one by --chat-template"
+            f"{name} has no chat template; use `kvloom generate`, or give one by --chat-template"
         )
     conversation = Conversation(llm, sampling, system, interactive, stats)
     if not interactive:

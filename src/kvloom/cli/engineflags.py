@@ -81,7 +81,7 @@ ENGINE_FLAGS = [
     ),
     _flag(
         "--kv-policy",
-        "Eviction policy of requests that name none, e.g. 'snapkv(budget=1024)+adaptive'. Default: no eviction.",
+        "Eviction policy of requests that name none, e.g. 'snapkv(budget=1024)+adaptive'; full evicts nothing.",
         type=Text(),
         metavar="POLICY",
     ),

@@ -17,5 +17,5 @@ def misspelt_variables(environment: Iterable[str], cli: Group) -> list[str]:
         name = variable.removeprefix(PREFIX)
         if variable.startswith(PREFIX) and name not in known:
             for close in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-                warnings.append(f"{variable} is no setting of kvloom and is ignored; did you mean {PREFIX}{close}?")
+                warnings.append(f"{variable} is not a setting of kvloom and is ignored; did you mean {PREFIX}{close}?")
     return warnings

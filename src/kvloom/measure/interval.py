@@ -23,7 +23,7 @@ def share_interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[fl
     there. Raises `ValueError` unless 0 <= hits <= trials and trials > 0.
     """
     if not 0 <= hits <= trials or trials < 1:
-        raise ValueError(f"{hits} hits of {trials} trials make no share")
+        raise ValueError(f"{hits} hits of {trials} trials are not a share: 0 <= hits <= trials must hold")
     tail = (1 - confidence) / 2
     low = 0.0 if hits == 0 else _share_with_tail(hits, trials, tail)
     high = 1.0 if hits == trials else 1 - _share_with_tail(trials - hits, trials, tail)

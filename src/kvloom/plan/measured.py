@@ -108,7 +108,7 @@ def read_measurements(path: Path) -> Measurements:
 def _measurement(path: Path, index: int, entry: Any) -> Measurement:
     where = f"result {index} of {path}"
     if not isinstance(entry, Mapping):
-        raise InvalidInputError(f"{where} is no object")
+        raise InvalidInputError(f"{where} is not a JSON object")
     policy = entry.get("policy")
     if not isinstance(policy, str):
         raise InvalidInputError(f"{where} names no policy")

@@ -60,7 +60,7 @@ def probe_path() -> Path:
     """Return the file of the last probe; raises `InvalidInputError` for a user without a home folder."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if root.startswith("~"):
-        raise InvalidInputError("there is no home folder to keep the probe in; set XDG_CACHE_HOME to a folder")
+        raise InvalidInputError("there is no home folder for the probe; set XDG_CACHE_HOME to a folder")
     return Path(root) / "kvloom" / "probe.json"
 
 

@@ -168,7 +168,7 @@ class GGUFHeader:
         if shape[-1] % block:
             raise CheckpointError(
                 f"{self.path} is damaged: rows of tensor {name!r} have {shape[-1]} elements, "
-                f"which is no multiple of the {block} of {type_name}"
+                f"which is not a multiple of the {block} of {type_name}"
             )
         num_bytes = math.prod(shape) // block * block_bytes
         if offset + num_bytes > len(self._data):

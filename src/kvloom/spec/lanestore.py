@@ -76,8 +76,8 @@ def lane_store(kv: KVSpec, group: LaneGroup, policy: PolicySpec) -> LaneStore:
     store = store_format(policy.store.name)
     if kv.block_size % store.group:
         raise InvalidInputError(
-            f"store {store.name} encodes {store.group} tokens together, and block size {kv.block_size} is no multiple. "
-            f"Use --block-size {-(-kv.block_size // store.group) * store.group}"
+            f"store {store.name} encodes {store.group} tokens together, and block size {kv.block_size} is not a "
+            f"multiple of that. Use --block-size {-(-kv.block_size // store.group) * store.group}"
         )
     encoded = store.block_bytes(kv.block_size, lanes.k_width, lanes.v_width)
     return LaneStore(kv.block_size, group.block_bytes, encoded,

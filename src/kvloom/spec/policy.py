@@ -66,7 +66,7 @@ class PolicySpec:
         for part in _split(text):
             match = _TERM.fullmatch(part)
             if match is None:
-                raise InvalidInputError(f"{part!r} in policy {text!r} is no term; write name or name(key=value,...)")
+                raise InvalidInputError(f"{part!r} in policy {text!r} is not a term; write name or name(key=value,...)")
             name, inner = match[1], match[2]
             if is_store(name) and name not in METHODS:
                 found.setdefault("store", []).append(_store_term(name, inner))
@@ -90,7 +90,7 @@ class PolicySpec:
                 raise InvalidInputError(f"policy {text!r} evicts nothing, so {names} cannot act; name a selector")
         elif found.get("budget") and not method.budgeted:
             added = found["budget"][0].name
-            raise InvalidInputError(f"{selector.name} decides lengths itself; {added} cannot be added")
+            raise InvalidInputError(f"{selector.name} takes no budget, so {added} cannot be added; leave it out")
         triggers = found.get("trigger") or [Term(name, _arguments(name, METHODS.get(name).params, None))
                                             for name in method.triggers]
         return cls(
@@ -204,7 +204,7 @@ def _arguments(name: str, params: tuple[Parameter, ...], inner: str | None) -> t
     for pair in [p.strip() for p in (inner or "").split(",") if p.strip()]:
         key, equals, value = (s.strip() for s in pair.partition("="))
         if not equals or not value:
-            raise InvalidInputError(f"{pair!r} in {name}({inner}) is no argument; write key=value")
+            raise InvalidInputError(f"{pair!r} in {name}({inner}) is not an argument; write key=value")
         if key in given:
             raise InvalidInputError(f"{name} is given {key} twice")
         given[key] = method.parameter(key).parse(value, name)
