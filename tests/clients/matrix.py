@@ -1,62 +1,38 @@
 """Other people's clients against a running server; see README.md in this folder."""
 
 import argparse
-import importlib.util
-import json
-import os
+import importlib
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-QUESTION = "What is the capital of France?"
-MESSAGES = [{"role": "user", "content": QUESTION}]
+PYTHON = ("openai_client", "anthropic_client", "langchain_client", "litellm_client", "llm_client")
+NODE = Path(__file__).parent / "node"
 
 
-def with_litellm(base_url, model):
-    """Completions and conversations, whole and streamed."""
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network first
-    import litellm
-
-    fields = {"api_base": base_url, "api_key": "none", "temperature": 0, "max_tokens": 16}
-    whole = litellm.completion(model=f"openai/{model}", messages=MESSAGES, **fields).choices[0].message.content
-    stream = litellm.completion(model=f"openai/{model}", messages=MESSAGES, stream=True, **fields)
-    assert "".join(part.choices[0].delta.content or "" for part in stream) == whole
-    text = litellm.text_completion(model=f"text-completion-openai/{model}", prompt="The sky is", **fields)
-    assert text.choices[0].text
-    return whole
+def python_checks():
+    """Yield (name, check or None) of every client in Python; None where it is not installed."""
+    for name in PYTHON:
+        try:
+            checks = importlib.import_module(name).CHECKS
+        except ModuleNotFoundError as error:
+            yield f"{name}: {error.name}", None
+            continue
+        for check in checks:
+            yield f"{name}.{check.__name__}", check
 
 
-def with_langchain(base_url, model):
-    """A chat model, invoked, streamed and in a batch."""
-    from langchain_openai import ChatOpenAI
-
-    chat = ChatOpenAI(base_url=base_url, api_key="none", model=model, temperature=0, max_tokens=16)
-    whole = chat.invoke(QUESTION)
-    assert "".join(part.content for part in chat.stream(QUESTION)) == whole.content
-    assert [answer.content for answer in chat.batch([QUESTION, QUESTION])] == [whole.content] * 2
-    assert whole.usage_metadata["output_tokens"] > 0
-    return whole.content
-
-
-def with_llm(base_url, model):
-    """The `llm` command line, with the server as an extra OpenAI model."""
-    with tempfile.TemporaryDirectory() as folder:
-        entry = [{"model_id": "served", "model_name": model, "api_base": base_url, "api_key_name": "served"}]
-        Path(folder, "extra-openai-models.yaml").write_text(json.dumps(entry))
-        Path(folder, "keys.json").write_text(json.dumps({"served": "none"}))
-        environment = {**os.environ, "LLM_USER_PATH": folder}
-        answers = []
-        for more in ([], ["--no-stream"]):
-            command = [sys.executable, "-m", "llm", "-m", "served", "-o", "temperature", "0", "-o", "max_tokens", "16"]
-            command += [*more, QUESTION]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            answers.append(done.stdout.strip())
-    assert answers[0] == answers[1]
-    return answers[0]
-
-
-CLIENTS = {"litellm": with_litellm, "langchain_openai": with_langchain, "llm": with_llm}
+def node_checks(base_url, model):
+    """Yield (name, outcome) of every client in JavaScript, one line each; nothing where they are not installed."""
+    if shutil.which("node") is None or not (NODE / "node_modules").is_dir():
+        print("node: skipped, run npm install in the folder node")
+        return
+    for script in sorted(NODE.glob("*_client.mjs")):
+        done = subprocess.run(["node", str(script), base_url, model], capture_output=True, text=True, timeout=600)
+        yield from ((f"node {script.stem}", line) for line in done.stdout.splitlines())
+        if done.returncode:
+            yield f"node {script.stem}", f"FAILED, {done.stderr[-2000:]}"
 
 
 def main():
@@ -66,15 +42,18 @@ def main():
     parser.add_argument("--model", required=True)
     arguments = parser.parse_args()
     failed = False
-    for name, client in CLIENTS.items():
-        if importlib.util.find_spec(name) is None:
-            print(f"{name}: skipped, not installed")
+    for name, check in python_checks():
+        if check is None:
+            print(f"{name} is not installed: skipped")
             continue
         try:
-            print(f"{name}: ok, said {client(arguments.base_url, arguments.model)!r}")
+            print(f"{name}: ok, {check(arguments.base_url, arguments.model)!r}", flush=True)
         except Exception as error:
             failed = True
-            print(f"{name}: FAILED, {type(error).__name__}: {error}")
+            print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
+    for name, outcome in node_checks(arguments.base_url, arguments.model):
+        failed |= "FAILED" in outcome
+        print(f"{name} {outcome}", flush=True)
     sys.exit(failed)
 
 
