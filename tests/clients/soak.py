@@ -1,9 +1,9 @@
 """Many clients of every kind at once against one server, round after round.
 
 Streams, conversations, echoes, slow readers, clients that leave in the middle, garbage, huge bodies, wrong keys and
-prompts that are too long. After each round nothing may run, no block may be in use, and the process may not have
-grown. How long refusals take is measured by the server, by the clients, by one more client in a process of its own, and
-at the end while the queue is kept full, the engine is busy and nobody else asks.
+prompts that are too long, on all routes that answer. After each round nothing may run, no block may be in use, and the
+process may not have grown. How long refusals take is measured by the server, by the clients, by one more client in a
+process of its own, and at the end while the queue is kept full, the engine is busy and nobody else asks.
 Prints a line a round and one line of JSON; the status is 1 when a promise was broken.
 
     python tests/clients/soak.py MODEL --rounds 10 --seconds 30 --clients 200
@@ -66,6 +66,15 @@ def request(rng, kind):
         text = "".join(rng.choice("abc def") for _ in range(rng.randint(1, 80)))
         fields = {"messages": [{"role": "user", "content": text}], "max_tokens": rng.randint(1, 60)}
         path = "/v1/chat/completions"
+    elif kind == "responses":
+        fields = {"input": rng.choice(["a", "hello"]) * rng.randint(1, 40), "max_output_tokens": rng.randint(1, 60)}
+        fields["stream"] = rng.random() < 0.7
+        path = "/v1/responses"
+    elif kind == "messages":
+        content = [{"type": "text", "text": "say " * rng.randint(1, 20)}]
+        fields = {"messages": [{"role": "user", "content": content}], "max_tokens": rng.randint(1, 60)}
+        fields["stream"] = rng.random() < 0.7
+        path = "/v1/messages"
     elif kind == "echo":
         fields |= {"echo": True, "logprobs": 1, "max_tokens": 1, "n": 1}
     elif kind == "long":
@@ -78,9 +87,17 @@ def request(rng, kind):
     return head(len(body), "wrong" if kind == "stranger" else KEY, path) + body
 
 
-KINDS = ("stream",) * 4 + ("slow", "leaver", "leaver", "quitter", "chat", "chat", "echo") + (
-    "garbage", "huge", "stranger", "long", "half",
+KINDS = ("stream",) * 4 + ("responses", "messages") * 2 + (
+    "slow", "leaver", "leaver", "quitter", "chat", "chat", "echo", "garbage", "huge", "stranger", "long", "half",
 )  # fmt: skip
+ENDS = {
+    "stream": (b"[DONE]",),
+    "slow": (b"[DONE]",),
+    "responses": (b"event: response.completed", b"event: response.incomplete", b'\r\n\r\n{"id":"resp_'),
+    "messages": (b"event: message_stop", b'\r\n\r\n{"id":"msg_'),
+}
+"""What an answer that is whole has in it, one of them, by kind of client."""
+
 EXPECTED = {"garbage": {400, 429}, "huge": {413, 429}, "stranger": {401}, "long": {400, 413, 429}}
 
 
@@ -116,7 +133,7 @@ async def client(port, rng, kind, tally):
         expected = EXPECTED.get(kind, {200, 429, 503}) | ({503} if kind != "stranger" else {401, 503})
         if status not in expected or (status == 503 and b'"code":"too_many_requests"' not in rest):
             tally.wrong.append((kind, status, rest[-300:].decode("utf-8", "replace")))
-        if status == 200 and kind in ("stream", "slow") and b"[DONE]" not in rest:
+        if status == 200 and kind in ENDS and not any(end in rest for end in ENDS[kind]):
             tally.wrong.append((kind, "cut off", rest[-200:].decode("utf-8", "replace")))
         if b'"code":"internal_error"' in rest or b'"code":"step_failed"' in rest:
             tally.wrong.append((kind, "error event", rest[-300:].decode("utf-8", "replace")))
