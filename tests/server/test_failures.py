@@ -57,17 +57,27 @@ def test_a_request_without_finite_logits_fails_alone_and_is_told_why(tiny_folder
         assert complete(server).json()["choices"] == expected
 
 
-def test_a_stream_that_fails_in_the_middle_ends_with_an_error_event(tiny_folder):
+MESSAGES = [{"role": "user", "content": "hello"}]
+STREAMS = [
+    ("/v1/completions", {"max_tokens": 200}, b"data: [DONE]"),
+    ("/v1/responses", {"prompt": "input", "max_output_tokens": 200}, b"event: response.failed"),
+    ("/v1/messages", {"prompt": "system", "messages": MESSAGES, "max_tokens": 200}, b"event: error"),
+]
+"""Route, fields, and what the last event of a stream that failed has in it."""
+
+
+def test_a_stream_that_fails_in_the_middle_ends_with_an_error_event_of_its_api(tiny_folder):
     with running(make_llm(tiny_folder)) as server:
-        sock = open_stream(server, max_tokens=200)
-        received = sock.recv(65536)
-        fail_next(server, 1)
-        while b"[DONE]" not in received:
-            received += sock.recv(65536)
-        sock.close()
-        assert b'"code":"step_failed"' in received
-        server.wait_idle()
-        assert server.blocks_in_use() == 0
+        for path, fields, end in STREAMS:
+            sock = open_stream(server, path, **fields)
+            received = sock.recv(65536)
+            fail_next(server, 1)
+            while not received.endswith(b"\r\n0\r\n\r\n"):
+                received += sock.recv(65536)
+            sock.close()
+            assert b'"code":"step_failed"' in received and end in received.split(b"\n\n")[-2], path
+            server.wait_idle()
+            assert server.blocks_in_use() == 0
 
 
 def test_many_failures_in_a_row_do_not_end_an_engine_that_still_answers(tiny_folder):

@@ -117,3 +117,15 @@ def test_without_the_package_a_form_is_refused_with_what_to_install(tmp_path, mo
     with running(make_llm(make_model(tmp_path))) as server:
         reply = complete(server, **FORMATTED)
     assert reply.status == 400 and "kvloom[structured]" in reply.json()["error"]["message"]
+
+
+def test_a_grammar_that_takes_too_much_work_fails_its_request_with_the_reason(tiny_server):
+    """Every `x` may be empty, so that a row of the parser holds an item for each of them, four times over."""
+    grammar = "root ::= s\ns ::= s s | " + "x " * 700 + '\nx ::= "a" | ""\n'
+    reply = complete(tiny_server, structured_outputs={"grammar": grammar}, logit_bias={str(ord("a") - 33): 100})
+    error = reply.json()["error"]
+    assert (reply.status, error["code"]) == (500, "request_failed")
+    assert "form of the answer cannot be followed" in error["message"] and "<state>" not in error["message"]
+    assert "left recursion" in error["message"]
+    tiny_server.wait_idle()
+    assert tiny_server.blocks_in_use() == 0

@@ -126,6 +126,8 @@ class Sampler:
                 sequence.processors = [processor.start() for processor in request.processors]
             for processor in sequence.processors:
                 processor(request.prompt_token_ids, sequence.output_token_ids, logits)
+        except RequestFailedError:
+            raise
         except Exception as error:  # the caller's code
             raise RequestFailedError(f"a logits processor raised {type(error).__name__}: {error}") from error
         if torch.isnan(logits).any():

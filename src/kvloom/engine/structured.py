@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import re
 import threading
 from collections import OrderedDict
@@ -18,10 +17,8 @@ import torch
 
 from kvloom.engine.structured_params import StructuredOutputsParams
 from kvloom.engine.structured_schema import fault_of
-from kvloom.errors import InvalidInputError, UnsupportedError
+from kvloom.errors import InvalidInputError, RequestFailedError, UnsupportedError
 from kvloom.models.tokenizer import Tokenizer
-
-logger = logging.getLogger("kvloom.engine")
 
 MAX_COMPILED = 64
 """Compiled grammars that are kept, the latest used."""
@@ -199,7 +196,7 @@ class GrammarProcessor:
     def __call__(self, prompt_token_ids: Seq[int], output_token_ids: Seq[int], logits: torch.Tensor) -> None:
         """Read the tokens that came since the last call, and forbid what cannot follow them.
 
-        A grammar that turns out to need more work at one token than the library allows ends the answer there.
+        Raises `RequestFailedError` when the grammar needs more work at one token than the library allows.
         """
         if self._matcher is None:
             self._matcher = self._compiled.deep_copy()
@@ -214,10 +211,11 @@ class GrammarProcessor:
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            logger.error("the grammar of an answer gave up: %s", _short(self._matcher.get_error()))
-        if (
-            self._matcher.is_error() or self._matcher.is_stopped()
-        ):  # complete, though the request does not end by itself
+            raise RequestFailedError(
+                f"the form of the answer cannot be followed any further: {_short(self._matcher.get_error())}. Ask for "
+                "a simpler one: left recursion in place of right, fewer parts that may be empty, fewer alternatives"
+            )
+        if self._matcher.is_stopped():  # complete, though the request does not end by itself
             allowed = np.zeros(self._vocab_size, np.bool_)
             allowed[self._eos_token_ids] = True
             return allowed
@@ -233,4 +231,4 @@ def _unreadable(kind: str, reason: str) -> InvalidInputError:
 
 def _short(reason: str) -> str:
     """Return a complaint of the library on one line."""
-    return " ".join(reason.split())[:MAX_REASON_CHARS] or "no reason is known"
+    return " ".join(reason.partition("<state>")[0].split())[:MAX_REASON_CHARS] or "no reason is known"
