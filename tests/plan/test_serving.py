@@ -121,8 +121,7 @@ def test_the_plan_knows_which_methods_compute_attention():
     for name, method in METHODS.items():
         if method.role == "selector" and name not in ("full", "duo"):  # duo asks for a file
             needs = Policy.parse(f"{name}(budget=64)" if method.budgeted else name).needs
-            assert (needs.watches_queries or needs.replay) is method.attention, name
-            assert needs.replay is method.replays
+            assert needs.weighs is method.attention, name
 
 
 @pytest.mark.parametrize(

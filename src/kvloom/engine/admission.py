@@ -81,7 +81,7 @@ class Admission:
     ) -> int:
         longest = self.max_model_len if policy is None else self.max_position
         room = longest - len(prompt)
-        if policy is not None and policy.cache_positions:
+        if policy is not None and policy.spec.moved_sinks is not None:
             room = UNBOUNDED_TOKENS  # positions are counted in the cache: text has no end
         if room < 1:
             raise InvalidInputError(

@@ -78,7 +78,7 @@ class KVPolicies:
     def _unlike_weights(self, policy: Policy) -> list[str]:
         """Return why attention weights that `policy` would compute from queries and keys are not the model's own."""
         config = self.runner.model.config
-        if not (policy.needs.watches_queries or policy.needs.replay):
+        if not policy.needs.weighs:
             return []
         name = policy.spec.selector.name
         return [f"{name} scores by softmax(q.k), and scores of this model have {term}" for term in config.score_terms]

@@ -25,12 +25,11 @@ def at_share(method: str, keep: float, prompt: int) -> PolicySpec:
     name, _, inner = head.partition("(")
     given = inner.rstrip(")")
     tokens = max(8, int(keep * prompt))
-    if name == "window":
-        given = f"size={tokens}"
-    elif name == "streaming":
-        sinks = 4 if not given else int(dict(part.split("=") for part in given.split(",")).get("sinks", 4))
-        given = ",".join(filter(None, [given, f"window={max(1, tokens - sinks)}"]))
-    elif METHODS.get(name).budgeted:
+    row = METHODS.get(name)
+    if row.newest is not None:
+        others = tokens - row.num_protected(dict(PolicySpec.parse(head).selector.args), tokens)
+        given = ",".join(filter(None, [given, f"{row.newest}={max(1, others)}"]))
+    elif row.budgeted:
         given = ",".join(filter(None, [f"keep={keep:g}", given]))
     return PolicySpec.parse(f"{name}({given}){plus}{additions}" if given else method)
 

@@ -84,9 +84,9 @@ class Roofline:
         """
         policy = self.question.policy
         kept = policy.tokens_kept(prompt)
-        if kept is None or policy.budget.name == "threshold":
+        if kept is None or policy.sharing.acts_always:
             return 0.0
-        if not policy.evicts or not any(term.name in ("step", "slack", "every") for term in policy.triggers):
+        if not policy.evicts or not policy.when.while_decoding:
             return float(kept + generated)
         goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else kept
         return float(min(kept + generated, max(kept, goal or kept)))

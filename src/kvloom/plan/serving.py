@@ -9,9 +9,9 @@ from pathlib import Path
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import DEFAULT_BLOCK_SIZE, DEFAULT_CHUNK, Question
 from kvloom.spec.catalogue import catalogue_entry, find_in_catalogue
+from kvloom.spec.conflicts import conflicts
 from kvloom.spec.footprint import replay_tokens
 from kvloom.spec.format import SERVED_STORES
-from kvloom.spec.method import METHODS
 from kvloom.spec.policy import FULL
 from kvloom.spec.store import SLAB_BYTES
 
@@ -52,7 +52,8 @@ def policy_refusals(asked: Question) -> list[str]:
     if not policy.evicts or not model.kv_layers:
         return reasons
     name = policy.selector.name
-    if METHODS.get(name).attention and model.decoder is not None:
+    reasons += conflicts(policy)
+    if policy.needs.weighs and model.decoder is not None:
         reasons += [f"{name} scores by softmax(q.k), and scores of this model have {term}"
                     for term in model.decoder.score_terms]
     if any(kv.source is not None for kv in model.layer_kv):
@@ -60,7 +61,7 @@ def policy_refusals(asked: Question) -> list[str]:
     first = policy.layers_skipped
     if all(kv.window is not None or index < first for index, kv in enumerate(model.layer_kv)):
         reasons.append("every layer has a window or is skipped, so there is nothing to evict")
-    limits = METHODS.get(name).lane_limits
+    limits = policy.method.lane_limits
     if limits is not None and asked.whole_kv is not None and limits(dict(policy.selector.args), asked.whole_kv) is None:
         reasons.append(f"{name} needs a pattern of this model's heads, e.g. {name}(pattern=heads.json)")
     budget = policy.tokens_kept(asked.prompt)

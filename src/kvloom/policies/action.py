@@ -7,15 +7,12 @@ import torch
 
 from kvloom.cache.survivors import Survivors
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.registry import Registry
 from kvloom.spec.method import Value
 
 
 class Action(ABC):
     """Decides what survivors hold after an eviction."""
-
-    needs: Needs = Needs()
 
     @abstractmethod
     def merge(self, context: ScoreContext, keep: torch.Tensor, scores: torch.Tensor) -> list[Survivors] | None:

@@ -34,25 +34,9 @@ class LayerScores:
 class Budget(ABC):
     """Divides `budget` tokens a lane, on average over all lanes that take part, among those lanes.
 
-    `lanewise` says that a lane's share depends on that lane alone, so that `counts` takes stacks of layers as well.
-    `ragged` lanes of a layer may differ in length; `spans_layers` says that layers may. `acts_always` budgets may drop
-    tokens from a lane that holds less than `budget`.
+    How lanes share them is in the method's row (`kvloom.spec.method`): a budget that `spans_layers` is given all layers
+    at once, others one layer at a time, or stacks of layers if the row says `stacks`.
     """
-
-    lanewise: bool = False
-    ragged: bool = False
-    spans_layers: bool = False
-    acts_always: bool = False
-
-    @property
-    def even(self) -> bool:
-        """True when all lanes keep the same number of tokens."""
-        return not (self.ragged or self.spans_layers)
-
-    @property
-    def uneven(self) -> bool:
-        """True when lanes trade tokens with one another, so that `budget` is an average."""
-        return not self.even and not self.acts_always
 
     @abstractmethod
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
@@ -64,8 +48,6 @@ class Budget(ABC):
 
 class Uniform(Budget):
     """Every lane keeps `budget` tokens."""
-
-    lanewise = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return min(budget, held) (see `Budget`)."""
@@ -81,7 +63,6 @@ class Pyramid(Budget):
     """
 
     beta: float = 20.0
-    spans_layers = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return the same number for all lanes of a layer (see `Budget`)."""
@@ -100,7 +81,6 @@ class Adaptive(Budget):
     """
 
     floor: float = 0.2
-    ragged = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return lengths that sum to lanes x budget in every layer, or to all that is held (see `Budget`)."""
@@ -112,8 +92,6 @@ class Global(Budget):
     """All lanes of all layers share one budget by their scores, as KVzip does (arXiv 2505.23416)."""
 
     floor: float = 0.0
-    ragged = True
-    spans_layers = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return lengths that sum to lanes x budget over all layers, or to all that is held (see `Budget`)."""
@@ -128,8 +106,6 @@ class Threshold(Budget):
     """
 
     above: float = 0.0
-    ragged = True
-    acts_always = True
 
     def counts(self, layers: list[LayerScores], budget: int, protected: int, prompt: int) -> list[torch.Tensor]:
         """Return the number above the threshold, capped (see `Budget`)."""

@@ -112,24 +112,24 @@ class Choice:
     ) -> list[torch.Tensor]:
         """Return [L, G, S] bool for each stack: the tokens that stay by scores, budget and refinements."""
         record, budget, see = self.contexts.record, self.policy.budget, self.contexts.of_layer
+        sharing, chooser = self.policy.spec.sharing, self.policy.chooser
         protected = self.policy.num_protected(record.budget)
-        if budget.lanewise:
+        if sharing.stacks:
             counts = [budget.counts([part], record.budget, protected, record.prompt_tokens)[0] for part in parts]
         else:
             layers = [layer for part in parts for layer in part.layers]
-            together = [layers] if budget.spans_layers else [[layer] for layer in layers]
+            together = [layers] if sharing.spans_layers else [[layer] for layer in layers]
             shares = [budget.counts(each, record.budget, protected, record.prompt_tokens) for each in together]
             of_layer = chain.from_iterable(shares)
             counts = [torch.stack(list(islice(of_layer, len(stack)))) for stack in stacks]
-        for refinement in self.policy.refinements:
-            if refinement.chooses:
-                return [
-                    torch.stack([
-                        refinement.choose(p.scores, p.protected, count, see(layer, row, state[layer]))
-                        for layer, p, count in zip(stack, part.layers, number, strict=True)
-                    ])
-                    for stack, part, number in zip(stacks, parts, counts, strict=True)
-                ]  # fmt: skip
+        if chooser is not None:
+            return [
+                torch.stack([
+                    chooser.choose(p.scores, p.protected, count, see(layer, row, state[layer]))
+                    for layer, p, count in zip(stack, part.layers, number, strict=True)
+                ])
+                for stack, part, number in zip(stacks, parts, counts, strict=True)
+            ]  # fmt: skip
         masks = []
         for part, number in zip(parts, counts, strict=True):
             scores, protects, valid = (x.flatten(0, 1) for x in (part.scores, part.protected, part.valid))
@@ -149,7 +149,7 @@ class Choice:
         for refinement in self.policy.refinements:
             scores = refinement.reweigh(scores, context)
             protected = protected | refinement.protected(context)
-        if not rule.comparable and not self.policy.budget.even:
+        if not self.policy.spec.method.comparable and not self.policy.spec.sharing.even:
             scores = standardised(scores, context.valid)
         return LayerScores(scores, protected & context.valid, context.valid)
 

@@ -8,7 +8,7 @@ import torch
 
 from kvloom.errors import MethodError
 from kvloom.kernels import reference
-from kvloom.policies.needs import NOTHING, Needs
+from kvloom.spec.needs import NOTHING, Needs
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ScoreContext:
     @property
     def replay(self) -> torch.Tensor:
         """Most attention [G, S] that any query of a replay paid."""
-        return self._shown(self.gathered.replay, "replay", "Needs(replay=True)")
+        return self._shown(self.gathered.replay, "replay", "Needs(replay=...)")
 
     @property
     def special(self) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 from kvloom.cache.kvcache import KVCache
 from kvloom.policies.context import Gathered, ScoreContext
 from kvloom.policies.modelfacts import ModelFacts
-from kvloom.policies.needs import Needs
 from kvloom.policies.record import Record
+from kvloom.spec.needs import Needs
 
 
 class Contexts:

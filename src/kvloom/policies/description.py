@@ -1,12 +1,8 @@
 """Description: the methods of the registry as plain facts, for tables and pages."""
 
-from dataclasses import asdict
 from typing import Any
 
-from kvloom.errors import InvalidInputError
 from kvloom.policies import plugins
-from kvloom.policies.needs import Needs
-from kvloom.policies.scorer import RULES
 from kvloom.spec.method import METHODS, MethodSpec, Value
 
 
@@ -33,21 +29,15 @@ def _facts(method: MethodSpec) -> dict[str, Any]:
     }
     if method.role == "selector":
         facts |= {
-            "needs": _needs(method),
+            "needs": [name.replace("_", " ") for name in method.needs_of(_defaults(method)).gathered],
             "query_aware": method.query_aware,
             "acts": list(method.acts) if method.triggers else [],
-            "ragged": method.ragged or METHODS.get(method.default_budget).ragged,
+            "ragged": method.chooses or METHODS.get(method.default_budget).ragged,
             "budgeted": method.budgeted,
             "triggers": list(method.triggers),
         }
     return facts
 
 
-def _needs(method: MethodSpec) -> list[str]:
-    """Return what must be gathered for a selector, [] where only its arguments could tell."""
-    args: dict[str, Value] = {p.name: p.default for p in method.params if p.default is not None}
-    try:
-        needs = RULES.get(method.name)(args).needs if method.name in RULES else Needs()
-    except InvalidInputError:  # it has an argument without default
-        return []
-    return [name.replace("_", " ") for name, value in asdict(needs).items() if value != getattr(Needs(), name)]
+def _defaults(method: MethodSpec) -> dict[str, Value]:
+    return {p.name: p.default for p in method.params if p.default is not None}

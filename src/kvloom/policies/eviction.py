@@ -54,7 +54,7 @@ class Eviction:
         self.contexts = Contexts(policy.spec.selector.name, policy.needs, cache, model, record)
         self.choice = Choice(policy, cache, self.contexts, self.layers, lanes)
         self.evicted_tokens = 0
-        self._sinks = MovedSinks(cache, int(policy.spec.selector.get("sinks") or 0))
+        self._sinks = MovedSinks(cache, policy.spec.moved_sinks or 0)
 
     def fork(self, token_ids: Sequence[int], seed: int) -> "Eviction":
         """Return an independent copy for a forked sequence with its own tokens; it has evicted nothing itself."""
@@ -88,7 +88,7 @@ class Eviction:
         """Return what a replay feeds after the prompt; [] for policies without one."""
         if not self.policy.needs.replay:
             return []
-        instruction, chunk = self.model.replay_instruction, self.policy.spec.selector.number("chunk")
+        instruction, chunk = self.model.replay_instruction, self.policy.needs.replay
         assert instruction is not None, "refused at admission"
         return replay_passes(self.record.token_ids[: self.record.prompt_tokens], chunk, instruction)
 
@@ -101,7 +101,7 @@ class Eviction:
             self.model,
             self.layers,
             int(self.cache.lanes.seen[row]),
-            self.policy.spec.selector.number("sinks"),
+            self.policy.needs.replay_sinks,
             self.policy.needs.layer_inputs,
         )
 
@@ -111,7 +111,7 @@ class Eviction:
         if not self.schedule.nothing_to_drop(row):
             keep, survivors, state = self.choice.make(row)
             lost = int(lanes.held[row, keep.lanes].sum() - keep.counts.sum())
-            if self.policy.cache_positions and keep:
+            if self.policy.spec.moved_sinks is not None and keep:
                 for layer in self.layers:
                     survivors |= self._sinks.survivors(layer, row, self.model.inverse_frequencies[layer], keep)
             if not self.cache.compact(row, keep, survivors):

@@ -8,7 +8,7 @@ from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.kvcache import KVCache
 from kvloom.policies.context import QueryMoments
 from kvloom.policies.keymass import KeyMass, MassKernel, aligned, kernel_can
-from kvloom.policies.needs import Needs
+from kvloom.spec.needs import Needs
 
 TILE = 256
 """Queries at a time for statistics."""

@@ -1,23 +1,24 @@
 """Policy: the objects that carry out a `PolicySpec`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from inspect import getattr_static
 
-from kvloom.errors import UnsupportedError
+from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.policies import plugins
 from kvloom.policies.action import ACTIONS, Action
 from kvloom.policies.budgets import BUDGETS, Budget
 from kvloom.policies.modelfacts import ModelFacts
-from kvloom.policies.needs import Needs
 from kvloom.policies.reading import read_policy
 from kvloom.policies.refinement import REFINEMENTS, Refinement
 from kvloom.policies.replay import HINT
-from kvloom.policies.scorer import RULES, Rule
-from kvloom.policies.triggers import Triggers
+from kvloom.policies.scorer import RULES, Rule, Selector
+from kvloom.spec.conflicts import conflicts
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.method import METHODS
+from kvloom.spec.needs import Needs
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.triggers import Triggers
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Policy:
     rule: Rule
     refinements: tuple[Refinement, ...]
     budget: Budget
-    triggers: Triggers
     action: Action
 
     @classmethod
@@ -44,18 +44,23 @@ class Policy:
         """Return what carries out the policy that `text` spells; raises as `read_policy` and `of` do."""
         return cls.of(read_policy(text))
 
-    @cached_property
+    @property
     def needs(self) -> Needs:
         """Everything that rule, refinements and action together must be shown."""
-        needs = self.rule.needs.union(self.action.needs)
-        for refinement in self.refinements:
-            needs = needs.union(refinement.needs)
-        return needs
+        return self.spec.needs
 
     @property
-    def cache_positions(self) -> bool:
-        """True when positions are counted in the cache (StreamingLLM's own convention), so that text has no end."""
-        return self.spec.selector.get("positions") == "cache"
+    def triggers(self) -> Triggers:
+        """The moments at which the policy acts."""
+        return self.spec.when
+
+    @property
+    def chooser(self) -> Refinement | None:
+        """The refinement that chooses the tokens, None where scores and counts do."""
+        for term, refinement in zip(self.spec.refinements, self.refinements, strict=True):
+            if METHODS.get(term.name).chooses:
+                return refinement
+        return None
 
     @property
     def merges(self) -> bool:
@@ -65,12 +70,12 @@ class Policy:
     @property
     def stacks(self) -> bool:
         """True when the scores of many layers can be had at once."""
-        return self.rule.stacks and not self.refinements
+        return self.spec.method.stacks and not self.refinements
 
     @property
     def acts_below_budget(self) -> bool:
         """True when tokens may be dropped from lanes that do not exceed the budget."""
-        return self.rule.chooses or self.budget.acts_always
+        return self.spec.method.chooses or self.spec.sharing.acts_always
 
     def num_protected(self, budget: int) -> int:
         """Return the most tokens of a lane that stay whatever their score."""
@@ -112,7 +117,7 @@ class Policy:
         name = self.spec.selector.name
         if model.replay_instruction is None:
             return [f"{name} asks the model to repeat its context; this engine has no tokenizer to ask with"]
-        longest = len(model.replay_instruction([0] * HINT)) + min(prompt_tokens, self.spec.selector.number("chunk"))
+        longest = len(model.replay_instruction([0] * HINT)) + min(prompt_tokens, self.needs.replay)
         if prompt_tokens + longest > model.max_position:
             return [
                 f"{name} feeds up to {longest} tokens after a prompt of {prompt_tokens}; "
@@ -129,41 +134,36 @@ def _build(spec: PolicySpec) -> Policy | None:
         raise UnsupportedError(what, [f"store {spec.store.name} cannot be served yet; leave it out"])
     if not spec.evicts:
         return None
+    reasons = conflicts(spec)
+    if reasons:
+        raise UnsupportedError(what, reasons)
     rule = RULES.get(spec.selector.name)(dict(spec.selector.args))
     policy = Policy(
         spec=spec,
         rule=rule,
         refinements=tuple(REFINEMENTS.get(term.name)(dict(term.args)) for term in spec.refinements),
         budget=BUDGETS.get(spec.budget.name)(dict(spec.budget.args)),
-        triggers=Triggers.of(spec),
         action=ACTIONS.get(spec.action.name)(dict(spec.action.args)),
     )
-    reasons = _conflicts(policy)
-    if reasons:
-        raise UnsupportedError(what, reasons)
+    parts = (policy.rule, *policy.refinements, policy.budget, policy.action)
+    for term, part in zip((spec.selector, *spec.refinements, spec.budget, spec.action), parts, strict=True):
+        _check_row(term.name, part)
+    if isinstance(rule, Selector) is not spec.method.chooses:
+        chooses = isinstance(rule, Selector)
+        kind = "Selector" if chooses else "Scorer"
+        raise InvalidInputError(f"{spec.selector.name} is a {kind}; its row must say chooses={chooses}")
     return policy
 
 
-def _conflicts(policy: Policy) -> Sequence[str]:
-    """Return every reason why the parts of a policy do not go together."""
-    reasons = []
-    name, rule = policy.spec.selector.name, policy.rule
-    row = METHODS.get(name)
-    if policy.triggers.chunk is not None and "chunk" not in row.acts:
-        reasons.append(f"{name} scores whole prompts; it cannot act per chunk")
-    if policy.triggers.while_decoding and "decode" not in row.acts:
-        reasons.append(f"{name} is defined at the end of the prompt; it cannot act while generating")
-    if rule.chooses and policy.refinements:
-        reasons.append(f"{name} chooses tokens itself; there is no score to refine")
-    choosing = [term.name for term, r in zip(policy.spec.refinements, policy.refinements, strict=True) if r.chooses]
-    if len(choosing) > 1:
-        reasons.append(f"{' and '.join(choosing)} each choose the tokens; keep one")
-    if not rule.chooses and not row.attention:
-        for term in policy.spec.refinements:
-            if METHODS.get(term.name).attention:
-                reasons.append(f"{term.name} weighs attention, and scores of {name} are not")
-    if policy.cache_positions and not policy.budget.even:
-        reasons.append("positions=cache needs lanes of equal length")
-    if policy.cache_positions and policy.merges:
-        reasons.append("positions=cache rewrites the sinks; it cannot be combined with merging")
-    return reasons
+def _check_row(name: str, part: object) -> None:
+    """Raise `InvalidInputError` when the class of a part states what its row in `METHODS` says."""
+    facts = [fact for fact in ROW_FACTS if getattr_static(part, fact, None) is not None]
+    if facts:
+        raise InvalidInputError(
+            f"the class of {name} states {', '.join(facts)}; these belong into its row: {facts[0]}=... of "
+            "register_selector or MethodSpec"
+        )
+
+
+ROW_FACTS = ("needs", "comparable", "stacks", "chooses", "ragged", "spans_layers", "acts_always")
+"""Facts of a row that a class may not state as well."""

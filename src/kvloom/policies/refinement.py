@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.selection import keep_best
 from kvloom.registry import Registry
 from kvloom.spec.method import Value
@@ -14,11 +13,8 @@ from kvloom.spec.method import Value
 class Refinement:
     """A modifier of any scorer; the default changes nothing. Instances are immutable.
 
-    `chooses` says that `choose` replaces taking the best scores; at most one refinement of a policy may.
+    In a refinement whose row says `chooses`, `choose` replaces taking the best scores; at most one of a policy may.
     """
-
-    needs: Needs = Needs()
-    chooses: bool = False
 
     def reweigh(self, scores: torch.Tensor, context: ScoreContext) -> torch.Tensor:
         """Return changed scores [G, S]; budgets are divided by these."""
@@ -31,7 +27,7 @@ class Refinement:
     def choose(
         self, scores: torch.Tensor, protected: torch.Tensor, counts: torch.Tensor, context: ScoreContext
     ) -> torch.Tensor:
-        """Return [G, S] bool with `counts` [G] True in each lane (called only where `chooses`)."""
+        """Return [G, S] bool with `counts` [G] True in each lane (called only where the row says `chooses`)."""
         return keep_best(scores, protected, context.valid, counts)
 
 

@@ -40,7 +40,7 @@ class Schedule:
     def due(self, row: int, acted_at: int) -> bool:
         """Return whether the policy has to act now, after a forward pass, when it last acted at `acted_at` tokens."""
         seen = int(self.lanes.seen[row])
-        over = seen - acted_at if self.policy.rule.chooses else self.excess(row)
+        over = seen - acted_at if self.policy.spec.method.chooses else self.excess(row)
         return self.policy.triggers.due(seen, self.prompt_tokens, over)
 
     def nothing_to_drop(self, row: int) -> bool:
@@ -50,6 +50,6 @@ class Schedule:
     def excess(self, row: int) -> int:
         """Return by how many tokens lanes exceed their budget: on average where they share it, else the longest."""
         held = self.lanes.held[row, self.acting]
-        if self.policy.budget.uneven:
+        if self.policy.spec.sharing.trades:
             return -(-int(held.sum()) // len(held)) - self.budget
         return int(held.max()) - self.budget

@@ -7,7 +7,6 @@ import torch
 
 from kvloom.errors import MethodError
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import NOTHING, Needs
 from kvloom.registry import Registry
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.method import Value
@@ -16,21 +15,12 @@ from kvloom.spec.method import Value
 class Scorer(ABC):
     """A published scoring rule. Instances are immutable and shared by requests; state lives in the context.
 
-    What admission and planner must know of a method stands in its row (`kvloom.spec.method`): when it may act, how
-    much it protects, which layers it skips. Scores of a method whose row says `attention` are weights from 0 to 1: of
-    one query, a maximum over queries or a mean over them (never a sum, whose size depends on how many there were),
-    which refinements may add to and multiply.
-
-    `needs` declares what must be gathered; `comparable` says that scores of different heads are on one scale (each
-    head's sum to the same total), so that budgets may be shared between them as they are; others are standardised
-    first. `stacks` says that `score` and `protected` look at positions and attention alone, and count dimensions from
-    the last, so that they may be given many layers at once: at every step calls are what costs.
+    Everything else about a method is in its row (`kvloom.spec.method`): what must be gathered for it, when it may act,
+    how much it protects, which layers it skips, whether its scores compare between heads. Scores of a method whose row
+    says `attention` are weights from 0 to 1: of one query, a maximum over queries or a mean over them (never a sum,
+    whose size depends on the number of queries), which refinements may add to and multiply. One whose row says `stacks`
+    reads positions and attention alone and counts dimensions from the last.
     """
-
-    chooses = False
-    needs: Needs = NOTHING
-    comparable: bool = True
-    stacks: bool = False
 
     @abstractmethod
     def score(self, context: ScoreContext) -> torch.Tensor:
@@ -53,10 +43,6 @@ class Selector(ABC):
 
     It may drop tokens of lanes of any length, and has no scores that others could refine.
     """
-
-    chooses = True
-    needs: Needs = NOTHING
-    stacks: bool = False
 
     @abstractmethod
     def keep(self, context: ScoreContext) -> torch.Tensor:

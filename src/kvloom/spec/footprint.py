@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 from kvloom.errors import InvalidInputError
 from kvloom.spec.bounds import Bounds
-from kvloom.spec.budget import pyramid_budgets
 from kvloom.spec.kv import ATTENTION, KVSpec, LaneGroup
 from kvloom.spec.lanestore import LaneStore, lane_store
-from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 
 INSTRUCTION_TOKENS = 48
@@ -142,9 +140,9 @@ def future_bytes(
 def replay_tokens(policy: PolicySpec, prompt: int) -> int:
     """Return the most tokens held beside the prompt while `policy` replays it; 0 when it does not."""
     kept = policy.tokens_kept(prompt)
-    if not METHODS.get(policy.selector.name).replays or (kept is not None and kept >= prompt):
+    if not policy.needs.replay or (kept is not None and kept >= prompt):
         return 0
-    return min(prompt, policy.selector.number("chunk")) + INSTRUCTION_TOKENS
+    return min(prompt, policy.needs.replay) + INSTRUCTION_TOKENS
 
 
 def _replay_bytes(kv: KVSpec, tokens: int) -> int:
@@ -223,10 +221,10 @@ def _evicting(
     end, decode = last.bounds(kv, group, store), grown.highest(kv, group, store)
     streaming = policy.store is not None and policy.store.get("encode") == "streaming"
     writing = store if streaming else LaneStore(kv.block_size, group.block_bytes, None)
-    parts = [term.number("tokens") for term in policy.triggers if term.name == "chunk"]
-    if parts and prompt > parts[0]:
+    part = policy.when.chunk
+    if part is not None and prompt > part:
         growing = sum(limit is not None for limit in _limits(kv, policy, group, prompt)) or lanes
-        most = kept.plus(parts[0], prompt, growing).highest(kv, group, writing)
+        most = kept.plus(part, prompt, growing).highest(kv, group, writing)
     else:
         tail = group.block_bytes * (-(-chunk // kv.block_size) + 1) if streaming else 0
         dense = group.block_bytes * -(-prompt // kv.block_size)
@@ -279,25 +277,17 @@ class _Kept:
 
 def _limits(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int) -> list[int | None]:
     """Return the most tokens that the method leaves in each lane of `group`; None where it has no limit."""
-    method = METHODS.get(policy.selector.name)
-    found = None if method.lane_limits is None else method.lane_limits(dict(policy.selector.args), kv)
+    limits = policy.method.lane_limits
+    found = None if limits is None else limits(dict(policy.selector.args), kv)
     return [None if found is None else found[lane] for lane in group.lanes]
-
-
-def _slack(policy: PolicySpec) -> int | None:
-    """Return by how many tokens a lane may exceed its budget while generating; None when nothing is evicted then."""
-    limits = [1 if term.name == "step" else term.number("tokens") + (term.name == "slack")
-              for term in policy.triggers if term.name in ("step", "slack", "every")]
-    return min(limits, default=None)
 
 
 def _settled(policy: PolicySpec, prompt: int, goal: int) -> int:
     """Return what a lane with a budget of `goal` keeps of a prompt when the prompt is complete."""
-    if policy.has_trigger("prefill") or policy.has_trigger("chunk"):
+    when = policy.when
+    if when.prefill or when.chunk is not None:
         return min(prompt, goal)
-    slack = _slack(policy)
-    lazy = all(term.name == "every" for term in policy.triggers)
-    return prompt if lazy or slack is None or prompt - goal < slack else min(prompt, goal)
+    return prompt if when.slack is None or prompt - goal <= when.slack else min(prompt, goal)
 
 
 def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: int) -> _Kept:
@@ -307,18 +297,18 @@ def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: i
     more than its slack, or after every so many tokens.
     """
     goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else policy.tokens_kept(prompt)
-    acts = [term for term in policy.triggers if term.name in ("step", "slack", "every")]
-    uniform = policy.lengths_known and policy.budget.name == "uniform" and len(set(start.high)) == 1
-    if not (policy.evicts and uniform and start.low == start.high and len(acts) == 1 and goal is not None and output):
+    every, slack = policy.when.every, policy.when.slack
+    uniform = policy.lengths_known and policy.sharing.even and len(set(start.high)) == 1
+    one = (every is None) is not (slack is None)
+    if not (policy.evicts and uniform and start.low == start.high and one and goal is not None and output):
         return grown
     held = start.high[0]
-    if acts[0].name == "every":
-        period = acts[0].number("tokens")
-        past = output % period
-        found = held + output if output < period else min(goal, held + output - past) + past
+    if every is not None:
+        past = output % every
+        found = held + output if output < every else min(goal, held + output - past) + past
     else:
-        slack = 0 if acts[0].name == "step" else acts[0].number("tokens")
-        if slack and not METHODS.get(policy.selector.name).budgeted:
+        assert slack is not None
+        if slack and not policy.method.budgeted:
             return grown  # a selector counts the tokens since it last acted, not those above a budget
         first = max(1, goal + slack + 1 - held)
         found = held + output if output < first else goal + (output - first) % (slack + 1)
@@ -331,10 +321,10 @@ def _kept(
 ) -> _Kept:
     """Return what the lanes of `group` hold when `seen` tokens were processed, the first `prompt` in the prompt."""
     layers, output = group.layers, seen - prompt
-    slack = _slack(policy) if output else None
+    slack = policy.when.excess if output else None
     average = policy.tokens_kept(prompt)
     lanes = len(group.lanes)
-    if average is None or policy.budget.name == "threshold":
+    if average is None or policy.sharing.acts_always:
         limits = _limits(kv, policy, group, prompt) if average is None else [average] * lanes
         tops = [prompt if limit is None else _settled(policy, prompt, limit) for limit in limits]
         tops = [top + output if limit is None or slack is None else min(top + output, max(top, limit) + slack)
@@ -345,12 +335,13 @@ def _kept(
     assert goal is not None
     if not policy.evicts:
         goal = seen
-    if METHODS.get(policy.budget.name).ragged and goal < (prompt if slack is None else seen):
+    if policy.sharing.ragged and goal < (prompt if slack is None else seen):
         return _ragged(kv, policy, group, acting, _settled(policy, prompt, goal), goal, prompt, seen, slack)
-    if policy.budget.name == "pyramid" and prompt > average:
+    shares = policy.sharing.layer_shares
+    if shares is not None and prompt > average:
         order = sorted(layer for g in _acting(kv, policy, acting) for layer in g.layers)
-        sizes = pyramid_budgets(average, min(average, policy.tokens_protected(average)), len(order), prompt,
-                                float(policy.budget.get("beta") or 20.0))
+        protected = min(average, policy.tokens_protected(average))
+        sizes = shares(dict(policy.budget.args), average, protected, len(order), prompt)
         goals = [sizes[order.index(layer)] for layer in layers]
     else:
         goals = [goal] * len(layers)
@@ -378,10 +369,11 @@ def _ragged(
     slack: int | None,
 ) -> _Kept:
     lanes, output = len(group.lanes), seen - prompt
-    floor = min(average, int(goal * float(policy.budget.get("floor") or 0.0)))
+    share = 0.0 if policy.sharing.floor is None else float(policy.budget.get(policy.sharing.floor) or 0.0)
+    floor = min(average, int(goal * share))
     grown = output if slack is None else min(output, max(0, goal - average) + slack)
     low_total = high_total = lanes * average
-    if policy.budget.name == "global":
+    if policy.sharing.spans_layers:
         others = sum(len(g.lanes) for g in _acting(kv, policy, acting)) - lanes
         whole = (others + lanes) * average
         low_total, high_total = max(lanes * floor, whole - others * prompt), min(lanes * prompt, whole - others * floor)

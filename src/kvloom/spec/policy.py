@@ -9,11 +9,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from kvloom.errors import InvalidInputError
 from kvloom.registry import nearest
 from kvloom.spec.format import is_store, store_format, store_names
 from kvloom.spec.method import METHODS, MethodSpec, Parameter, Value
+from kvloom.spec.needs import NOTHING, Needs
+from kvloom.spec.triggers import Triggers
 
 _TERM = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(?:\((.*)\))?", re.DOTALL)
 
@@ -107,9 +110,9 @@ class PolicySpec:
         if self.selector != _FULL or self.store is None:
             yield self.selector
         yield from self.refinements
-        if self.budget != _default_budget(METHODS.get(self.selector.name)):
+        if self.budget != _default_budget(self.method):
             yield self.budget
-        if tuple(_shown(term) for term in self.triggers) != METHODS.get(self.selector.name).triggers:
+        if tuple(_shown(term) for term in self.triggers) != self.method.triggers:
             yield from self.triggers
         if self.action != _DROP:
             yield self.action
@@ -132,17 +135,45 @@ class PolicySpec:
         """True when tokens are dropped at all."""
         return self.selector != _FULL
 
-    def has_trigger(self, name: str) -> bool:
-        """Return whether the policy acts at `name`."""
-        return any(term.name == name for term in self.triggers)
+    @property
+    def method(self) -> MethodSpec:
+        """The row of the selector."""
+        return METHODS.get(self.selector.name)
+
+    @property
+    def sharing(self) -> MethodSpec:
+        """The row of the budget: how lanes share it."""
+        return METHODS.get(self.budget.name)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Everything that has to be gathered for selector, action and refinements together."""
+        needs = NOTHING
+        for term in (self.selector, self.action, *self.refinements):
+            needs = needs.union(METHODS.get(term.name).needs_of(dict(term.args)))
+        return needs
+
+    @cached_property
+    def when(self) -> Triggers:
+        """The moments at which the policy acts."""
+        moments = Triggers()
+        for term in self.triggers:
+            moments = moments.union(METHODS.get(term.name).when(dict(term.args)))
+        return moments
+
+    @property
+    def moved_sinks(self) -> int | None:
+        """First tokens that move along where positions are counted in the cache; None where they are as seen."""
+        rule = self.method.moved_sinks
+        return None if rule is None else rule(dict(self.selector.args))
 
     def tokens_kept(self, prompt: int) -> int | None:
         """Return the average tokens kept per lane of a prompt of that length, None where the data decides."""
-        method = METHODS.get(self.selector.name)
         if not self.evicts:
             return prompt
-        if method.fixed_tokens is not None:
-            return min(prompt, method.fixed_tokens(dict(self.selector.args)))
+        if self.method.newest is not None:
+            stays = self.method.num_protected(dict(self.selector.args), prompt)
+            return min(prompt, stays + self.selector.number(self.method.newest))
         budget, keep = self.selector.get("budget"), self.selector.get("keep")
         if isinstance(budget, int):
             return min(prompt, budget)
@@ -159,13 +190,13 @@ class PolicySpec:
     @property
     def layers_skipped(self) -> int:
         """Number of first layers from which the method evicts nothing."""
-        argument = METHODS.get(self.selector.name).skipped
+        argument = self.method.skipped
         return 0 if argument is None else self.selector.number(argument)
 
     @property
     def lengths_known(self) -> bool:
         """True when every lane's length follows from the prompt's length alone."""
-        return not METHODS.get(self.selector.name).ragged and not METHODS.get(self.budget.name).ragged
+        return not self.method.chooses and not self.sharing.ragged
 
 
 FULL = PolicySpec()

@@ -8,7 +8,6 @@ from kvloom.cache.survivors import Survivors
 from kvloom.policies.action import ACTIONS, Action
 from kvloom.policies.context import ScoreContext
 from kvloom.policies.draws import uniform_draws
-from kvloom.policies.needs import Needs
 from kvloom.spec.method import Value
 
 
@@ -19,8 +18,6 @@ class CaM(Action):
     dropped. Near the end of a lane m is the number of kept tokens that follow. Draws depend on the request's seed,
     layer, lane and position alone. Attention is the mass of all queries, mean over the query group.
     """
-
-    needs = Needs(key_mass=True)
 
     def __init__(self, window: int) -> None:
         self.window = window

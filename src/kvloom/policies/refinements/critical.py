@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.refinement import REFINEMENTS, Refinement
 from kvloom.policies.selection import keep_best
 from kvloom.spec.method import Value
@@ -17,9 +16,6 @@ class Critical(Refinement):
     `eps` has the unit of the scores, mean attention weights of one query (from 0 to 1), as in the authors' code. The
     norm is the mean over the query group, as in kvpress; protected tokens count into the first half.
     """
-
-    needs = Needs(output_weights=True)
-    chooses = True
 
     def __init__(self, eps: float) -> None:
         self.eps = eps

@@ -19,7 +19,6 @@ class Duo(Selector):
     `window` tokens.
     """
 
-
     def __init__(self, pattern: Sequence[Sequence[float]], threshold: float, sinks: int, window: int) -> None:
         self.retrieves = [[value >= threshold for value in row] for row in pattern]
         self.sinks = sinks

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Scorer
 from kvloom.spec.method import Value
 
@@ -18,12 +17,10 @@ class ExpectedAttention(Scorer):
     then (a + eps) ||v||_2, as in kvpress; the sinks stay.
     """
 
-
     def __init__(self, horizon: int, sinks: int, eps: float) -> None:
         self.horizon = horizon
         self.sinks = sinks
         self.eps = eps
-        self.needs = Needs(query_moments=True, moment_skip=sinks)
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return expected weights times value norms."""

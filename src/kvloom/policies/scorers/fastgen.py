@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Selector
 from kvloom.policies.selection import keep_best
 from kvloom.spec.method import Value
@@ -24,12 +23,10 @@ class FastGen(Selector):
     text whose tokenizer adds no BOS would have no special token at all.
     """
 
-
     def __init__(self, recovery: float, recent: float, frequent: float) -> None:
         self.recovery = recovery
         self.recent = recent
         self.frequent = frequent
-        self.needs = Needs(key_mass=True, near=recent, token_kinds=True)
 
     def keep(self, context: ScoreContext) -> torch.Tensor:
         """Return what the chosen policies keep; the choice is made once and remembered."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Scorer
 from kvloom.spec.method import Value
 
@@ -16,9 +15,6 @@ class H2O(Scorer):
     Causal, as the authors' generation code is (their simulator looks ahead): the mass is exact at prefill, by the
     log-sum-exp, and goes on during decode over the surviving keys. Sinks are not protected: they win by score.
     """
-
-    needs = Needs(key_mass=True)
-    stacks = True
 
     def __init__(self, recent: float) -> None:
         self.recent = recent

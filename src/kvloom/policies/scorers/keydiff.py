@@ -16,8 +16,6 @@ class KeyDiff(Scorer):
     The paper prunes block by block: `+chunk(tokens=128)` does that; the mean then runs over what is held.
     """
 
-    comparable = False
-
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return minus the cosine to the mean direction."""
         directions = F.normalize(context.keys.double(), dim=-1) * context.valid[..., None]

@@ -16,8 +16,6 @@ class Knorm(Scorer):
     protected.
     """
 
-    comparable = False
-
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return minus the norm."""
         norms: torch.Tensor = torch.linalg.vector_norm(context.keys, dim=-1)

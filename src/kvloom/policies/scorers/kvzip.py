@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Scorer
 from kvloom.spec.method import Value
 
@@ -18,12 +17,8 @@ class KVzip(Scorer):
     arXiv 2601.07891). The paper's budget is shared by all layers and heads, which is the default here.
     """
 
-
-    def __init__(self, chunk: int, sinks: int, normalised: bool) -> None:
-        self.chunk = chunk
+    def __init__(self, sinks: int) -> None:
         self.sinks = sinks
-        self.normalised = normalised
-        self.needs = Needs(replay=True, layer_inputs=normalised, output_weights=normalised)
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the most attention of the replay."""
@@ -35,7 +30,7 @@ class KVzip(Scorer):
 
 
 def _kvzip(args: Mapping[str, Value]) -> KVzip:
-    return KVzip(int(args["chunk"]), int(args["sinks"]), bool(args["normalised"]))
+    return KVzip(int(args["sinks"]))
 
 
 RULES.register("kvzip", _kvzip)

@@ -13,7 +13,6 @@ from kvloom.spec.method import Value
 class Random(Scorer):
     """A fixed pseudo-random number for each (seed, layer, lane, position): the same in any batch or chunking."""
 
-
     def __init__(self, sinks: int, seed: int) -> None:
         self.sinks = sinks
         self.seed = seed

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Scorer
 from kvloom.spec.method import Value
 
@@ -18,11 +17,8 @@ class Scissorhands(Scorer):
     latter. The newest `recent` tokens stay. Mean over the query group.
     """
 
-    stacks = True
-
     def __init__(self, window: int, recent: int) -> None:
         self.window = window
-        self.needs = Needs(key_mass=True, mass_window=window)
         self.recent = recent
 
     def score(self, context: ScoreContext) -> torch.Tensor:

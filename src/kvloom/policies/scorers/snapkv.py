@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Scorer
 from kvloom.spec.method import Value
 
@@ -20,12 +19,10 @@ class SnapKV(Scorer):
     Tokens of the window have their own mean weight as a score, for actions that merge.
     """
 
-
     def __init__(self, window: int, kernel: int, pooling: str) -> None:
         self.window = window
         self.kernel = kernel
         self.pooling = pooling
-        self.needs = Needs(queries=window)
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return mean weights from 0 to 1, pooled before the window."""

@@ -12,8 +12,6 @@ from kvloom.spec.method import Value
 class Streaming(Scorer):
     """Keeps the first `sinks` positions and the newest tokens; 0 sinks is the plain window."""
 
-    stacks = True
-
     def __init__(self, sinks: int) -> None:
         self.sinks = sinks
 

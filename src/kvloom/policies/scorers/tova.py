@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kvloom.policies.context import ScoreContext
-from kvloom.policies.needs import Needs
 from kvloom.policies.scorer import RULES, Scorer
 from kvloom.spec.method import Value
 
@@ -16,9 +15,6 @@ class Tova(Scorer):
     Nothing is protected, as in the paper. When lanes of a layer hold different tokens (shared budgets), each is scored
     by its own keys and the average runs over its own query group.
     """
-
-    needs = Needs(queries=1)
-    stacks = True
 
     def score(self, context: ScoreContext) -> torch.Tensor:
         """Return the mean weight over the heads of the layer."""

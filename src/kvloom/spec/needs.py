@@ -13,7 +13,8 @@ class Needs:
     near            also the part of `key_mass` that comes from queries closer than this fraction of the prompt
     query_moments   mean and covariance of the unrotated queries of the prompt
     moment_skip     first positions that query moments leave out
-    replay          a second pass over the context (KVzip)
+    replay          a second pass over the context, in parts of this many tokens (KVzip); 0 for none
+    replay_sinks    first positions that the queries of every such part see
     layer_inputs    norms of each layer's input, during a replay
     output_weights  the output projection W_O of each layer
     token_ids       the tokens themselves
@@ -28,7 +29,8 @@ class Needs:
     near: float | None = None
     query_moments: bool = False
     moment_skip: int = 0
-    replay: bool = False
+    replay: int = 0
+    replay_sinks: int = 0
     layer_inputs: bool = False
     output_weights: bool = False
     token_ids: bool = False
@@ -43,7 +45,8 @@ class Needs:
             near=self.near if self.near is not None else other.near,
             query_moments=self.query_moments or other.query_moments,
             moment_skip=max(self.moment_skip, other.moment_skip),
-            replay=self.replay or other.replay,
+            replay=max(self.replay, other.replay),
+            replay_sinks=max(self.replay_sinks, other.replay_sinks),
             layer_inputs=self.layer_inputs or other.layer_inputs,
             output_weights=self.output_weights or other.output_weights,
             token_ids=self.token_ids or other.token_ids,
@@ -51,9 +54,21 @@ class Needs:
         )
 
     @property
+    def gathered(self) -> list[str]:
+        """What has to be gathered, by name."""
+        what = ("queries", "key_mass", "query_moments", "replay", "layer_inputs", "output_weights", "token_ids",
+                "token_kinds")  # fmt: skip
+        return [name for name in what if getattr(self, name)] + ["near"] * (self.near is not None)
+
+    @property
     def watches_queries(self) -> bool:
         """True when queries must be shown while they are computed."""
         return bool(self.queries or self.key_mass or self.query_moments)
+
+    @property
+    def weighs(self) -> bool:
+        """True when attention weights are computed from queries and keys."""
+        return bool(self.watches_queries or self.replay)
 
     def usable_prefix(self, prompt_tokens: int) -> int:
         """Return how many tokens of a prompt may come from the prefix cache without changing what is kept.

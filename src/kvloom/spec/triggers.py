@@ -1,8 +1,6 @@
-"""Triggers: when a policy looks at a sequence. Torch-free."""
+"""Triggers: the moments at which a policy acts on a sequence."""
 
 from dataclasses import dataclass
-
-from kvloom.spec.policy import PolicySpec
 
 
 @dataclass(frozen=True)
@@ -20,15 +18,13 @@ class Triggers:
     every: int | None = None
     slack: int | None = None
 
-    @classmethod
-    def of(cls, spec: PolicySpec) -> "Triggers":
-        """Return the triggers that a policy string names."""
-        by_name = {term.name: term for term in spec.triggers}
-        return cls(
-            prefill="prefill" in by_name,
-            chunk=by_name["chunk"].number("tokens") if "chunk" in by_name else None,
-            every=by_name["every"].number("tokens") if "every" in by_name else None,
-            slack=0 if "step" in by_name else by_name["slack"].number("tokens") if "slack" in by_name else None,
+    def union(self, other: "Triggers") -> "Triggers":
+        """Return the moments of both; of two periods or slacks the smaller counts."""
+        return Triggers(
+            self.prefill or other.prefill,
+            _smaller(self.chunk, other.chunk),
+            _smaller(self.every, other.every),
+            _smaller(self.slack, other.slack),
         )
 
     @property
@@ -36,11 +32,10 @@ class Triggers:
         """True when the policy goes on after the prompt, so that a sequence's memory is bounded."""
         return self.every is not None or self.slack is not None
 
-    def excess(self) -> int:
-        """Return by how many tokens a lane may exceed its budget while decoding."""
-        if self.slack is not None:
-            return self.slack + 1
-        return 0 if self.every is None else self.every
+    @property
+    def excess(self) -> int | None:
+        """Most tokens by which a lane may exceed its budget while decoding; None without a limit."""
+        return _smaller(self.every, None if self.slack is None else self.slack + 1)
 
     def next_boundary(self, seen: int, prompt_tokens: int) -> int | None:
         """Return the number of tokens that may be seen before the policy must look again, None without a limit."""
@@ -59,3 +54,7 @@ class Triggers:
         if self.slack is not None and over > self.slack:
             return True
         return self.every is not None and (seen - prompt_tokens) % self.every == 0
+
+
+def _smaller(a: int | None, b: int | None) -> int | None:
+    return min((x for x in (a, b) if x is not None), default=None)
