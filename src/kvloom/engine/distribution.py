@@ -1,17 +1,10 @@
 """Distribution: the tokens that temperature, top-k, top-p and min-p leave of logits, and how likely each is."""
 
-from functools import lru_cache
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
 from kvloom.engine.params import SamplingParams
-
-Side = Literal["left", "right"]
-
-STRETCH = 256
-"""Tokens summed at once where ids give the order: the stretch is found first, then the token in it."""
+from kvloom.engine.race import race
 
 SORTED = 2048
 """Tokens up to which sorting costs less than dividing them by likelihood."""
@@ -60,9 +53,8 @@ def descending(values: NDArray[np.float32]) -> NDArray[np.int64]:
 class Distribution:
     """Tokens [n] with their logits float32 and weights float64, which are in proportion to their probabilities.
 
-    A uniform number picks from the cumulative weights. Their order is that of likelihood where a filter applies, of
-    equal logits the lower id first, else that of ids. Every row is a matter of one thread and of itself alone, so
-    neither the batch nor the number of threads changes a result, and its weights stay in a core's cache.
+    Every row is a matter of one thread and of itself alone, so neither the batch nor the number of threads changes a
+    result, and its weights stay in a core's cache.
     """
 
     def __init__(
@@ -105,23 +97,18 @@ class Distribution:
 
     def _nucleus(self, top_p: float) -> "Distribution":
         """Return the smallest set of the likeliest tokens whose share of the weights reaches `top_p`."""
-        last = self._place(top_p * float(self.weights.sum()), "left")
+        last = self._place(top_p * float(self.weights.sum()))
         kept = self.logits > self.logits[last]
         kept[: last + 1] |= self.logits[: last + 1] == self.logits[last]
         return self._only(kept)
 
-    def at(self, uniform: float) -> int:
-        """Return the token at `uniform`, in [0, 1), of the cumulative weights; never one without weight."""
-        if self.tokens is not None:
-            return int(self.tokens[self._place(uniform * float(self.weights.sum()), "right")])
-        starts = _starts(len(self.weights))
-        ends = np.cumsum(np.add.reduceat(self.weights, starts))
-        stretch, rest = _step(ends, uniform * float(ends[-1]), "right")
-        first = int(starts[stretch])
-        return first + _step(np.cumsum(self.weights[first : first + STRETCH]), rest, "right")[0]
+    def draw(self, seed: int) -> int:
+        """Return the token that wins the race of `seed`; never one without weight."""
+        place = race(self.weights, seed, self.tokens)
+        return place if self.tokens is None else int(self.tokens[place])
 
-    def _place(self, target: float, side: Side) -> int:
-        """Return the place of the token with which the weights, likeliest first, come to `target`, or beyond it.
+    def _place(self, target: float) -> int:
+        """Return the place of the token with which the weights, likeliest first, come to `target`.
 
         Only what matters is sorted: the tokens are divided by likelihood, the weights of each part are summed, and
         the part where the target lies is looked into, until it is small or all its tokens are equally likely.
@@ -136,12 +123,12 @@ class Distribution:
             with np.errstate(over="ignore"):  # of logits that stand for minus infinity
                 depths = (top - logits) * np.float32(DIVISIONS / width)
             parts = np.minimum(depths, np.float32(DIVISIONS - 1), out=depths).astype(np.intp)
-            part, target = _step(np.cumsum(np.bincount(parts, weights, DIVISIONS)), target, side)
+            part, target = _step(np.cumsum(np.bincount(parts, weights, DIVISIONS)), target)
             inside = np.flatnonzero(parts == part)
             places = inside if places is None else places[inside]
             logits, weights = logits[inside], weights[inside]
         order = descending(logits)
-        place = order[_step(np.cumsum(weights[order]), target, side)[0]]
+        place = order[_step(np.cumsum(weights[order]), target)[0]]
         return int(place if places is None else places[place])
 
 
@@ -156,18 +143,12 @@ def _weights(logits: NDArray[np.float32], top: float, temperature: float) -> NDA
     return weights
 
 
-def _step(ends: NDArray[np.float64], target: float, side: Side) -> tuple[int, float]:
-    """Return the first of n places where weights come to ("left") or beyond ("right") a target, and what it adds.
+def _step(ends: NDArray[np.float64], target: float) -> tuple[int, float]:
+    """Return the first of n places where cumulative weights come to a target, and what that place adds to reach it.
 
     Where rounding left none, it is the last place with weight.
     """
-    place = int(np.searchsorted(ends, target, side))
+    place = int(np.searchsorted(ends, target))
     if place == len(ends):
-        place = int(np.searchsorted(ends, ends[-1], "left"))
+        place = int(np.searchsorted(ends, ends[-1]))
     return place, target - float(ends[place - 1]) if place else target
-
-
-@lru_cache(maxsize=8)
-def _starts(size: int) -> NDArray[np.intp]:
-    """Return the first place of each stretch of `size` tokens."""
-    return np.arange(0, size, STRETCH, dtype=np.intp)

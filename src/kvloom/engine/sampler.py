@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 from kvloom.engine.distribution import Distribution
 from kvloom.engine.occurrences import Occurrences
+from kvloom.engine.race import race_seed
 from kvloom.engine.request import Logprob, Sequence
 from kvloom.engine.runner import top_logprobs
 from kvloom.errors import RequestFailedError
@@ -89,8 +89,8 @@ class Sampler:
         params = sequence.request.params
         if params.greedy:
             return int(logits.argmax())
-        uniform = uniform_at(sequence.request.seed, sequence.index, sequence.num_output_tokens)
-        return Distribution.of(logits, params).at(uniform)
+        seed = race_seed(sequence.request.seed, sequence.index, sequence.num_output_tokens)
+        return Distribution.of(logits, params).draw(seed)
 
     def _changes(self, sequence: Sequence) -> bool:
         """Return whether processors, penalties or forbidden tokens apply to the next token."""
@@ -163,10 +163,3 @@ def penalise(logits: NDArray[np.float32], sequence: Sequence) -> None:
         times = found.counts
         values -= np.where(times > 0, params.frequency_penalty * times + params.presence_penalty, np.float32(0))
     logits[found.tokens] = values
-
-
-def uniform_at(seed: int, index: int, place: int) -> float:
-    """Return the uniform number in [0, 1) that belongs to output token `place` of sequence `index`."""
-    key = np.array([seed % 2**64, index], np.uint64)  # a list would go through float64 where a seed exceeds int64
-    bits = Philox(key=key, counter=[place, 0, 0, 0])
-    return float(Generator(bits).random())
