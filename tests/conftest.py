@@ -24,23 +24,3 @@ def gemma_path():
     from harness.gemma import gemma_gguf
 
     return gemma_gguf()
-
-
-def _oracle(path):
-    """Return the model in a GGUF file as transformers reads it, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def smollm2_oracle(smollm2_path):
-    """SmolLM2 as transformers reads it, in float32 (about 20 seconds, once a run)."""
-    return _oracle(smollm2_path)
-
-
-@pytest.fixture(scope="session")
-def gemma_oracle(gemma_path):
-    """Gemma 3 270M as transformers reads it, in float32 (about a minute, once a run)."""
-    return _oracle(gemma_path)

@@ -58,18 +58,15 @@ def check(found: list[list[int]], expected: list[tuple[list[int], list[float]]])
 
 
 Alone = list[tuple[list[int], list[float]]]
-KINDS = pytest.mark.parametrize("kind", ["eager", "cpu"])
 
 
-@KINDS
-def test_requests_one_after_another_in_one_engine(family: str, kind: str, alone: Alone) -> None:
-    one = engine(family, kind, prefix=False)
+def test_requests_one_after_another_in_one_engine(family: str, alone: Alone) -> None:
+    one = engine(family, "cpu", prefix=False)
     check([run(one, [prompt], greedy(NEW_TOKENS))[0] for prompt in prompts()], alone)
     nothing_left(one)
 
 
-@KINDS
-@pytest.mark.parametrize("prefix", [True, False], ids=["prefix cache", "no prefix cache"])
+@pytest.mark.parametrize(("kind", "prefix"), [("eager", True), ("cpu", True), ("cpu", False)])
 def test_thirty_two_requests_together(family: str, kind: str, prefix: bool, alone: Alone) -> None:
     together = engine(family, kind, prefix=prefix)
     check(run(together, prompts(), greedy(NEW_TOKENS)), alone)
@@ -79,23 +76,20 @@ def test_thirty_two_requests_together(family: str, kind: str, prefix: bool, alon
     nothing_left(together)
 
 
-@KINDS
-def test_another_order(family: str, kind: str, alone: Alone) -> None:
+def test_another_order(family: str, alone: Alone) -> None:
     order = np.random.default_rng(1).permutation(32)
-    found = run(engine(family, kind), [prompts()[i] for i in order], greedy(NEW_TOKENS))
+    found = run(engine(family, "cpu"), [prompts()[i] for i in order], greedy(NEW_TOKENS))
     check(found, [alone[i] for i in order])
 
 
-@KINDS
 @pytest.mark.parametrize("budget", [1, 7, 500])
-def test_any_budget_of_tokens_a_step(family: str, kind: str, budget: int, alone: Alone) -> None:
+def test_any_budget_of_tokens_a_step(family: str, budget: int, alone: Alone) -> None:
     chosen = range(0, 32, 5)
-    one = engine(family, kind, max_num_batched_tokens=budget)
+    one = engine(family, "cpu", max_num_batched_tokens=budget)
     check(run(one, [prompts()[i] for i in chosen], greedy(NEW_TOKENS)), [alone[i] for i in chosen])
 
 
-@KINDS
-@pytest.mark.parametrize("prefix", [True, False], ids=["prefix cache", "no prefix cache"])
+@pytest.mark.parametrize(("kind", "prefix"), [("eager", True), ("cpu", True), ("cpu", False)])
 def test_an_arena_so_small_that_requests_are_preempted(family: str, kind: str, prefix: bool, alone: Alone) -> None:
     small = engine(family, kind, prefix=prefix, slabs=1)
     requests = [small.add(prompt, greedy(NEW_TOKENS)) for prompt in prompts()]
@@ -106,9 +100,8 @@ def test_an_arena_so_small_that_requests_are_preempted(family: str, kind: str, p
     nothing_left(small)
 
 
-@KINDS
-def test_requests_that_arrive_while_others_run(family: str, kind: str, alone: Alone) -> None:
-    one = engine(family, kind)
+def test_requests_that_arrive_while_others_run(family: str, alone: Alone) -> None:
+    one = engine(family, "cpu")
     requests = []
     for prompt in prompts():
         requests.append(one.add(prompt, greedy(NEW_TOKENS)))
@@ -124,7 +117,7 @@ def test_the_margin_of_every_token_is_what_makes_these_tests_sharp(alone: Alone)
 
 
 def test_an_observer_sees_each_token_once_even_when_requests_are_preempted() -> None:
-    small = engine("llama", "eager", slabs=1)
+    small = engine("llama", "cpu", slabs=1)
     margins = Margins()
     small.observer = margins
     requests = [small.add(prompt, greedy(NEW_TOKENS)) for prompt in prompts()]

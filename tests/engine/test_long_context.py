@@ -5,7 +5,6 @@ lane is 16 x (256 + 256) x 4 = 32,768 bytes in float32. After n tokens a full la
 token sees 511 before it, which lie in at most 33 blocks, so this is what a windowed lane has while tokens come singly.
 """
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from harness.golden import digest, golden
+from harness.real_prompts import LONG_CHUNK, LONG_NEW, LONG_PROMPT, long_prompt
 from harness.tiny_engine import nothing_left
 from harness.tolerances import LOGITS_FLOAT32
-from harness.transformers_cache import continued
 from kvloom import LLM, SamplingParams
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.policy import PolicySpec
@@ -23,7 +23,7 @@ from kvloom.spec.solo import solo_peak
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("two_threads"), pytest.mark.timeout(1800)]
 
-PROMPT, NEW, CHUNK, BLOCK = 16_000, 24, 2048, 32_768
+PROMPT, NEW, CHUNK, BLOCK = LONG_PROMPT, LONG_NEW, LONG_CHUNK, 32_768
 WINDOWED, FULL = 15, 3
 
 
@@ -48,17 +48,6 @@ class Generation:
     steps: list[Step]
 
 
-def long_prompt(llm: LLM) -> list[int]:
-    """Sentences of the licence in ever new orders, so that no part of the text repeats another."""
-    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-    sentences, rng = [s.strip() for s in text.replace("\n\n", ". ").split(". ")], np.random.default_rng(0)
-    orders = (" ".join(sentences[i] + "." for i in rng.permutation(len(sentences))) for _ in itertools.count())
-    ids = llm.tokenizer.encode(next(orders))
-    while len(ids) < PROMPT:
-        ids += llm.tokenizer.encode(next(orders))[1:]
-    return ids[:PROMPT]
-
-
 @pytest.fixture(scope="module")
 def generation(gemma_path: Path, two_threads: None) -> Generation:
     llm = LLM(
@@ -67,7 +56,7 @@ def generation(gemma_path: Path, two_threads: None) -> Generation:
     )  # fmt: skip
     engine, cache, logits, steps = llm.engine, llm.engine.cache, [], []
     engine.observer = lambda sequences, rows: logits.append(rows.clone())
-    prompt = long_prompt(llm)
+    prompt = long_prompt(llm.tokenizer)
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     sequence = engine.add(prompt, params).sequences[0]
     while engine.has_work:
@@ -109,15 +98,12 @@ def test_bytes_in_use_are_the_planned_ones(generation: Generation) -> None:
     assert most <= request_footprint(kv, full, PROMPT, NEW, CHUNK).peak.high
 
 
-def test_logits_after_16000_tokens_are_those_of_transformers(
-    generation: Generation, gemma_oracle: torch.nn.Module
-) -> None:
-    text = torch.tensor([*generation.prompt, *generation.answer[:-1]])
-    cache = None
-    with torch.inference_mode():  # in chunks, because it would compute every score of its windowed layers too
-        for part in text[: PROMPT - 1].split(CHUNK):
-            _, cache = continued(gemma_oracle, part[None], cache, logits_to_keep=1)
-        logits, _ = continued(gemma_oracle, text[None, PROMPT - 1 :], cache)
-        expected = logits[0].float()
-    assert generation.logits.shape == expected.shape == (NEW, generation.llm.engine.runner.model.config.vocab_size)
-    assert (generation.logits - expected).abs().max() < LOGITS_FLOAT32
+def test_logits_after_16000_tokens_are_those_of_transformers(generation: Generation) -> None:
+    """The 32 best logits of each row and the log-sum-exp of all."""
+    expected = golden("gemma")["long"]
+    assert (digest(generation.prompt), generation.answer) == (expected["prompt"], expected["tokens"])
+    assert generation.logits.shape == (NEW, generation.llm.engine.runner.model.config.vocab_size)
+    found = generation.logits.gather(1, torch.tensor(expected["best_tokens"]))
+    assert (found - torch.tensor(expected["best_logits"])).abs().max() < LOGITS_FLOAT32
+    total = generation.logits.double().logsumexp(-1)
+    assert (total - torch.tensor(expected["logsumexp"])).abs().max() < LOGITS_FLOAT32

@@ -1,157 +1,85 @@
 """SmolLM2 and Gemma 3 270M: the same greedy tokens as transformers in float32, on prompts of every kind and length.
 
-The oracle reads prompt and answer at once: if every token of the answer is the most likely one after what stands before
-it, the answer is the greedy one, token by token. For some prompts it also generates, as a check on this argument.
+What transformers generates is a golden figure; a token may differ only where its two best logits are a tie.
 """
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from harness.tiny_engine import finish, nothing_left
-from harness.tiny_model import random_tokens
+from harness.golden import digest, golden
+from harness.real_prompts import LICENSE, PROMPTS, SCORED_TOKENS, prompts
+from harness.tiny_engine import assert_same_unless_tied, finish, nothing_left
 from harness.tolerances import GREEDY_TIE, LOGITS_FLOAT32
 from kvloom import LLM, SamplingParams
-from kvloom.models.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("two_threads"), pytest.mark.timeout(900)]
 
-NEW_TOKENS = 64
-LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-
-TEXTS = {
-    "word": ("Hello", 1),
-    "space": (" ", 1),
-    "two words": ("Once upon", 2),
-    "question": ("What is the capital of France?", 7),
-    "prose": ("It was a bright cold day in April, and the clocks were striking thirteen.", 16),
-    "code": ("def fibonacci(n):\n    if n < 2:\n        return n\n    return ", 17),
-    "numbers": ("1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144,", 31),
-    "French": ("Les sanglots longs des violons de l'automne blessent mon cœur d'une langueur monotone.", 33),
-    "signs and emoji": ("日本語のテキスト 🧵🪡 и кириллица — ½ ∑∞ «quotes» \t\n\n  tabs", 45),
-    "JSON": ('{"name": "kvloom", "tags": ["cache", "lanes"], "nested": {"a": [1, 2.5, -3e4, null, true]},', 50),
-    "repetition": ("ba " * 200, 64),
-    "chat": ("<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n", 14),
-    "licence, 100 tokens": (LICENSE, 100),
-    "licence, 150 tokens": (LICENSE[2000:], 150),
-    "licence, 256 tokens": (LICENSE[1000:], 256),
-    "licence, 500 tokens": (LICENSE[500:], 500),  # just below Gemma's window
-    "licence, 600 tokens": (LICENSE[4000:], 600),  # the window has moved on
-    "licence, 1000 tokens": (LICENSE, 1000),
-    "licence, 2000 tokens": (LICENSE, 2000),
-}
-GENERATED = ["code", "licence, 600 tokens"]
+MODELS = ["smollm2", "gemma"]
+TOKENS = 32
+"""Of each answer; the golden ones have 64."""
 
 
-def prompts(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """20 prompts of 1 to 2,000 tokens; a text that is shorter in this tokenizer is what it is."""
-    found = {name: tokenizer.encode(text)[:count] for name, (text, count) in TEXTS.items()}
-    found["random ids"] = random_tokens(120, 49152, seed=1)
-    assert len(found) == 20 and max(map(len, found.values())) == 2000 and min(map(len, found.values())) == 1
-    return found
-
-
-def answers(llm: LLM) -> dict[str, list[int]]:
-    asked = prompts(llm.tokenizer)
-    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    before = llm.stats()["preemptions"]
-    outputs = llm.generate(list(asked.values()), params, use_tqdm=False)
-    assert llm.stats()["preemptions"] == before
-    return dict(zip(asked, (output.outputs[0].token_ids for output in outputs), strict=True))
-
-
-@torch.inference_mode()
-def assert_greedy(oracle: torch.nn.Module, prompt: list[int], answer: list[int]) -> None:
-    """Every token of the answer is the oracle's best, or one of two that are as good as equal."""
-    logits = oracle(torch.tensor([[*prompt, *answer[:-1]]]), logits_to_keep=len(answer)).logits[0].float()
-    chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    behind = (logits.max(dim=1).values - chosen).tolist()
-    assert max(behind) < GREEDY_TIE, f"token {int(np.argmax(behind))} is {max(behind):.4f} behind the best"
-
-
-@torch.inference_mode()
-def assert_generated(oracle: torch.nn.Module, prompt: list[int], answer: list[int]) -> None:
-    """transformers' own generate gives the same 32 tokens, up to a tie of its two best."""
-    result = oracle.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-        max_new_tokens=32, min_new_tokens=32, eos_token_id=None, pad_token_id=0, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    expected = result.sequences[0, len(prompt) :].tolist()
-    for mine, other, logits in zip(answer[:32], expected, result.logits, strict=True):
-        if mine != other:
-            first, second = logits[0].float().topk(2).values.tolist()
-            assert first - second < GREEDY_TIE
-            return
+def assert_answers(expected: dict[str, Any], prompt: list[int], found: list[int]) -> None:
+    """Assert that `found` are the first golden tokens after `prompt`, up to a tie."""
+    assert digest(prompt) == expected["prompt"]
+    assert_same_unless_tied(found, expected["tokens"][: len(found)], expected["margins"])
 
 
 @pytest.fixture(scope="module")
-def smollm2_answers(smollm2: LLM, two_threads: None) -> dict[str, list[int]]:
-    return answers(smollm2)
+def answers(two_threads: None) -> Callable[[LLM], dict[str, list[int]]]:
+    """Return a function that gives the answers of a model to all prompts, computed together at its first call."""
+
+    @cache
+    def computed(llm: LLM) -> dict[str, list[int]]:
+        asked = prompts(llm.tokenizer)
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+        before = llm.stats()["preemptions"]
+        outputs = llm.generate(list(asked.values()), params, use_tqdm=False)
+        assert llm.stats()["preemptions"] == before
+        return dict(zip(asked, (output.outputs[0].token_ids for output in outputs), strict=True))
+
+    return computed
 
 
-@pytest.fixture(scope="module")
-def gemma_answers(gemma: LLM, two_threads: None) -> dict[str, list[int]]:
-    return answers(gemma)
-
-
-@pytest.mark.parametrize("name", [*TEXTS, "random ids"])
-def test_smollm2_is_greedy_where_transformers_is(
-    name: str, smollm2: LLM, smollm2_answers: dict[str, list[int]], smollm2_oracle: torch.nn.Module
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_kernels_generate_what_transformers_generates(
+    model: str, name: str, answers: Callable[[LLM], dict[str, list[int]]], request: pytest.FixtureRequest
 ) -> None:
-    assert len(smollm2_answers[name]) == NEW_TOKENS
-    assert_greedy(smollm2_oracle, prompts(smollm2.tokenizer)[name], smollm2_answers[name])
+    llm = request.getfixturevalue(model)
+    found = answers(llm)[name]
+    assert len(found) == TOKENS
+    assert_answers(golden(model)["answers"][name], prompts(llm.tokenizer)[name], found)
 
 
-@pytest.mark.parametrize("name", [*TEXTS, "random ids"])
-def test_gemma_is_greedy_where_transformers_is(
-    name: str, gemma: LLM, gemma_answers: dict[str, list[int]], gemma_oracle: torch.nn.Module
-) -> None:
-    assert len(gemma_answers[name]) == NEW_TOKENS
-    assert_greedy(gemma_oracle, prompts(gemma.tokenizer)[name], gemma_answers[name])
-
-
-@pytest.mark.parametrize("name", GENERATED)
-def test_smollm2_generates_what_transformers_generates(
-    name: str, smollm2: LLM, smollm2_answers: dict[str, list[int]], smollm2_oracle: torch.nn.Module
-) -> None:
-    assert_generated(smollm2_oracle, prompts(smollm2.tokenizer)[name], smollm2_answers[name])
-
-
-@pytest.mark.parametrize("name", GENERATED)
-def test_gemma_generates_what_transformers_generates(
-    name: str, gemma: LLM, gemma_answers: dict[str, list[int]], gemma_oracle: torch.nn.Module
-) -> None:
-    assert_generated(gemma_oracle, prompts(gemma.tokenizer)[name], gemma_answers[name])
-
-
-@pytest.mark.parametrize("model", ["smollm2", "gemma"])
-def test_the_eager_decoder_is_greedy_where_transformers_is(model: str, request: pytest.FixtureRequest) -> None:
-    """The reference backend, on the prompts of up to 64 tokens, 24 new ones each."""
-    path, oracle = request.getfixturevalue(f"{model}_path"), request.getfixturevalue(f"{model}_oracle")
+@pytest.mark.parametrize("model", MODELS)
+def test_the_eager_decoder_generates_what_transformers_generates(model: str, request: pytest.FixtureRequest) -> None:
+    """The reference backend, on the prompts of up to 64 tokens, 16 new ones each."""
+    path = request.getfixturevalue(f"{model}_path")
     llm = LLM(path, dtype="float32", backend="eager", max_num_seqs=20, kv_cache_memory_bytes=512 << 20)
-    asked = [prompt for prompt in prompts(llm.tokenizer).values() if len(prompt) <= 64]
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
-    for prompt, output in zip(asked, llm.generate(asked, params, use_tqdm=False), strict=True):
-        assert_greedy(oracle, prompt, output.outputs[0].token_ids)
+    asked = {name: prompt for name, prompt in prompts(llm.tokenizer).items() if len(prompt) <= 64}
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(list(asked.values()), params, use_tqdm=False)
+    for (name, prompt), output in zip(asked.items(), outputs, strict=True):
+        assert_answers(golden(model)["answers"][name], prompt, output.outputs[0].token_ids)
     nothing_left(llm.engine)
 
 
-@pytest.mark.parametrize(("model", "count"), [("smollm2", 700), ("gemma", 700)])
-def test_prompt_logprobs_are_those_of_transformers(model: str, count: int, request: pytest.FixtureRequest) -> None:
-    llm, oracle = request.getfixturevalue(model), request.getfixturevalue(f"{model}_oracle")
-    prompt = llm.tokenizer.encode(LICENSE)[:count]
+@pytest.mark.parametrize("model", MODELS)
+def test_prompt_logprobs_are_those_of_transformers(model: str, request: pytest.FixtureRequest) -> None:
+    llm, expected = request.getfixturevalue(model), golden(model)["scores"]
+    prompt = llm.tokenizer.encode(LICENSE)[:SCORED_TOKENS]
+    assert digest(prompt) == expected["prompt"]
     (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
-    with torch.inference_mode():
-        hidden = oracle.model(torch.tensor([prompt])).last_hidden_state[0, :-1]
-        rows = [torch.log_softmax(oracle.lm_head(part).float(), -1) for part in hidden.split(64)]
-    expected = torch.cat(rows).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True) if entry]
-    assert len(found) == count - 1
-    assert (torch.tensor(found) - expected).abs().max() < LOGITS_FLOAT32
+    assert len(found) == SCORED_TOKENS - 1
+    assert (torch.tensor(found) - torch.tensor(expected["logprobs"])).abs().max() < LOGITS_FLOAT32
 
 
 def test_thirty_two_requests_get_the_same_tokens_together_alone_reordered_shared_and_preempted(smollm2: LLM) -> None:

@@ -1,6 +1,5 @@
 """A lane table without bytes: blocks of 4 tokens; lanes 0 and 1 have no window, lane 2 has one and larger blocks."""
 
-
 from kvloom.cache.arena import Arena, Move
 from kvloom.cache.lanes import LaneTable
 from kvloom.cache.pool import BlockPool

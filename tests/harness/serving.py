@@ -44,6 +44,7 @@ def make_model(folder, template=TEMPLATE, seed=0):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         max_position_embeddings=MAX_LEN,
         bos_token_id=None,
         eos_token_id=256,

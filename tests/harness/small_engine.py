@@ -2,10 +2,8 @@
 
 import torch
 
-from harness.tiny_engine import engine_of
-from harness.tiny_model import FULL, LOCAL, tiny_decoder
-from kvloom.attention.reference import ReferenceBackend
-from kvloom.models.eager import EagerModel
+from harness.tiny_engine import engine_of, tiny_backend
+from harness.tiny_model import FULL, LOCAL, random_weights, tiny_decoder
 from kvloom.policies.tokenkinds import TokenKinds
 
 VOCAB = 211
@@ -20,9 +18,13 @@ def instruction(hint):
 
 
 def small_engine(decoder=LLAMA, *, model=None, kinds=True, max_num_seqs=8, **options):
-    """Return an engine over `decoder`, or over `model`; `options` are those of `engine_of`."""
+    """Return an engine over the weights of `decoder`, or over `model`; `options` are those of `engine_of`.
+
+    The kernels run the model where they take its blocks.
+    """
     options = {"max_num_batched_tokens": 2048, **options}
-    model = model or EagerModel(decoder, ReferenceBackend())
+    if model is None:
+        model = tiny_backend(decoder.config, random_weights(decoder.config), options.get("block_size", 16))
     engine = engine_of(
         model, max_num_seqs=max_num_seqs, rows=max_num_seqs + 1, max_position=model.config.max_position, **options
     )

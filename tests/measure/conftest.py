@@ -23,4 +23,4 @@ def text():
 @pytest.fixture(scope="module")
 def llm(folder):
     """The model in float32, without a prefix cache."""
-    return LLM(str(folder), dtype="float32", kv_cache_memory_bytes=8 << 20, block_size=4, enable_prefix_caching=False)
+    return LLM(str(folder), dtype="float32", kv_cache_memory_bytes=8 << 20, enable_prefix_caching=False)

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from harness.golden import golden
+from harness.real_prompts import CHAT, TOKENIZED, WHITE_SPACE
 from kvloom.errors import ChatTemplateError, CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.models.bpe_merges import merges_of_vocab
 from kvloom.models.gguf_file import GGUFFile
@@ -19,18 +21,6 @@ from kvloom.models.gguf_tokenizer import tokenizer_of_gguf
 from kvloom.models.spelling import byte_alphabet
 from kvloom.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from kvloom.spec.gguf_ends import end_token_ids
-
-TEXTS = [
-    "Hello world",
-    "  two spaces before, and after  ",
-    "naïve café, 日本語のテキスト, עברית, emoji 🧵🙂👩‍👩‍👧, e\u0301",
-    "def f(x):\n    return x ** y  # code\n\n\n\tend",
-    "It's they'll we've I'd DON'T",
-    "<|im_start|>user\nhi<|im_end|>\n<start_of_turn>model\n<table>\t\t</table>",
-    "\x00\x01 \ufffd \u2028 \u00a0\u3000",
-    "a" * 200 + " " * 50 + "!" * 50,
-    "",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +98,7 @@ def test_a_folder_is_tokenized_as_transformers_does_it(tmp_path, settings):
     backend = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend | {"truncation": None, "padding": None}))
     ours, theirs = tokenizer_from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
+    for text in TOKENIZED:
         assert ours.encode(text) == theirs(text)["input_ids"]
         assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
 
@@ -327,22 +317,13 @@ def test_recovered_merges_are_all_pairs_that_make_a_token_in_the_order_of_the_to
 
 @pytest.mark.real_model
 def test_smollm2_is_tokenized_as_transformers_does_it_apart_from_digits(smollm2_path):
-    from transformers import AutoTokenizer
-
-    ours = tokenizer_from_gguf(GGUFFile(smollm2_path))
-    theirs = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    for text in TEXTS:
-        assert ours.encode(text) == theirs(text)["input_ids"]
-        assert ours.decode(ours.encode(text), False) == theirs.decode(theirs(text)["input_ids"]) == text
-    messages = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Ho"},
-        {"role": "user", "content": "?"},
-    ]
-    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ours.apply_chat_template(messages) == expected
-    assert ours.encode_chat(messages) == theirs(expected, add_special_tokens=False)["input_ids"]
-    assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+    ours, expected = tokenizer_from_gguf(GGUFFile(smollm2_path)), golden("smollm2")
+    for text, theirs in zip(TOKENIZED, expected["tokenizer"][: len(TOKENIZED)], strict=True):
+        assert ours.encode(text) == theirs["ids"]
+        assert ours.decode(ours.encode(text), False) == theirs["text"] == text
+    assert ours.apply_chat_template(CHAT) == expected["chat"]["text"]
+    assert ours.encode_chat(CHAT) == expected["chat"]["ids"]
+    assert [ours.bos_token_id, *ours.eos_token_ids] == expected["roles"]
 
 
 @pytest.mark.real_model
@@ -354,14 +335,11 @@ def test_smollm2_keeps_white_space_before_a_digit_together(smollm2_path):
 
 @pytest.mark.real_model
 def test_gemma_is_tokenized_as_transformers_does_it(gemma_path):
-    from transformers import AutoTokenizer
-
-    ours = tokenizer_from_gguf(GGUFFile(gemma_path))
-    theirs = AutoTokenizer.from_pretrained(gemma_path.parent, gguf_file=gemma_path.name)
-    for text in [*TEXTS, "List:\n\n12   3", "\t\t\tx\n\n\n\n\n"]:
-        assert ours.encode(text) == theirs(text)["input_ids"]
-        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
-    assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+    ours, expected = tokenizer_from_gguf(GGUFFile(gemma_path)), golden("gemma")
+    for text, theirs in zip([*TOKENIZED, *WHITE_SPACE], expected["tokenizer"], strict=True):
+        assert ours.encode(text) == theirs["ids"]
+        assert ours.decode(ours.encode(text)) == theirs["plain"]
+    assert [ours.bos_token_id, *ours.eos_token_ids] == expected["roles"]
 
 
 @pytest.mark.real_model

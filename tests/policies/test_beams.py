@@ -4,6 +4,7 @@ import pytest
 
 from harness.small_engine import prompt_of, run, small_engine
 from harness.tiny_engine import greedy
+from harness.tolerances import LOGPROB_FLOAT32
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.policies.reading import read_policy
 
@@ -60,7 +61,9 @@ def test_beams_in_a_crowded_arena_are_those_that_a_search_alone_finds(policy):
 
 def test_a_budget_that_holds_everything_changes_no_beam():
     prompt = prompt_of(80)
-    assert beams_of(small_engine(), prompt, "h2o(budget=200)")[1] == beams_of(small_engine(), prompt, "full")[1]
+    found, expected = (beams_of(small_engine(), prompt, policy)[1] for policy in ("h2o(budget=200)", "full"))
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert [logprob for _, logprob in found] == pytest.approx([logprob for _, logprob in expected], abs=LOGPROB_FLOAT32)
 
 
 def test_aborted_beams_free_everything():

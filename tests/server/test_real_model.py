@@ -5,13 +5,10 @@ import json
 import openai
 import pytest
 
+from harness.golden import digest, golden
+from harness.real_prompts import ECHOED
 from harness.serving import running
 
-TEXTS = [
-    "The capital of France is Paris, and the capital of Italy is Rome.",
-    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
-    "Grüße aus Köln — 你好 🙂",
-]
 TOLERANCE = 1e-3
 """Of one token's log-probability in float32, through two implementations."""
 
@@ -32,20 +29,17 @@ def client(server):
 
 
 @pytest.mark.real_model
-def test_echoed_log_probabilities_are_those_of_transformers(client, server, smollm2_oracle):
-    import torch
-
-    prompts = [server.service.tokenizer.encode(text) for text in TEXTS]
+def test_echoed_log_probabilities_are_those_of_transformers(client, server):
+    prompts = [server.service.tokenizer.encode(text) for text in ECHOED]
     answer = client.completions.create(
         model="smollm2", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234
     )
-    for ids, choice in zip(prompts, answer.choices, strict=True):
-        with torch.inference_mode():
-            rows = torch.log_softmax(smollm2_oracle(torch.tensor([ids])).logits[0].double(), -1)
-        expected = [rows[i, token].item() for i, token in enumerate(ids[1:])] + [rows[-1].max().item()]
-        assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=TOLERANCE)
+    for ids, choice, expected in zip(prompts, answer.choices, golden("smollm2")["echoed"], strict=True):
+        assert digest(ids) == expected["prompt"]
+        wanted = [*expected["logprobs"], expected["best"][-1]]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=TOLERANCE)
         best = [max(entry.values()) for entry in choice.logprobs.top_logprobs[1:]]
-        assert best == pytest.approx(rows.max(-1).values.tolist(), abs=TOLERANCE)
+        assert best == pytest.approx(expected["best"], abs=TOLERANCE)
 
 
 @pytest.mark.real_model

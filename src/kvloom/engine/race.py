@@ -54,7 +54,10 @@ def uniforms(seed: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     state *= np.uint64(SECOND)
     state ^= state >> np.uint64(31)
     state >>= np.uint64(12)
-    return (state + 0.5) * 2.0**-52
+    found: NDArray[np.float64] = state.astype(np.float64)
+    found += 0.5
+    found *= 2.0**-52
+    return found
 
 
 def winner(weights: NDArray[np.float64], numbers: NDArray[np.float64]) -> int:
