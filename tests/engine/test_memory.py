@@ -1,9 +1,9 @@
-"""32 requests of 256 + 128 tokens under a memory limit, with bytes counted by hand.
+"""32 requests of 96 + 33 tokens under a memory limit, with bytes counted by hand.
 
 SmolLM2 has 30 layers of 3 lanes, heads of 64. A block of 16 tokens of one lane is 16 x (64 + 64) x 4 = 8,192 bytes in
-float32. A request ends with 256 + 127 tokens in the cache (the last one is never put through the model): 24 blocks in
-each of 90 lanes. 32 requests need 32 x 90 x 24 x 8,192 = 566,231,040 bytes = 270 slabs of 2 MiB, and get exactly that.
-The tiny model has 3 of the 30 layers, and so a tenth: 56,623,104 bytes = 27 slabs.
+float32. A request ends with 96 + 32 tokens in the cache (the last one is never put through the model): 8 blocks in
+each of 90 lanes. 32 requests need 32 x 90 x 8 x 8,192 = 188,743,680 bytes = 90 slabs of 2 MiB, and get exactly that.
+The tiny model has 3 of the 30 layers, and so a tenth: 18,874,368 bytes = 9 slabs.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ from harness.tiny_model import FULL, random_tokens
 from kvloom.engine.engine import Engine
 from kvloom.engine.llm import LLM
 
-LIMIT, TENTH = 566_231_040, 56_623_104
-AFTER_PREFILL, TENTH_AFTER_PREFILL = 377_487_360, 37_748_736
-PER_REQUEST, TENTH_PER_REQUEST = 17_694_720, 1_769_472
-REQUESTS, PROMPT, NEW = 32, 256, 128
+LIMIT, TENTH = 188_743_680, 18_874_368
+AFTER_PREFILL, TENTH_AFTER_PREFILL = 141_557_760, 14_155_776
+PER_REQUEST, TENTH_PER_REQUEST = 5_898_240, 589_824
+REQUESTS, PROMPT, NEW = 32, 96, 33
 
 SHAPE = {
     "num_heads": 3, "num_kv_heads": 3, "head_dim": 64, "layers": (FULL,) * 3, "hidden_size": 32,
@@ -58,7 +58,7 @@ def run_to_the_brim(engine: Engine, lanes: int, limit: int, after_prefill: int, 
 
 @pytest.mark.parametrize("kind", ["eager", "cpu"])
 def test_thirty_two_requests_fill_the_limit_to_the_last_byte_and_give_everything_back(kind: str) -> None:
-    engine = tiny_engine(kind=kind, slabs=27, **SHAPE)  # type: ignore[arg-type]
+    engine = tiny_engine(kind=kind, slabs=9, **SHAPE)  # type: ignore[arg-type]
     run_to_the_brim(engine, 9, TENTH, TENTH_AFTER_PREFILL, TENTH_PER_REQUEST)
 
 
@@ -76,7 +76,7 @@ def test_the_real_model_fills_the_limit_to_the_last_byte_and_gives_everything_ba
 
 
 def test_one_slab_less_preempts_and_still_finishes_all() -> None:
-    engine = tiny_engine(kind="cpu", slabs=26, **SHAPE)  # type: ignore[arg-type]
+    engine = tiny_engine(kind="cpu", slabs=8, **SHAPE)  # type: ignore[arg-type]
     requests = [engine.add(random_tokens(PROMPT, seed=seed), greedy(NEW)) for seed in range(REQUESTS)]
     finish(engine)
     assert engine.scheduler.num_preemptions > 0
