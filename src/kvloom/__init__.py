@@ -1,8 +1,8 @@
 """kvloom: plan, measure and serve the KV cache of large language models."""
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # type checkers take it for true; `typing` would double the time until SIGTERM has a handler
 
 if TYPE_CHECKING:
     from kvloom.engine.beam import BeamSearchParams as BeamSearchParams
@@ -22,7 +22,7 @@ _LAZY = {
 __all__ = ["LLM", "BeamSearchParams", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import the public classes on first use, so that `import kvloom` stays free of torch."""
     if name in _LAZY:
         import importlib

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import kvloom
 from kvloom.errors import InvalidInputError
 from kvloom.models.cache_dir import cache_dir
 from kvloom.models.pull import pull, pulled
@@ -51,6 +52,26 @@ def test_a_command_ends_though_its_main_thread_does_not_come_back():
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
+
+
+def test_sigterm_has_a_handler_before_typing_is_loaded():
+    """Which takes as long as all the rest until then; PID 1 loses a signal that comes before its handler."""
+    root = str(Path(kvloom.__file__).parents[1])
+    program = f"import sys; sys.path.insert(0, {root!r}); import kvloom.__main__; print('typing' in sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_command_that_sigterm_ended_writes_what_it_said_and_leaves_at_once():
+    program = (
+        "import atexit, sys, types\n"
+        "def run():\n    print('said')\n    sys.exit(143)\n"
+        "sys.modules['kvloom.cli.main'] = types.SimpleNamespace(main=run)\n"
+        "atexit.register(print, 'late')\n"
+        "from kvloom.__main__ import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "said\n")
 
 
 @pytest.fixture
