@@ -221,7 +221,7 @@ def test_a_shared_block_that_becomes_the_last_stays_with_its_other_owner(desk: D
     assert desk.moves[-1].source.size and desk.lanes.held[child].tolist()[:2] == [6, 6]
 
 
-def test_lossy_lanes_forget_the_positions_of_what_is_taken_back(desk: Desk) -> None:
+def test_lossy_lanes_drop_the_positions_of_truncated_tokens(desk: Desk) -> None:
     sequence = desk.opened(16)
     repack(desk, sequence, [3, 10], [0, 2])
     for number in (5, 2):

@@ -48,7 +48,7 @@ def test_piped_lines_are_messages_of_one_conversation(kvloom, llm, piped):
     ]
 
 
-def test_reset_forgets_all_but_the_system_message(kvloom, llm, piped):
+def test_reset_discards_all_but_the_system_message(kvloom, llm, piped):
     piped(b"Hello\n/reset\nAgain\n/exit\nNever\n")
     kvloom("chat", "--system", "Be brief.", "my.gguf")
     assert (roles(llm), len(llm.last.asked), llm.last.model) == (["system", "user"], 2, "my.gguf")

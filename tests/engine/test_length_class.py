@@ -31,7 +31,7 @@ def test_a_request_that_may_grow_long_is_rotated_for_long_texts_from_its_first_t
     engine = short_engine(decoder)
     long, short = engine.add(PROMPT, greedy(40)), engine.add(PROMPT, greedy(8))
     finish(engine)
-    for request, total in ((short, 32), (long, 64)):  # the oracle forgets to go back from 64 to 32
+    for request, total in ((short, 32), (long, 64)):  # the oracle does not return from 64 to 32
         tokens = request.sequences[0].token_ids
         assert len(tokens) == total
         with torch.no_grad():  # one forward pass over the whole text has the frequencies of its length

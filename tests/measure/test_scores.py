@@ -38,7 +38,7 @@ def test_a_budget_that_holds_everything_costs_nothing(llm, windows):
         assert (other.agreement, other.evicted) == (1.0, 0)
 
 
-def test_what_is_forgotten_is_counted_and_shows_in_the_divergence(llm, windows):
+def test_evicted_tokens_are_counted_and_raise_the_divergence(llm, windows):
     reference = {}
     forced_scores(llm.engine, windows, FULL, reference)
     lanes = llm.engine.cache.spec.num_lanes

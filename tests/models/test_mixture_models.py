@@ -1,4 +1,4 @@
-"""Models with mixtures of experts beside dense layers: whole steps have the logits of the definition, quantised too."""
+"""Models with experts beside dense layers: fused steps have the logits of the reference decoder, quantised too."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Whole steps: several tokens of a sequence in one step have the logits of single steps, bit for bit."""
+"""Fused steps: several tokens of a sequence in one step have the logits of single steps, bit for bit."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
 """Every method once more, in float64 numpy and straight from its formula: loops over lanes, queries and keys.
 
-Nothing here uses the package. A `Layer` holds all queries, keys and values of one layer of one sequence; `Lane` is what
-is left of one KV head, as a list of positions. `play` processes a prompt and then tokens one by one, and forgets where
+Nothing here uses the package. A `Layer` holds all queries, keys and values of one layer of one sequence; `Lane` is the
+kept part of one KV head, as a list of positions. `play` processes a prompt and then tokens one by one, and evicts where
 the method says so.
 """
 

@@ -1,1 +1,1 @@
-"""Who owns which bytes: arena, blocks, lanes, prefix index, stores."""
+"""Ownership of the cache's bytes: arena, blocks, lanes, prefix index, stores."""

@@ -3,9 +3,9 @@
     arena   | slab 0: 512 x 4096 B | slab 1: 963 x 2176 B | slab 2: empty | ...
     block     one lane's `block_size` tokens, named by its address (offset in granules of 128 bytes)
 
-An empty slab takes any block size; a slab is given back when its last block is free. Blocks carry reference counts.
-Allocation fills the fullest slab first, each in ascending order, so that a lane lies in long runs, which memory reads
-faster; `evacuation` empties nearly empty slabs, so that what is stranded stays below one slab for each block size (and
+An empty slab takes any block size; a slab becomes empty when its last block is freed. Blocks have reference counts.
+Allocation fills the fullest slab first, each in ascending order, so that a lane lies in long runs, which are read
+faster. `evacuation` empties nearly empty slabs, so that stranded bytes stay below one slab for each block size (and
 the tails of full slabs that a block size does not divide).
 """
 
@@ -27,7 +27,7 @@ SLAB_GRANULES = SLAB_BYTES // GRANULE_BYTES
 
 @dataclass(frozen=True)
 class Move:
-    """Blocks of `block_bytes` that change place: the bytes at `source[i]` belong at `target[i]`."""
+    """Blocks of `block_bytes` that move: the bytes at `source[i]` are to be copied to `target[i]`."""
 
     block_bytes: int
     source: Addresses
@@ -90,7 +90,7 @@ class Arena:
         return self._used_blocks[block_bytes]
 
     def available(self, needs: Mapping[int, int]) -> bool:
-        """Return whether `needs` (block bytes -> number) can be allocated at once, as things lie now."""
+        """Return whether `needs` (block bytes -> number) can be allocated without evacuation or reclaim."""
         slabs = 0
         for size, count in needs.items():
             short = count - self._free_blocks[size]
@@ -172,14 +172,14 @@ class Arena:
         return freed
 
     def _retire(self, slab: int, block_bytes: int) -> None:
-        """Give a slab without live blocks back to all block sizes."""
+        """Make a slab without live blocks available to all block sizes."""
         self._free_blocks[block_bytes] -= self.blocks_per_slab(block_bytes)
         self._size[slab] = 0
         self._free[slab] = 0
         self._empty.append(slab)
 
     def evacuation(self) -> list[Move]:
-        """Empty every slab whose blocks fit into fuller slabs of their size; returns what moves where.
+        """Empty every slab whose blocks fit into fuller slabs of their size; returns the moves.
 
         The bookkeeping is done on return (references moved, slabs retired); the caller copies the bytes at once and
         renames the addresses wherever it keeps them. Afterwards each block size has at most one slab that is not full.
@@ -221,7 +221,7 @@ class Arena:
         return sizes
 
     def cell_of(self, addresses: Addresses) -> NDArray[np.int32]:
-        """Return the small integer that stands for each live block (for tables over all blocks)."""
+        """Return a small integer that is unique for each live block (an index of tables over all blocks)."""
         cells: NDArray[np.int32] = addresses // self._cell
         return cells
 
@@ -231,7 +231,7 @@ class Arena:
         return len(self.refs)
 
     def check_invariants(self) -> None:
-        """Raise AssertionError unless stacks, counters and references tell the same story."""
+        """Raise AssertionError unless counters and references agree."""
         live = dict.fromkeys(self.block_sizes, 0)
         spare = dict.fromkeys(self.block_sizes, 0)
         assert sorted(self._empty) == np.flatnonzero(self._size == 0).tolist()

@@ -1,10 +1,10 @@
-"""BlockEncoder: full native blocks of lanes go into another store, once and for all.
+"""BlockEncoder: encodes full native blocks of lanes in another store, permanently.
 
     lane   | native sinks | encoded ..... | first .. last - 1 | residual | open block |
                                             are encoded now
 
-An encoded block is never written again and cannot be taken back: `LaneTable.truncate` stops behind what was seen when
-a block was encoded. Compaction refuses lanes with encoded blocks.
+An encoded block is never written again and cannot be restored: `LaneTable.truncate` refuses to remove tokens that were
+seen before a block was encoded. Compaction refuses lanes with encoded blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,9 +41,9 @@ class BlockEncoder:
     ) -> bool:
         """Encode the full native blocks in columns `first .. last - 1` of `lanes` [n]; both bounds are one or [n].
 
-        The native blocks are released. Other sequences keep theirs; of its entries `digests` (None: of all) the prefix
-        index drops the copies that nobody else reads, so that encoding never raises what is in use. While it runs, both
-        copies of the blocks exist. False, and no change, when the new blocks cannot be had now. Raises
+        The native blocks are released. Other sequences keep theirs. From its entries `digests` (None: all) the prefix
+        index drops the copies that no other sequence reads, so that encoding never raises the bytes in use. While it
+        runs, both copies of the blocks exist. False, and no change, when the new blocks cannot be allocated now. Raises
         `InvalidInputError` for blocks that are not full and `UnsupportedError` for lanes that cannot be encoded.
         """
         chosen = np.asarray(lanes, np.int64)

@@ -1,4 +1,4 @@
-"""KeptSlots: which slots stay in the lanes of one sequence that lose some, and where they go. Torch-free."""
+"""KeptSlots: the slots that are kept in the lanes of one sequence, and where they move. Torch-free."""
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""KVCache: arena, lanes, prefix index and stores as one thing that owns the K and V of all requests."""
+"""KVCache: arena, lanes, prefix index and stores; it owns the K and V of all requests."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from kvloom.errors import UnsupportedError
 from kvloom.spec.kv import KVSpec
 
 Layout = Literal["rows", "cpu"]
-"""How tokens lie inside a block: row by row for torch, or interleaved for the CPU kernels."""
+"""Layout of tokens inside a block: row by row for torch, or interleaved for the CPU kernels."""
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """Where one layer's K and V live: lanes `first .. first + num_lanes - 1`, widths in elements."""
+    """The lanes of one layer's K and V: `first .. first + num_lanes - 1`, widths in elements."""
 
     first: int
     num_lanes: int
@@ -39,7 +39,7 @@ class LayerView:
 
 
 class KVCache:
-    """The paged cache of one model. Bookkeeping is in `lanes`; bytes are touched only here and in the stores."""
+    """The paged cache of one model. Bookkeeping is in `lanes`; only this class and the stores read and write bytes."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class KVCache:
         layout: Layout = "rows",
         extra_block_sizes: Sequence[int] = (),
     ) -> None:
-        """Set up an empty cache; `layout` is how tokens lie inside a block, which backend and stores must agree on.
+        """Set up an empty cache; `layout` is that of tokens inside a block, the same for backend and stores.
 
         The arena also serves blocks of `extra_block_sizes` bytes, for other holders of its blocks (`StateTable`).
         """
@@ -166,7 +166,7 @@ class KVCache:
         return torch.stack(ks), torch.stack(vs), held
 
     def read_log_counts(self, layer: int, sequence: int) -> torch.Tensor | None:
-        """Return what is added to a layer's logits, [G, S] by slot aligned as in `read_layer`; None for nothing."""
+        """Return the terms added to a layer's scores, [G, S] by slot aligned as in `read_layer`; None for none."""
         if sequence not in self.lanes.log_counts:
             return None
         view = self.layers[layer]
@@ -189,8 +189,8 @@ class KVCache:
         """Keep only the given live slots (ascending) of each lane in `keep`; the blocks left over are free at once.
 
         Lanes in `survivors` get that content at their start instead of what the kept slots held (merging, moved sinks).
-        Shared blocks are left as they are for their other owners. False, and no change, when the few fresh blocks that
-        replace shared ones cannot be had now.
+        Shared blocks are left unchanged for their other owners. False, and no change, when the few fresh blocks that
+        replace shared ones cannot be allocated now.
         """
         if not keep:
             return True
@@ -222,7 +222,7 @@ class KVCache:
         unchanged: NDArray[np.int32],
         changed: Mapping[int, Survivors],
     ) -> None:
-        """Bring survivors to their places; `before` [n, C] are the blocks of the lanes as they were.
+        """Move kept tokens to their slots; `before` [n, C] are the blocks of the lanes before.
 
         The first `unchanged` [n] blocks of a lane are left out; what `changed` names is written instead of moved.
         """

@@ -1,4 +1,4 @@
-"""ArenaMemory: the bytes behind an arena, and moving blocks within them."""
+"""ArenaMemory: the bytes of an arena, and moves of blocks within them."""
 
 import ctypes
 import mmap
@@ -12,7 +12,7 @@ from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
 from kvloom.units import format_bytes
 
 MADV_POPULATE_WRITE = 23
-"""Linux 5.14: make pages as a first write would, and change nothing in them."""
+"""Linux 5.14: commit pages as a first write would, without changing them."""
 
 
 class ArenaMemory:
@@ -43,14 +43,14 @@ class ArenaMemory:
         self._granules = self.bytes.view(-1, GRANULE_BYTES)
 
     def populate(self, num_bytes: int) -> None:
-        """Have the system make the first `num_bytes` of pages now; contents stay.
+        """Make the system commit the first `num_bytes` of pages now; contents stay.
 
-        The first prompt then need not wait: a huge page takes up to 4 ms where a virtual machine has to be given it.
-        Where the system cannot do it, pages are made as they are written.
+        So the first prompt need not wait: a huge page takes up to 4 ms where the host of a virtual machine must provide
+        it. Where the system cannot do it, pages are committed when they are written.
         """
         if self.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
             start, length = ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(min(num_bytes, self.bytes.numel()))
-            ctypes.CDLL(None).madvise(start, length, MADV_POPULATE_WRITE)  # mmap's own would keep other threads waiting
+            ctypes.CDLL(None).madvise(start, length, MADV_POPULATE_WRITE)  # mmap's own holds the interpreter lock
 
     def elements(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the whole memory as one flat tensor of `dtype`; writes go through."""

@@ -10,7 +10,7 @@ from kvloom.cache.prefix import PrefixIndex
 
 
 class Holder(Protocol):
-    """Something that keeps block addresses and must follow when blocks move."""
+    """An object that holds block addresses and must update them when blocks move."""
 
     def rename(self, renamed: Addresses) -> None:
         """Replace every kept address a by `renamed[cell of a]` where that is not -1."""
@@ -20,7 +20,7 @@ class Holder(Protocol):
 
 
 class BlockPool:
-    """One arena, the prefix index that lends from it, and whoever else holds addresses.
+    """One arena, its prefix index, and all other holders of addresses.
 
     `copy` carries out moves of bytes; it is called before the moved blocks are used again.
     """
@@ -33,9 +33,9 @@ class BlockPool:
         self.num_evacuated = 0
 
     def ensure(self, needs: Mapping[int, int]) -> bool:
-        """Make room for `needs` (block bytes -> number): evacuate, then reclaim. False when it cannot be had now.
+        """Make room for `needs` (block bytes -> number): evacuate, then reclaim. False when that is not possible now.
 
-        Blocks may move. Nothing that a request holds is lost; cached prefixes may be, but never in vain.
+        Blocks may move. Blocks of requests are kept. Cached prefixes are reclaimed only if the room then suffices.
         """
         if self.arena.available(needs):
             return True
@@ -58,7 +58,7 @@ class BlockPool:
         return self.arena.available(needs)
 
     def _attainable(self, needs: Mapping[int, int]) -> bool:
-        """Return whether `needs` would fit beside what requests hold if every cached prefix were given up."""
+        """Return whether `needs` would fit beside the blocks of requests if every cached prefix were reclaimed."""
         idle = self.index.idle_blocks()
         slabs = 0
         for size in self.arena.block_sizes:
@@ -80,7 +80,7 @@ class BlockPool:
             holder.rename(renamed)
 
     def check_invariants(self) -> None:
-        """Raise AssertionError unless every reference count equals the references that holders really hold."""
+        """Raise AssertionError unless every reference count equals the number of references that holders have."""
         self.arena.check_invariants()
         counted = np.zeros(self.arena.num_cells, np.int32)
         for holder in self.holders:

@@ -1,9 +1,9 @@
 """PrefixIndex: finds the blocks of a prompt's beginning that some request has computed before. Torch-free.
 
-Blocks are known by a chained hash: digest(b) = blake2b(digest(b - 1), tokens of block b), digest(-1) = blake2b(salt).
-It depends on nothing else, so it is the same after a restart. An entry keeps one reference on each block that it lists
-and says which lane groups it still has: a windowed layer needs only the end of a prefix, and any group of any entry
-may be reclaimed on its own.
+The key of a block is a chained hash: digest(b) = blake2b(digest(b - 1), tokens of block b), digest(-1) = blake2b(salt).
+It depends on nothing else, so it is the same after a restart. An entry has one reference on each block that it lists
+and records the lane groups that it still has: a windowed layer needs only the end of a prefix, and any group of any
+entry may be reclaimed separately.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from kvloom.spec.kv import KVSpec
 
 @dataclass
 class PrefixEntry:
-    """One block of tokens of one prefix: the lanes' blocks by group, None where they are gone."""
+    """One block of tokens of one prefix: the lanes' blocks by group, None where they were reclaimed."""
 
     tokens: tuple[int, ...]
     parent: bytes
@@ -54,7 +54,7 @@ class PrefixChain:
 
 
 def root_digest(salt: str) -> bytes:
-    """Return the digest that stands before the first block of every prefix with this salt."""
+    """Return the parent digest of the first block of every prefix with this salt."""
     return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"kvloom-prefix").digest()
 
 
@@ -115,7 +115,7 @@ class PrefixIndex:
         return self._entries[digest].blocks[group]
 
     def touch(self, digests: Sequence[bytes]) -> None:
-        """Mark entries as just used; the first of `digests` ends up newest, so that ends of prefixes go first."""
+        """Mark entries as just used; the first of `digests` becomes newest, so ends of prefixes are reclaimed first."""
         for digest in reversed(digests):
             if digest in self._entries:
                 self._entries.move_to_end(digest)
@@ -138,10 +138,10 @@ class PrefixIndex:
                 entry.blocks[index] = addresses.copy()
 
     def reclaim(self) -> Iterator[int]:
-        """Give idle blocks back one group at a time, least recently used first; yields the bytes freed each time.
+        """Free idle blocks one group at a time, least recently used first; yields the bytes freed each time.
 
-        A block of which a request reads every lane is passed over, and counts as just used. Where a policy made it
-        leave some lanes, their blocks are freed and the others become the request's own.
+        A block of which a request reads every lane is skipped, and counts as just used. Where the request reads only
+        some lanes after an eviction, the blocks of the others are freed and those become the request's own.
         """
         for digest in list(self._entries):
             entry = self._entries[digest]
@@ -161,7 +161,7 @@ class PrefixIndex:
                 self._entries.move_to_end(digest)
 
     def rename(self, renamed: Addresses) -> None:
-        """Follow blocks that moved: `renamed[cell]` is the new address, or -1 where nothing moved."""
+        """Update the addresses of blocks that moved: `renamed[cell]` is the new address, or -1 where nothing moved."""
         for entry in self._entries.values():
             for addresses in entry.blocks:
                 if addresses is not None:
@@ -169,7 +169,7 @@ class PrefixIndex:
                     np.copyto(addresses, new, where=new >= 0)
 
     def forget(self, digests: Sequence[bytes]) -> None:
-        """Drop entries and the index's references on their blocks; unknown digests are passed over."""
+        """Remove entries and the index's references on their blocks; unknown digests are skipped."""
         for digest in digests:
             entry = self._entries.pop(digest, None)
             for addresses in entry.blocks if entry is not None else ():
@@ -177,7 +177,7 @@ class PrefixIndex:
                     self.arena.release(addresses)
 
     def drop_copies(self, addresses: Addresses, digests: Sequence[bytes] | None = None) -> None:
-        """Let go of the groups of entries `digests` (None: all) with a block among `addresses` that none else owns."""
+        """Drop the groups of entries `digests` (None: all) with a block among `addresses` without another owner."""
         held = addresses[self.arena.references(addresses) == 1]
         if not len(held):
             return

@@ -45,7 +45,7 @@ class SegmentArrays(NamedTuple):
 class SegmentList:
     """The segments of every lane of every sequence; empty for lanes that are native throughout.
 
-    `version` is another number whenever a segment is.
+    `version` changes whenever a segment changes.
     """
 
     def __init__(self, max_sequences: int, num_lanes: int) -> None:

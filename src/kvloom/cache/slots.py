@@ -11,7 +11,7 @@ Number = TypeVar("Number", np.int32, np.float32)
 
 
 class SlotValues(Generic[Number]):
-    """Arrays [R, capacity] by sequence (R lanes); they widen as lanes grow and follow lanes that are compacted."""
+    """Arrays [R, capacity] by sequence (R lanes); they widen as lanes grow and are compacted with them."""
 
     def __init__(self, num_lanes: int, dtype: DTypeLike) -> None:
         self.num_lanes = num_lanes

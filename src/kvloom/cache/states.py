@@ -2,8 +2,8 @@
 
     sequence   | layer 0: head 0, head 1, ... | layer 3: head 0, ... |     one block each, of constant size
 
-States are overwritten at every step, so what a lane does for its last block is done for all of them: a fork shares
-every block, and whoever writes first gets copies of its own (`own`).
+States are overwritten at every step, so all of them are treated like the last block of a lane: a fork shares every
+block, and a sequence gets its own copies before it writes (`own`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Survivors: what the tokens hold that stay in a lane when others leave."""
+"""Survivors: the new content of tokens that are kept in a lane at an eviction."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ import torch
 class Survivors:
     """New K [n, Dk] and V [n, Dv] of one lane's first n survivors in slot order, and what is added to their logits.
 
-    Survivors that follow keep what they hold.
-    `log_count` [n] is ln c for an entry that stands for c tokens, so that its softmax mass is right; None leaves it.
+    Later survivors keep their content.
+    `log_count` [n] is ln c for an entry merged from c tokens, so that its softmax mass is right; None leaves it.
     """
 
     keys: torch.Tensor

@@ -1,4 +1,4 @@
-"""Answers: tokens that were chosen become part of their sequences, and sequences end."""
+"""Answers: appends chosen tokens to their sequences, and ends sequences."""
 
 import torch
 
@@ -13,7 +13,7 @@ from kvloom.models.tokenizer import Tokenizer
 
 
 class Answers:
-    """Commits the tokens of a step and ends what has ended; the only place that does either, but for beams."""
+    """Commits the tokens of a step and ends finished sequences; only this class and beam search do either."""
 
     def __init__(
         self, scheduler: Scheduler, cache: KVCache, tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]
@@ -25,7 +25,7 @@ class Answers:
         self.num_generated_tokens = 0
 
     def start_text(self, sequence: Sequence) -> None:
-        """Give a sequence its detokenizer, if its text is wanted."""
+        """Create the detokenizer of a sequence, if its text is wanted."""
         params = sequence.request.params
         if self.tokenizer is not None and params.detokenize:
             sequence.detokenizer = IncrementalDetokenizer(
@@ -38,10 +38,10 @@ class Answers:
             )
 
     def commit(self, work: list[Work], draws: list[Draw]) -> list[Work]:
-        """Append what was drawn; returns the work that stands.
+        """Append the drawn tokens; returns the committed work.
 
-        Where nothing could be drawn the lanes are as if the step's tokens had never been appended, and the request's
-        blocks leave the prefix index: none of it reaches a policy or another request. It ends in `settle`.
+        Where no token could be drawn, the step's tokens are removed from the lanes and the request's blocks from the
+        prefix index, so that no policy and no other request gets them. The request ends in `settle`.
         """
         failed: set[Request] = set()
         for draw in draws:
@@ -57,7 +57,7 @@ class Answers:
         return [item for item in work if item.sequence.request not in failed]
 
     def append(self, draws: list[Draw]) -> None:
-        """Add each token to its sequence, and note whether that ends it."""
+        """Add each token to its sequence, and record whether that ends it."""
         for draw in draws:
             sequence, token = draw.sequence, draw.token
             if token is None:
@@ -72,9 +72,9 @@ class Answers:
                 sequence.detokenizer.finish()
 
     def settle(self, draws: list[Draw], failed: list[Request]) -> None:
-        """End the sequences whose last token this was, and all of requests that failed; their blocks are free.
+        """End the sequences whose last token this was, and all sequences of failed requests; frees their blocks.
 
-        `failed` are those that did so while evicting.
+        `failed` are the requests that failed while evicting.
         """
         for draw in draws:
             if draw.end is not None:

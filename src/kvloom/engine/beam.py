@@ -105,7 +105,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Continuations that are looked at: enough that `beam_width` go on however many end."""
+        """Number of candidates: enough that `beam_width` continue however many end."""
         return max(2, 1 + len(self.ends)) * self.params.beam_width
 
     @property
@@ -139,7 +139,7 @@ class BeamSearch:
         return going_on[: self.params.beam_width]
 
     def take_over(self, chosen: Mapping[Sequence, Continuation]) -> None:
-        """Note which sequence goes on as which of the next beams; mutates the search."""
+        """Record which sequence becomes which of the next beams; mutates the search."""
         paths = {seat: self._path(found) for seat, found in chosen.items()}
         self.logprob = {seat: found.logprob for seat, found in chosen.items()}
         self.paths = paths

@@ -1,4 +1,4 @@
-"""BeamSteps: what a step of the engine does with the beams among its sequences."""
+"""BeamSteps: advances the beams among a step's sequences."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from kvloom.engine.request import Request, Sequence, Status
 
 
 class BeamSteps:
-    """Feeds logits to beam searches and lets beams take over the lanes of their parents."""
+    """Feeds logits to beam searches and moves beams to the lanes of their parents."""
 
     def __init__(
         self, queues: Queues, eos_token_ids: tuple[int, ...], start_text: Callable[[Sequence], None]
@@ -75,7 +75,7 @@ class BeamSteps:
 
     @staticmethod
     def _seats(request: Request, following: list[Continuation]) -> dict[Sequence, Continuation]:
-        """Return which sequence becomes which beam: each parent one of its own children, the rest what is left over."""
+        """Return the next beam of each sequence: a parent becomes one of its own children, others any that is left."""
         chosen: dict[Sequence, Continuation] = {}
         others: list[Continuation] = []
         for found in following:

@@ -17,7 +17,7 @@ from kvloom.kernels.threads import asked_threads, tell_threads
 T = TypeVar("T")
 
 LOOK_SECONDS = 0.1
-"""How often a caller that shows its progress looks at it."""
+"""Seconds between two updates of a caller's progress."""
 
 CLOSED = "this LLM is closed; load the model again"
 FORKED = "this process was forked while its parent's LLM was answering, and has half a step of it; load the model again"
@@ -28,10 +28,10 @@ Add = Callable[[Engine], list[Request]]
 
 @dataclass(eq=False)
 class Call:
-    """What one caller wants: the requests that `add` queues, each token of them (`streaming`) or all at their end.
+    """One call: the requests that `add` queues, answered at each token (`streaming`) or once at their end.
 
-    `answer` is there while the caller waits; the engine steps only while somebody does. `pending` are the requests that
-    have not ended, `error` is what a step raised that lost them.
+    `answer` is set while the caller waits; the engine steps only while some caller waits. `pending` are the requests
+    that have not ended, `error` is the exception of a step that aborted them.
     """
 
     add: Add
@@ -51,12 +51,12 @@ class Call:
 
     @property
     def is_ready(self) -> bool:
-        """True when there is something to tell a caller who waits."""
+        """True when there is an answer for the waiting caller."""
         return not self.pending or (self.streaming and self.num_tokens > self.num_told)
 
 
 def add_all(adds: list[Callable[[Engine], Request]]) -> Add:
-    """Return what queues one request by each of `adds`; when one is refused, those before it are aborted."""
+    """Return a function that queues one request by each of `adds`; if one is refused, those before it are aborted."""
 
     def add(engine: Engine) -> list[Request]:
         requests: list[Request] = []
@@ -81,7 +81,7 @@ class Callers(EngineThread):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, "kvloom-engine")
-        self._lock = threading.RLock()  # a generator may be collected, and so closed, while its thread holds it
+        self._lock = threading.RLock()  # garbage collection may close a generator while its thread holds the lock
         self._calls: list[Call] = []
         self._process = os.getpid()
         self._closed: str | None = None
@@ -101,7 +101,7 @@ class Callers(EngineThread):
         return answer.result()
 
     def close_call(self, call: Call) -> None:
-        """Abort what is left of `call`; its blocks are free on return."""
+        """Abort the unfinished requests of `call`; their blocks are free on return."""
         if call.ended:
             return
         try:
@@ -133,7 +133,7 @@ class Callers(EngineThread):
             self._commands.put(command)
 
     def _adopt(self) -> None:
-        """Go on in a forked child, which has no thread of its parent's; refuse to if a step was being run."""
+        """Restart in a forked child, which lacks its parent's thread; refuse if a step was running at the fork."""
         busy = any(call.answer is not None for call in self._calls)
         streams = [call for call in self._calls if call.answer is None]
         EngineThread.__init__(self, self.engine, "kvloom-engine")
@@ -172,7 +172,7 @@ class Callers(EngineThread):
             self._tell(call)
 
     def _tell(self, call: Call) -> None:
-        """Answer a caller who waits, if there is something to say."""
+        """Answer a waiting caller, if there is an answer."""
         call.pending = [request for request in call.pending if not request.finished]
         if call.answer is None or not (call.error is not None or call.is_ready):
             return
@@ -191,7 +191,7 @@ class Callers(EngineThread):
         answer.set_result(outputs)
 
     def _abort(self, call: Call) -> None:
-        """Remove `call`, aborting what has not ended."""
+        """Remove `call` and abort its unfinished requests."""
         call.ended = True
         if call in self._calls:
             self._calls.remove(call)

@@ -12,14 +12,14 @@ _MAX_CHARACTER_BYTES = 4
 class IncrementalDetokenizer:
     """Text of one output sequence, ended by the first stop string.
 
-    What is given out is never taken back::
+    Emitted text never changes::
 
         emitted text | may begin a stop string | bytes of an unfinished character
         ------------- text() ------------------------------------------------------> tokens
 
-    The last two are held until more tokens decide, or `finish` is called. Put together, the deltas are what decoding
-    prompt and output at once adds to the decoded prompt; the one exception is a run of byte tokens that turns invalid
-    after it spelled whole characters, which stay. The cost of a token does not depend on how many came before.
+    The last two are held until more tokens decide, or `finish` is called. The concatenated deltas equal the text that
+    decoding prompt and output at once adds to the decoded prompt. The one exception is a run of byte tokens that
+    becomes invalid after it spelled whole characters, which stay. The cost of a token does not depend on earlier ones.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class IncrementalDetokenizer:
         self._read_prompt(prompt_token_ids)
 
     def _read_prompt(self, prompt: Sequence[int]) -> None:
-        """Take over what the prompt leaves open: an unfinished character, or the very start of a text."""
+        """Take over the state at the end of the prompt: an unfinished character, or the start of a text."""
         if self._at_start:
             self._at_start = not any(token not in self._skipped and self._spelling.piece(token) for token in prompt)
         num_bytes, first = 0, len(prompt)
@@ -63,7 +63,7 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """All text given out so far; it only ever grows."""
+        """All text emitted so far; it only grows."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
@@ -76,7 +76,7 @@ class IncrementalDetokenizer:
         return self._emit(self._read(self._spell(token_id)))
 
     def finish(self) -> str:
-        """Return what was held back, now that no token follows; unfinished characters become U+FFFD."""
+        """Return the held text, as no token follows; unfinished characters become U+FFFD."""
         if self.stop_hit is not None:
             return ""
         rest = self._end_run() if not self._spelling.is_byte_level else self._decoder.decode(b"", final=True)
@@ -125,7 +125,7 @@ class IncrementalDetokenizer:
         return rest
 
     def _read(self, text: str) -> str:
-        """Look for stop strings in `text`, which follows what is held; return what is certain and hold the rest."""
+        """Search stop strings in `text`, which follows the held text; return what is certain and hold the rest."""
         if self._stops is None:
             return text
         counts = self._num_tokens >= self._min_tokens

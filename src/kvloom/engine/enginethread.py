@@ -1,4 +1,4 @@
-"""EngineThread: the only thread that touches an engine. Commands come in by a queue and run between two steps."""
+"""EngineThread: the only thread that uses an engine. Commands arrive by a queue and run between two steps."""
 
 import queue
 import threading
@@ -17,8 +17,8 @@ Command = Callable[[], None]
 class EngineThread(ABC):
     """Rounds of commands and a step, in a thread of their own. `stop` and `call` are for any thread.
 
-    A subclass says when a step is wanted and what a step is, and hears of the end of each round, of the thread's end,
-    and of an error that ends it. All those run in the thread.
+    A subclass defines when to step and how, and is called at the end of each round, at the thread's end, and for an
+    error that ends it. All those methods run in the thread.
     """
 
     def __init__(self, engine: Engine, name: str) -> None:
@@ -27,7 +27,7 @@ class EngineThread(ABC):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def stop(self) -> None:
-        """End after the current step; what still runs is aborted. Waits for the thread."""
+        """End after the current step and abort running requests. Waits for the thread."""
         self._commands.put(None)
         if self._thread.is_alive() and not self.is_current:
             self._thread.join()
@@ -71,7 +71,7 @@ class EngineThread(ABC):
             self._die(error)
 
     def _take_commands(self) -> bool:
-        """Carry out what is queued, waiting for a first command when there is nothing else to do; False to end."""
+        """Run queued commands; wait for a first command when there is no other work; False to end."""
         if not self._wants_step():
             command = self._commands.get()
             if command is None:
@@ -96,12 +96,12 @@ class EngineThread(ABC):
 
     @abstractmethod
     def _finish_round(self) -> None:
-        """Tell whoever waits what the round has brought."""
+        """Deliver the results of the round to those who wait."""
 
     @abstractmethod
     def _end(self) -> None:
-        """Abort what still runs, because the thread was told to stop."""
+        """Abort running requests, because the thread was stopped."""
 
     @abstractmethod
     def _die(self, error: BaseException) -> None:
-        """Tell whoever waits that `error` has ended the thread."""
+        """Report to those who wait that `error` has ended the thread."""

@@ -1,4 +1,4 @@
-"""Evictions: what cache policies drop after each step of the engine."""
+"""Evictions: runs cache policies after each step of the engine."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ REPLAY_PIECE = 512
 
 
 class Evictions:
-    """Lets the policies of sequences act, and feeds the replays that some of them score by."""
+    """Runs the policies of sequences, and feeds the replays that some of them need for scores."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner = runner
@@ -56,7 +56,7 @@ class Evictions:
             )
 
     def _replay(self, sequence: Sequence) -> None:
-        """Feed the context once more to a fork of the sequence, if its policy scores by that; the fork is closed."""
+        """Feed the context once more to a fork of the sequence, if its policy needs it; closes the fork."""
         eviction, row, lanes = sequence.eviction, sequence.row, self.runner.cache.lanes
         assert eviction is not None and row is not None
         scores = eviction.begin_replay(row)
@@ -85,7 +85,7 @@ class Evictions:
         piece: tuple[int, ...],
         length_class: int,
     ) -> None:
-        """Process `piece`, whose slots exist, and show its queries to `scores`."""
+        """Process `piece`, whose slots exist, and pass its queries to `scores`."""
         cache, count = self.runner.cache, len(piece)
         seen = int(cache.lanes.seen[fork])
         batch = AttentionBatch(

@@ -42,10 +42,10 @@ Messages = Seq[Mapping[str, Any]]
 """A conversation: {"role": ..., "content": ...} in order."""
 
 POPULATED_BYTES = 64 << 20
-"""First bytes of the arena whose pages are made as the engine starts: what a first prompt of some length writes."""
+"""First bytes of the arena whose pages are committed as the engine starts: a longer first prompt writes so many."""
 
 PREPARED_TOKENS = 2048
-"""Tokens of the longest step whose buffers are made as the engine starts."""
+"""Tokens of the longest step whose buffers are allocated as the engine starts."""
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids", "kv_policy"}
 
@@ -133,7 +133,7 @@ class LLM:
             ) from error
         cache = KVCache(spec, kv_bytes, max_num_seqs + 1, torch_dtype, layout=runnable.layout)
         if populate:
-            # Not while the weights are read, for that takes memory of its own.
+            # Not while the weights are read, because reading needs memory too.
             cache.memory.populate(POPULATED_BYTES)
             runnable.prepare(min(max_num_batched_tokens, PREPARED_TOKENS))
         scheduler = Scheduler(
@@ -200,7 +200,7 @@ class LLM:
     def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams | None = None) -> list[RequestOutput]:
         """Return one finished `RequestOutput` for each prompt, whose outputs are the best sequences, best first.
 
-        `cumulative_logprob` of an output is the sum over its tokens. Raises as `generate` does; nothing is left behind.
+        `cumulative_logprob` of an output is the sum over its tokens. Raises as `generate` does, without side effects.
         """
         adds: list[Callable[[Engine], Request]] = []
         for prompt in _several(prompts):
@@ -236,7 +236,7 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Yield the request as it grows, after every token; closing the iterator early aborts it.
 
-        It grows while somebody waits for a token, be it here or in another call, whose steps may bring several at once.
+        It grows while any call waits for a token; steps of another call may add several tokens at once.
         """
         call = Call(add_all([self._adding(prompt, sampling_params or SamplingParams())]), streaming=True)
         with self._closing(call):
@@ -247,14 +247,14 @@ class LLM:
                     return
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request of any caller before the next step, who then gets it with the finish reason `abort`.
+        """End a request of any caller before the next step; its caller gets it with the finish reason `abort`.
 
-        Returns what it had, or None when there is no such request. Its blocks are free on return.
+        Returns its output so far, or None when there is no such request. Its blocks are free on return.
         """
         return self._callers.ask(lambda engine: engine.abort(request_id))
 
     def stats(self) -> dict[str, Any]:
-        """Return counters of the engine and bytes of the cache, as they are between two steps."""
+        """Return counters of the engine and bytes of the cache, taken between two steps."""
         return self._callers.ask(self._counts)
 
     def _counts(self, engine: Engine) -> dict[str, Any]:
@@ -283,7 +283,7 @@ class LLM:
         }
 
     def _adding(self, prompt: Prompt, params: SamplingParams) -> Callable[[Engine], Request]:
-        """Return what queues a request; the prompt is read, and a form of answers compiled, in the caller's thread."""
+        """Return a function that queues a request; prompt and answer form are processed in the caller's thread."""
         if not isinstance(params, SamplingParams):
             raise InvalidInputError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
         ids, options = self._read_prompt(prompt)

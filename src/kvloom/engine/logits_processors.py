@@ -1,4 +1,4 @@
-"""LogitsProcessors: what changes the logits of a sequence before its next token is chosen."""
+"""LogitsProcessors: changes to the logits of a sequence before its next token is chosen."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -13,10 +13,10 @@ from kvloom.models.tokenizer import Tokenizer
 
 
 class LogitsProcessor(Protocol):
-    """Changes logits. One object may be given to many requests; each sequence asks it to `start`."""
+    """Changes logits. One object may be given to many requests; `start` is called for each sequence."""
 
     def start(self) -> "LogitsProcessor":
-        """Return the processor of one new sequence: itself, if it remembers nothing between tokens."""
+        """Return the processor of one new sequence: itself, if it has no state between tokens."""
 
     def __call__(self, prompt_token_ids: Seq[int], output_token_ids: Seq[int], logits: torch.Tensor) -> None:
         """Change logits [V] float32 of the token after `output_token_ids`, in place; minus infinity forbids a token."""
@@ -33,7 +33,7 @@ class AllowedTokens:
         return self
 
     def __call__(self, prompt_token_ids: Seq[int], output_token_ids: Seq[int], logits: torch.Tensor) -> None:
-        """Forbid what is not in the list."""
+        """Forbid tokens that are not in the list."""
         kept = logits[self._allowed].clone()
         logits.fill_(float("-inf"))
         logits[self._allowed] = kept
@@ -68,12 +68,12 @@ class Biases:
         return self
 
     def __call__(self, prompt_token_ids: Seq[int], output_token_ids: Seq[int], logits: torch.Tensor) -> None:
-        """Add the biases; what is forbidden stays forbidden."""
+        """Add the biases; forbidden tokens stay forbidden."""
         logits[self._tokens.to(logits.device)] += self._values.to(logits.device)
 
 
 class ProcessorFactory:
-    """Makes the processors that requests ask for, and says why it cannot."""
+    """Makes the processors of requests, or raises with the reason."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self.tokenizer = tokenizer

@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 
 
 class Occurrences:
-    """The different tokens of one sequence, so that a penalty costs what they are and not what the vocabulary is.
+    """The different tokens of one sequence, so that a penalty touches only them and not the whole vocabulary.
 
-    `update` reads only what came since the last one: a step of a long sequence costs one token.
+    `update` reads only new tokens: a step of a long sequence costs one token.
     """
 
     def __init__(self, num_prompt_tokens: int) -> None:
-        """Start with nothing read; the first `num_prompt_tokens` will not count as generated."""
+        """Start empty; the first `num_prompt_tokens` will not count as generated."""
         self._num_prompt_tokens = num_prompt_tokens
         self._num_read = 0
         self._places: dict[int, int] = {}
@@ -21,7 +21,7 @@ class Occurrences:
         self._counts = np.zeros(16, np.float32)
 
     def update(self, token_ids: Seq[int]) -> None:
-        """Read what `token_ids`, prompt and output, have more than at the last time; mutates self."""
+        """Read the tokens added to `token_ids` (prompt and output) since the last call; mutates self."""
         prompt = self._num_prompt_tokens
         if self._num_read < prompt:
             self._places = {token: place for place, token in enumerate(dict.fromkeys(token_ids[:prompt]))}

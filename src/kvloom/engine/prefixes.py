@@ -1,4 +1,4 @@
-"""Prefixes: what sequences take from the prefix index and enter into it. Torch-free."""
+"""Prefixes: adoption of cached prefixes by sequences, and publication of their blocks. Torch-free."""
 
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Sequence
@@ -6,7 +6,7 @@ from kvloom.engine.work import Work
 
 
 class Prefixes:
-    """The prefix index as sequences use it; counts prompt tokens asked for and found."""
+    """The prefix index for sequences; counts prompt tokens looked up and found."""
 
     def __init__(self, lanes: LaneTable, enabled: bool) -> None:
         self.lanes = lanes

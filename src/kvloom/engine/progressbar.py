@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar:
-    """A bar on standard error while its context lasts; nothing where that is no terminal."""
+    """A bar on standard error while its context is open; nothing where that is not a terminal."""
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Runner: turns scheduled work into one forward pass and hands out logits, a tile of rows at a time."""
+"""Runner: turns scheduled work into one forward pass and returns logits, a tile of rows at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ LOGITS_TILE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Forward:
-    """What the model returned for some work, and how many of its newest tokens' queries each watched item has there."""
+    """The model's output for some work, and for each observed item the number of its newest tokens with queries."""
 
     output: StepOutput
     watched: list[tuple[Work, int]]
@@ -77,7 +77,7 @@ class Runner:
         )
 
     def observe(self, work: list[Work], forward: Forward) -> None:
-        """Hand the policies of committed `work` the queries [L, n, H, D] of their own sequences."""
+        """Pass the queries [L, n, H, D] of each sequence in committed `work` to its policy."""
         first, output, committed = 0, forward.output, set(map(id, work))
         for item, count in forward.watched:
             if id(item) not in committed:
@@ -95,7 +95,7 @@ class Runner:
         return found is not None and len(found) < len(item.sequence.request.prompt_token_ids)
 
     def _add_prompt_logprobs(self, work: list[Work], hidden: torch.Tensor | None) -> None:
-        """Append to `prompt_logprobs` of the requests that want them; the whole logits matrix never exists."""
+        """Append to `prompt_logprobs` of requests that ask for them, without the whole logits matrix in memory."""
         if hidden is None:
             return
         start = 0

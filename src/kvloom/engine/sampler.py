@@ -53,8 +53,8 @@ class Sampler:
         """Return the next token of each of N sequences, and its log-probabilities; `rows` become those of the draws.
 
         `greedy` [N] are the most likely tokens, -1 where the largest logit is not finite; logits [N, V] float32 may be
-        None when nobody needs them. Log-probabilities are those of the raw logits. Forced tokens are taken as given. A
-        sequence whose token cannot be chosen gets an error; the others get their tokens.
+        None when no sequence needs them. Log-probabilities are those of the raw logits. Forced tokens are taken as
+        given. A sequence whose token cannot be chosen gets an error; the others get their tokens.
         """
         values = None if logits is None else logits.detach().float().cpu().numpy()
         draws = []
@@ -157,7 +157,7 @@ def penalise(logits: NDArray[np.float32], sequence: Sequence) -> None:
     found.update(sequence.token_ids)
     values = logits[found.tokens]
     if repeats:
-        with np.errstate(over="ignore"):  # of logits that stand for minus infinity
+        with np.errstate(over="ignore"):  # of logits that represent minus infinity
             values = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if counts:
         times = found.counts

@@ -1,7 +1,7 @@
-"""Scheduler: which sequences process how many tokens in the next step, and whose blocks give way. Torch-free.
+"""Scheduler: chooses sequences and numbers of tokens for the next step, and sequences to preempt. Torch-free.
 
 Running sequences come first, decodes before prefill chunks, then waiting ones, all within one budget of tokens. Blocks
-that are short are looked for in this order: free, evacuated, reclaimed from the prefix index, preempted from the
+are taken in this order: free ones, then by evacuation, by reclaim from the prefix index, and by preemption of the
 sequence that would be served last. A preempted sequence is computed again from its tokens.
 """
 
@@ -48,7 +48,7 @@ class Scheduler:
 
     @property
     def num_preemptions(self) -> int:
-        """How often the blocks of a sequence were taken."""
+        """Number of preemptions."""
         return self.queues.num_preemptions
 
     def schedule(self) -> list[Work]:
@@ -59,7 +59,7 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: (pending(s) > 1, service_order(s))):
             if budget == 0:
                 break
-            # not preempted a moment ago, and no beam that waits for the others
+            # not preempted in this step, and not a beam that waits for the others
             if sequence.status is Status.RUNNING and pending(sequence):
                 budget -= self._advance(sequence, budget, work)
         self._admit(budget, work)
@@ -69,9 +69,9 @@ class Scheduler:
         return [w for w in work if w.sequence.status is Status.RUNNING]
 
     def make_room(self, sequence: Sequence) -> bool:
-        """Free blocks for a policy that must replace shared ones; False when nothing more can be done.
+        """Free blocks for a policy that must replace shared ones; False when no more can be freed.
 
-        First the prefix index lets go of this sequence's own blocks, then others are preempted.
+        First the prefix index drops this sequence's own blocks, then other sequences are preempted.
         """
         if self.prefixes.forget(sequence):
             return True
@@ -99,7 +99,7 @@ class Scheduler:
         return number - returned
 
     def _next_tokens(self, sequence: Sequence, budget: int) -> int:
-        """Return how many tokens to process now: within the budget, and not past where a policy must look again."""
+        """Return how many tokens to process now: within the budget, and not past the next time a policy is due."""
         assert sequence.row is not None
         start = int(self.lanes.seen[sequence.row])
         end = min(len(sequence.token_ids), start + budget)
@@ -107,10 +107,10 @@ class Scheduler:
         return (end if boundary is None else min(end, boundary)) - start
 
     def _victim(self, sequence: Sequence) -> Sequence:
-        """Return whose blocks give way to `sequence`: the last to be served, itself included.
+        """Return the sequence to preempt for `sequence`: the last to be served, itself included.
 
-        A lossy sequence is never a victim, since computing it again would give other tokens; admission has kept room
-        for all of its kind, so they never run short of each other.
+        A lossy sequence is never a victim, because computing it again would give other tokens. Admission has reserved
+        memory for all such sequences together.
         """
         able = [s for s in self.running if not self.capacity.stays(s)]
         assert able, "sequences that cannot be preempted were admitted beyond the arena"
@@ -125,7 +125,7 @@ class Scheduler:
         return sum(w.num_tokens for w in mine)
 
     def _admit(self, budget: int, work: list[Work]) -> None:
-        """Start waiting sequences, in order, while tokens, rows and blocks last."""
+        """Start waiting sequences, in order, while there are tokens, rows and blocks."""
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
             rows = 1 if sequence.request.forked else sequence.request.params.n

@@ -1,4 +1,4 @@
-"""What an engine says of itself as it starts, in the planner's words and by the planner's formulas."""
+"""Figures of an engine at its start, with the planner's names and formulas."""
 
 from typing import Any
 

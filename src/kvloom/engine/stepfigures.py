@@ -1,4 +1,4 @@
-"""What one step of the engine did, in tokens, seconds and bytes."""
+"""Figures of one step of the engine: tokens, seconds and bytes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from kvloom.engine.work import Work
 
 
 class Traffic:
-    """Bytes of one step, taken when the model has run and before policies evict.
+    """Bytes of one step, counted after the model has run and before policies evict.
 
     `read_bytes` are those of K and V that the step's sequences hold, encoded blocks as they are stored: attention read
-    each of them at least once. `returned_bytes` are those that policies gave back to the arena.
+    each of them at least once. `returned_bytes` are those that policies returned to the arena.
     """
 
     def __init__(self, cache: KVCache, work: Iterable[Work]) -> None:
@@ -25,7 +25,7 @@ class Traffic:
         self._used = cache.arena.used_bytes
 
     def returned(self, cache: KVCache) -> None:
-        """Note what is free now and was in use before; mutates self."""
+        """Record the bytes that were in use before and are free now; mutates self."""
         self.returned_bytes = max(0, self._used - cache.arena.used_bytes)
 
 

@@ -48,7 +48,7 @@ class StopStrings:
 
     @property
     def num_undecided(self) -> int:
-        """Characters at the end of the text read so far that may yet turn out to begin a stop string."""
+        """Characters at the end of the text read so far that may begin a stop string."""
         state = self._state
         while state and not self._next[state]:
             state = self._fallback[state]

@@ -41,10 +41,10 @@ class StructuredOutputs:
         self._compiling = threading.Lock()
 
     def processor(self, params: StructuredOutputsParams) -> GrammarProcessor:
-        """Return what keeps an answer to the form that `params` ask for.
+        """Return the processor that constrains an answer to the form of `params`.
 
-        Raises `InvalidInputError` when it cannot be read or not be kept in full, `UnsupportedError` without llguidance
-        or tokens that end.
+        Raises `InvalidInputError` when the form cannot be parsed or not be enforced in full, `UnsupportedError` without
+        llguidance or end tokens.
         """
         reasons = []
         if importlib.util.find_spec("llguidance") is None:
@@ -56,7 +56,7 @@ class StructuredOutputs:
         key = (params.kind, params.text, params.any_whitespace)
         compiled = self._known(key)
         if compiled is None:
-            with self._compiling:  # apart from the other lock: who needs a known one does not wait for a new one
+            with self._compiling:  # a separate lock, so that compiled grammars can be used meanwhile
                 compiled = self._known(key) or self._new(key, params)
         return GrammarProcessor(compiled, self.vocab_size, self.eos_token_ids)
 
@@ -85,7 +85,7 @@ class StructuredOutputs:
         return compiled
 
     def _grammar(self, params: StructuredOutputsParams) -> str:
-        """Return the grammar in the form that the library reads; raises `InvalidInputError`."""
+        """Return the grammar in the library's format; raises `InvalidInputError`."""
         from llguidance import LLMatcher
         from llguidance.gbnf_to_lark import any_to_lark
 
@@ -101,14 +101,14 @@ class StructuredOutputs:
             raise _unreadable(params.kind, str(error)) from error
 
     def _schema(self, params: StructuredOutputsParams) -> str:
-        """Return the grammar of a JSON schema that is kept in full; raises `InvalidInputError` with the pointer."""
+        """Return the grammar of a JSON schema that is enforced in full; raises `InvalidInputError` with the pointer."""
         from llguidance import LLMatcher
 
         layout = BLANKS if params.any_whitespace else COMPACT
         schema = json.loads(params.text) if params.kind == "json" else {"type": "object"}
 
         def complaint(part: Any) -> str:
-            """Return what the library says against a schema, empty when it keeps all of it."""
+            """Return the library's error for a schema, empty when it enforces all of it."""
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(part), overrides=layout)
             return str(LLMatcher.validate_grammar(grammar, self._tokens))
 
@@ -123,20 +123,20 @@ class StructuredOutputs:
 
     @cached_property
     def _tokens(self) -> Any:
-        """The vocabulary as the library wants it: the bytes of each token; those that mark structure spell nothing."""
+        """The vocabulary in the library's format: the bytes of each token; control tokens have none."""
         import llguidance
 
         return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self)))
 
     @property
     def pieces(self) -> list[bytes]:
-        """The bytes of each token; tokens that mark structure have none."""
+        """The bytes of each token; control tokens have none."""
         spelling, special = self.tokenizer.spelling, self.special_ids
         return [b"" if token in special else spelling.piece(token) for token in range(self.vocab_size)]
 
     @property
     def special_ids(self) -> set[int]:
-        """Tokens that mark structure."""
+        """Ids of control tokens."""
         return {*self.tokenizer.special_ids, *self.eos_token_ids}
 
 
@@ -144,7 +144,7 @@ StructuredKey = tuple[str, str, bool]
 
 
 class _Vocabulary:
-    """A tokenizer in the shape that llguidance wraps."""
+    """A tokenizer with the interface that llguidance expects."""
 
     def __init__(self, owner: StructuredOutputs) -> None:
         self.eos_token_id = owner.eos_token_ids[0]
@@ -158,8 +158,8 @@ class _Vocabulary:
     def __call__(self, text: bytes | str) -> list[int]:
         """Return token ids that spell exactly `text`, the tokenizer's own where they do.
 
-        The library lets only these come where a grammar leaves no choice. Tokenizers may add a blank before a text or
-        have none for some character; then the longest tokens that fit are taken, one after another.
+        The library allows only these where the grammar determines the text. A tokenizer may add a blank before a text
+        or lack a character; then the longest tokens that fit are taken, one after another.
         """
         raw = text.encode() if isinstance(text, str) else bytes(text)
         found = self._encode(raw.decode("utf-8", "replace"), False)
@@ -179,7 +179,7 @@ class _Vocabulary:
 
 
 class GrammarProcessor:
-    """A `LogitsProcessor` that forbids every token after which the grammar could not be fulfilled any more."""
+    """A `LogitsProcessor` that forbids every token after which the grammar can no longer be satisfied."""
 
     def __init__(self, compiled: Any, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._compiled = compiled
@@ -190,11 +190,11 @@ class GrammarProcessor:
         self._num_accepted = 0
 
     def start(self) -> GrammarProcessor:
-        """Return one that has read nothing yet."""
+        """Return a processor without tokens."""
         return GrammarProcessor(self._compiled, self._vocab_size, tuple(self._eos_token_ids))
 
     def __call__(self, prompt_token_ids: Seq[int], output_token_ids: Seq[int], logits: torch.Tensor) -> None:
-        """Read the tokens that came since the last call, and forbid what cannot follow them.
+        """Read the new tokens, and forbid those that cannot follow.
 
         Raises `RequestFailedError` when the grammar needs more work at one token than the library allows.
         """
@@ -230,5 +230,5 @@ def _unreadable(kind: str, reason: str) -> InvalidInputError:
 
 
 def _short(reason: str) -> str:
-    """Return a complaint of the library on one line."""
+    """Return an error of the library on one line."""
     return " ".join(reason.partition("<state>")[0].split())[:MAX_REASON_CHARS] or "no reason is known"

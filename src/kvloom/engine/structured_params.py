@@ -11,7 +11,7 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 MAX_FORM_CHARS = 1 << 16
 MAX_FORM_DEPTH = 64
-"""Longest text of a form, and how deep brackets may be nested in it: compilers recurse, and strangers write forms."""
+"""Longest text of a form, and its deepest nesting of brackets: compilers recurse, and clients are not trusted."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class StructuredOutputsParams:
 
     `json` is a JSON schema (an object, or its text), `regex` a regular expression, `choice` a list of strings,
     `grammar` a GBNF grammar whose start is `root`, `json_object` asks for any JSON object. JSON is written without
-    optional white space unless `any_whitespace`, which lets small models go on with blanks for ever; line breaks are in
-    none.
+    optional white space unless `any_whitespace`, with which small models may generate blanks without end. There are
+    no line breaks in either case.
     """
 
     json: Mapping[str, Any] | str | None = None
@@ -77,7 +77,7 @@ class StructuredOutputsParams:
 
 
 def _depth(text: str) -> int:
-    """Return how deep brackets are nested, wherever they stand; too many of those that close count for nothing."""
+    """Return the depth of nested brackets, inside strings too; surplus closing brackets are ignored."""
     depth = most = 0
     for character in text:
         if character in "([{":

@@ -1,4 +1,4 @@
-"""What of a JSON schema cannot be kept to, and where it stands: RFC 6901 pointers for refusals. Torch-free."""
+"""Finds the part of a JSON schema that cannot be enforced, as an RFC 6901 pointer. Torch-free."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ MAPS = ("$defs", "definitions", "dependentSchemas", "patternProperties", "proper
 """Keywords whose values are a schema, a list of them, and schemas by name."""
 
 BASES = ("$id", "id")
-"""Keywords that change what references below them mean; the library reads them at the root only."""
+"""Keywords that change the base of references below them; the library reads them at the root only."""
 
 
 KEYWORDS = frozenset({
@@ -30,7 +30,7 @@ KEYWORDS = frozenset({
 
 
 def strange_keywords(schema: Any) -> Iterator[str]:
-    """Yield the pointer of every entry of `schema` and its parts that is no keyword: misspelt, or without effect."""
+    """Yield the pointer of every unknown keyword in `schema` and its parts: misspelt, or without effect."""
     for pointer, part in everywhere(schema):
         if isinstance(part, Mapping):
             names = (str(name) for name in part if name not in KEYWORDS and not str(name).startswith("x-"))
@@ -38,7 +38,7 @@ def strange_keywords(schema: Any) -> Iterator[str]:
 
 
 def parts(schema: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (pointer, schema) of each schema directly inside `schema`, which stands at `pointer`."""
+    """Yield (pointer, schema) of each schema directly inside `schema`, whose pointer is `pointer`."""
     if not isinstance(schema, Mapping):
         return
     for name in SCHEMAS:
@@ -65,10 +65,10 @@ def escaped(name: str) -> str:
 
 
 def fault_of(schema: Any, complaint: Callable[[Any], str]) -> tuple[str, str] | None:
-    """Return (pointer, reason) of the innermost part of `schema` that cannot be kept to, None when all of it can.
+    """Return (pointer, reason) of the innermost part of `schema` that cannot be enforced, None when all of it can.
 
-    `complaint(schema)` says what is against one, empty for nothing. A part is tried with the definitions of the whole,
-    and is at fault if it has the same complaint alone.
+    `complaint(schema)` returns the error for a schema, empty for none. A part is tried with the definitions of the
+    whole, and is at fault if it gives the same error alone.
     """
     for pointer, part in everywhere(schema):
         if not isinstance(part, Mapping):

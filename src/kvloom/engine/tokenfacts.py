@@ -1,4 +1,4 @@
-"""What cache policies may know of a tokenizer: kinds of tokens, and how to ask a model to repeat its context."""
+"""Facts of a tokenizer for cache policies: kinds of tokens, and the instruction to repeat the context."""
 
 import unicodedata
 from collections.abc import Sequence as Seq
@@ -12,7 +12,7 @@ MARK = "kvloom-mark"
 
 
 class TokenFacts:
-    """Answers for one tokenizer, each worked out on first use."""
+    """Facts of one tokenizer, each computed on first use."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -31,7 +31,7 @@ class TokenFacts:
     def replay_instruction(self, hint: Seq[int]) -> list[int]:
         """Return the tokens that ask to repeat the text, from the tokens `hint` on ([]: from its start).
 
-        What a chat template puts between a question and its answer follows, a line break without a template.
+        The text that a chat template puts between question and answer follows; a line break without a template.
         """
         asked = self.tokenizer.encode(f"\n\n{PART if hint else WHOLE}", add_special_tokens=False)
         if self._suffix is None:

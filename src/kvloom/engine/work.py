@@ -1,4 +1,4 @@
-"""Work: what one sequence does in a step of the engine. Torch-free."""
+"""Work: the tokens of one sequence in a step of the engine. Torch-free."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from kvloom.engine.request import Sequence
 
 @dataclass(frozen=True)
 class Work:
-    """`num_tokens` tokens of `sequence`, from `start`; `samples` when its next token comes out of this step."""
+    """`num_tokens` tokens of `sequence`, from `start`; `samples` when its next token is chosen in this step."""
 
     sequence: Sequence
     start: int

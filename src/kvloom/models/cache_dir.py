@@ -1,4 +1,4 @@
-"""The user's cache folder, and files that appear in it whole or not at all."""
+"""The user's cache folder, and atomic writes of files in it."""
 
 import os
 import tempfile
@@ -32,7 +32,7 @@ def cache_dir() -> Path:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Create or replace `path` with what `write` puts into a binary file; a reader sees the old file or the new one.
 
-    The folder is created. Whatever `write` raises leaves `path` as it was and no temporary file behind.
+    The folder is created. If `write` raises, `path` is unchanged and the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)

@@ -1,8 +1,8 @@
-"""ChatTemplate: a checkpoint's Jinja template, rendered in a process that cannot outlive its limits.
+"""ChatTemplate: a checkpoint's Jinja template, rendered in a process with limits.
 
-A template is a program by a stranger. A sandbox keeps it from the machine, but not from computing for ever: nested
-loops, doubled strings and single operations on huge values all hold the interpreter. Only a process of its own can be
-stopped in the middle of anything, so a small one is kept for each template and replaced when it had to die.
+A template is untrusted code. A sandbox protects the machine, but does not bound time: nested loops, doubled strings and
+single operations on huge values all block the interpreter. Only a separate process can be stopped at any time. So there
+is a small one for each template, which is replaced after it was killed.
 """
 
 import json
@@ -30,7 +30,7 @@ MAX_SECONDS = 5.0
 _WORKER = Path(__file__).with_name("template_worker.py")
 _HEADER = struct.Struct(">Q")
 _PATIENCE_SECONDS = 60.0
-"""How long to wait for an answer on the clock: far more than the processor time, which is what ends a loop."""
+"""Seconds of wall time to wait for an answer: far more than the processor time, whose limit ends a loop."""
 
 
 def read_template(source: str) -> str:
@@ -96,7 +96,7 @@ class ChatTemplate:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the program that asks, not for the one that answers
+            start_new_session=True,  # Ctrl-C must not reach this process
         )
         self._worker, self._finalizer = worker, weakref.finalize(self, _end, worker)
         return worker

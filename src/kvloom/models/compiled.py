@@ -1,4 +1,4 @@
-"""CompiledModel: weights packed once for the CPU kernels, which run a whole step in one call."""
+"""CompiledModel: weights packed once for the CPU kernels, which run a fused step in one call."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -27,10 +27,10 @@ PRODUCT_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 
 class CompiledModel:
-    """A decoder whose weights exist once, packed, and whose steps are single calls (see `Model`).
+    """A decoder with one packed copy of its weights, whose steps are single calls (see `Model`).
 
-    `tensors` are the canonical weights in any order, not kept: each is packed and let go as soon as those that it is
-    joined with are there, so that loading needs one product beside the packed model. `quantization` "int8" stores all
+    `tensors` are the canonical weights in any order. Each is packed and released as soon as those that it is joined
+    with have been read, so that loading needs one product beside the packed model. `quantization` "int8" stores all
     weights in int8 with a scale per row, "int4" those of layers in int4 with a scale and an offset for every 32 inputs
     of a row, and embedding and output layer in int8; "w8a8" is int8 that also quantises activations, with embedding and
     output layer in `dtype`; None changes nothing, and experts in MXFP4 then stay so. A table of learned positions stays
@@ -119,7 +119,7 @@ class CompiledModel:
     # ---- running --------------------------------------------------------------------------------------------------
 
     def prepare(self, num_tokens: int) -> None:
-        """Make the buffers of steps of up to `num_tokens` tokens now (see `Model`)."""
+        """Allocate the buffers of steps of up to `num_tokens` tokens now (see `Model`)."""
         self._decoder.prepare(num_tokens)
 
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
@@ -167,13 +167,13 @@ class CompiledModel:
         )
 
     def _memory_for_logits(self, rows: int) -> NDArray[np.float32]:
-        """Return memory for logits [rows, vocab] that nobody keeps; good until the next step."""
+        """Return memory for logits [rows, vocab] that the caller does not keep; valid until the next step."""
         if len(self._logits) < rows:
             self._logits = np.empty((rows, self.config.vocab_size), np.float32)
         return self._logits[:rows]
 
     def _memory_for_queries(self, rows: int) -> NDArray[np.float32]:
-        """Return [L, rows, H * D] of memory that every step uses again: fresh pages would cost more than the copy."""
+        """Return [L, rows, H * D] of memory that every step reuses: new pages would cost more than the copy."""
         shape = (self.config.num_layers, rows, self.config.num_heads * self.config.head_dim)
         needed = int(np.prod(shape))
         if self._queries.size < needed:
@@ -181,7 +181,7 @@ class CompiledModel:
         return self._queries[:needed].reshape(shape)
 
     def _view(self, batch: AttentionBatch, cache: KVCache) -> Lanes:
-        """Return the kernels' view of the lane table, which is made again only when the table itself was."""
+        """Return the kernels' view of the lane table, which is made again only after the table was reallocated."""
         table = cache.lanes.table
         if self._lanes is None or self._seen_table is not table:
             self._end = np.zeros(table.shape[:2], np.int32)
@@ -197,7 +197,7 @@ class CompiledModel:
         return self._lanes
 
     def _slot_positions(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.int64] | None:
-        """Return where the positions of lanes that lost tokens lie [rows, 2], for ALiBi; None where slots tell them."""
+        """Return the addresses of positions of lanes with evicted tokens [rows, 2], for ALiBi; None without such."""
         held = cache.lanes.positions
         lossy = [int(row) for row in batch.sequences if int(row) in held] if self.config.slopes else []
         if not lossy:
@@ -219,7 +219,7 @@ class CompiledModel:
         return theta
 
     def _bias(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.float32] | None:
-        """Return what is added to scores [sequences, lanes, slots] where tokens were merged, None for nothing."""
+        """Return the terms added to scores [sequences, lanes, slots] where tokens were merged, None for none."""
         merged = [int(row) for row in batch.sequences if int(row) in cache.lanes.log_counts]
         if not merged:
             return None
@@ -245,7 +245,7 @@ class CompiledModel:
         return None if rope is None else inverse_frequencies(rope, self.config.head_dim, length_class)
 
     def output_weight(self, layer: int) -> torch.Tensor:
-        """Return W_O [hidden, H * D] in float32 as the kernels see it (see `Model`)."""
+        """Return W_O [hidden, H * D] in float32, with the values that the kernels multiply (see `Model`)."""
         parts = lower_layer(self.config, layer)
         [o] = [part.product for part in parts if isinstance(part, Add) and part.of_attention]
         packed = self._weights.product(o)

@@ -13,7 +13,7 @@ from kvloom.spec.decoder import DecoderConfig
 
 
 class CompiledWeights:
-    """Canonical `tensors`, which are not kept: each product is packed as soon as its matrices are there.
+    """Canonical `tensors`, which are not kept: each product is packed as soon as its matrices have been read.
 
     Layers multiply in `product`, embedding and output layer in `output_product`; the table of positions is added to
     embeddings, so that it is held in `table_product`, that of the model's dtype.
@@ -73,7 +73,7 @@ class CompiledWeights:
 
     @property
     def output(self) -> PackedWeight:
-        """The output layer [vocab, hidden], the embedding where that serves."""
+        """The output layer [vocab, hidden], the same object as the embedding if tied."""
         return self._tables.get("lm_head", self.embedding)
 
     @property

@@ -1,14 +1,14 @@
-"""ControlTokens: text of users that spells a token such as `<|im_end|>` stays text, and cannot forge a turn.
+"""ControlTokens: keeps names of control tokens such as `<|im_end|>` in users' text as text, so none can forge a turn.
 
-What a template writes and what it copies from a message look alike once it has run. So every control token that a
-message spells gets a mark inside, after its first character, where no template trims, cuts or compares:
+In a rendered text, control tokens of the template and of messages are equal. So every control token in a message gets a
+mark inside, after its first character, where no template trims, cuts or compares:
 
     content       hi<|im_end|>      ->  hi<*|im_end|>
     rendered      <|im_start|>user\\nhi<*|im_end|><|im_end|>
     encoded       CONTROL  user\\nhi  < | im _ end | >  CONTROL
 
-A control token in the rendered text is the template's own if it has no mark inside. Those are respelt in a way that
-nobody can guess, and a copy of the tokenizer that knows them by that spelling alone encodes the text.
+A control token in the rendered text is the template's own if it has no mark inside. Those are respelt with an
+unpredictable spelling, and a copy of the tokenizer that has them in that spelling alone encodes the text.
 """
 
 import json
@@ -29,7 +29,7 @@ _MARKS = (*range(0x13000, 0x13430), *range(0xE000, 0xF900), *range(0xF0000, 0xFF
 class ControlTokens:
     """The control tokens of a tokenizer, by their ids. Threads may share it.
 
-    Tokens of a single character have no inside and are not told apart.
+    Tokens of a single character cannot be marked and are not distinguished.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, ids: Collection[int]) -> None:
@@ -91,7 +91,7 @@ class ControlTokens:
         return secrets.token_hex(16)
 
     def _spelling(self, token: str) -> str:
-        """Return what stands for `token` in a text for `_respelt_backend`."""
+        """Return the spelling of `token` in a text for `_respelt_backend`."""
         return f"\U0010fffd{self._secret}.{self._ids[token]}\U0010fffd"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""EagerModel: the decoder run operation by operation in torch, over any attention backend."""
+"""EagerModel: the reference decoder over any attention backend, as a `Model`."""
 
 import torch
 
@@ -10,7 +10,7 @@ from kvloom.models.model import StepOutput, StepWanted
 
 
 class EagerModel:
-    """`Decoder` and a backend as one `Model`; the definition that faster models are compared with."""
+    """`Decoder` and a backend as one `Model`; faster models are compared with it."""
 
     def __init__(self, decoder: Decoder, backend: AttentionBackend) -> None:
         self.decoder = decoder
@@ -30,7 +30,7 @@ class EagerModel:
         return self.decoder.num_bytes
 
     def prepare(self, num_tokens: int) -> None:
-        """Do nothing: every step has its memory from torch (see `Model`)."""
+        """Do nothing: torch allocates the memory of each step (see `Model`)."""
 
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
         """Process the batch (see `Model`)."""

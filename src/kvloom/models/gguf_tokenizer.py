@@ -51,7 +51,7 @@ _CUTS = {
     ),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
 }
-"""Expressions that cut text one after the other: each cuts out what it matches in the pieces that those before left."""
+"""Expressions that split text one after the other: each splits off its matches in the pieces left by those before."""
 
 _PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), _GPT2),
@@ -61,7 +61,7 @@ _PRE_TOKENIZERS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
     **{name: name for name in ("qwen35", "falcon", "deepseek-llm", "deepseek-coder")},
 }
-"""How text is cut before merging, by the name that a GGUF file gives it: a wrong cut gives wrong tokens silently."""
+"""Rules of splitting text before merging, by their names in GGUF files: a wrong rule gives wrong tokens silently."""
 
 
 def tokenizer_of_gguf(file: GGUFFile) -> tokenizers.Tokenizer:
@@ -123,7 +123,7 @@ def _key(file: GGUFFile) -> str:
 
 
 class _Facts:
-    """What the metadata say of the tokenizer: `tokens`, `types` (1 = normal) of each token, and single values."""
+    """The metadata of the tokenizer: `tokens`, `types` (1 = normal) of each token, and single values."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.path: Path = file.path
@@ -179,7 +179,7 @@ class _Facts:
 
 
 def _byte_level(facts: _Facts) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Radford et al. 2019), with the cut of the text that the merges were learned on."""
+    """Byte-level BPE (Radford et al. 2019), with the rule of splitting with which the merges were learned."""
     name = facts.value("pre")
     if name in (None, "default"):
         if facts.architecture != "gpt2":
@@ -254,7 +254,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, facts: _Facts) -> None:
 
 
 def _add_template(tokenizer: tokenizers.Tokenizer, facts: _Facts, kind: str) -> None:
-    """Put BOS before and EOS after a text where the file, or else the habit of its kind, says so."""
+    """Put BOS before and EOS after a text where the file, or else the default of its kind, says so."""
     habit = kind == "llama" or _PRE_TOKENIZERS.get(facts.value("pre")) == _LLAMA3
     wanted = facts.value("add_bos_token")
     bos = facts.token("bos") if (habit if wanted is None else wanted) else None

@@ -1,12 +1,12 @@
-"""The C library's heap: giving back what was freed, which it keeps otherwise."""
+"""The C library's heap: returns free memory, which the library otherwise keeps, to the system."""
 
 import ctypes
 
 
 def release_free_heap() -> None:
-    """Give freed memory back to the system where the C library can (glibc); elsewhere nothing happens.
+    """Return freed memory to the system where the C library can (glibc); elsewhere nothing happens.
 
-    Reading a vocabulary or decoding weights frees tens to hundreds of MiB in small pieces that would stay for good.
+    Reading a vocabulary or decoding weights frees tens to hundreds of MiB in small pieces, which the heap would keep.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

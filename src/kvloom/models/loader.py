@@ -24,7 +24,7 @@ def load_model(
 ) -> Model:
     """Return the model of `checkpoint` in `dtype`; raises `UnsupportedError` with every reason against `backend`.
 
-    "auto" falls back to eager where the kernels cannot run the model, but never drops a quantization that is asked for.
+    "auto" falls back to eager where the kernels cannot run the model, but never ignores a requested quantization.
     """
     reasons = cpu_reasons(checkpoint, block_size)
     if backend == "cpu" or quantization is not None or (backend == "auto" and not reasons):
@@ -34,14 +34,14 @@ def load_model(
             raise UnsupportedError(f"{checkpoint.name} on the CPU kernels", reasons)
         from kvloom.models.compiled import CompiledModel
 
-        release_free_heap()  # what reading the vocabulary left
+        release_free_heap()  # freed after reading the vocabulary
         # Each weight is packed at once.
         weights = checkpoint.packed_tensors(dtype) if quantization is None else checkpoint.tensors(dtype, borrowed=True)
         model: Model = CompiledModel(checkpoint.config, weights, dtype, quantization)
     else:
         release_free_heap()
         model = EagerModel(Decoder(checkpoint.config, dict(checkpoint.tensors(dtype))), ReferenceBackend())
-    release_free_heap()  # what decoding the weights left
+    release_free_heap()  # freed after decoding the weights
     return model
 
 

@@ -16,7 +16,7 @@ _GATE_UP, _DOWN, _SHARED = (
 
 
 class MixtureWeights:
-    """Weights of one mixture, which are not kept: gate and up, and down, are packed as soon as they are there.
+    """Weights of one mixture: gate and up, and down, are packed as soon as they are complete, and then released.
 
     Experts multiply in `product`; those that come in MXFP4 stay so. The router is held in float32.
     """

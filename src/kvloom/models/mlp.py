@@ -21,7 +21,7 @@ Weights = Mapping[str, torch.Tensor]
 def experts(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:
     """Return the mixture of experts [T, hidden] of x [T, hidden]; each expert runs once, on the tokens that chose it.
 
-    Sums over a token's experts go in the order of their number, the shared one last, whatever else is in the batch.
+    Sums over a token's experts run in the order of their number, the shared one last, independent of the batch.
     """
     chosen = config.experts
     assert chosen is not None

@@ -1,4 +1,4 @@
-"""Model: what the engine needs of a model, however it is computed."""
+"""Model: the interface of a model that the engine uses."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ Rows = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class StepWanted:
-    """What to hand back from a step over T tokens, besides filling the lanes.
+    """The outputs of a step over T tokens that are wanted, besides filling the lanes.
 
     logit_rows   tokens whose next token is chosen; N of them
     logits       their logits are wanted, not only the best token
@@ -37,12 +37,12 @@ class StepWanted:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What `StepWanted` asked for.
+    """The outputs that `StepWanted` selects.
 
     greedy [N] the most likely next tokens, -1 where the largest logit is not finite; logits [N, vocab] float32;
-    hidden [T, hidden], normalised; queries [L, Q, H, D], rotated and unscaled, good until the next step; input_norms
+    hidden [T, hidden], normalised; queries [L, Q, H, D], rotated and unscaled, valid until the next step; input_norms
     [L, T] float32, 2-norms of the residual stream before each layer; lse [L, Q, H] float32, the log of each softmax's
-    denominator, None where the model does not hand it out.
+    denominator, None where the model does not return it.
     """
 
     greedy: list[int]
@@ -56,7 +56,7 @@ class StepOutput:
 class Model(Protocol):
     """A decoder-only transformer over lanes.
 
-    `computes_in_torch` says that the work of a step is torch's operations, which then need torch's threads.
+    `computes_in_torch` means that a step consists of torch's operations, which then need torch's threads.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Model(Protocol):
         """Bytes of all weights, tied ones once."""
 
     def prepare(self, num_tokens: int) -> None:
-        """Make what steps of up to `num_tokens` tokens are worked out in, so that the first need not wait for it."""
+        """Allocate the memory of steps of up to `num_tokens` tokens, so that the first need not wait for it."""
 
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
         """Process the batch, whose slots exist already; mutates its lanes in `cache`."""

@@ -1,4 +1,4 @@
-"""Mxfp4Tensors: tensors that a safetensors folder holds in MXFP4, as if they were stored in floating point.
+"""Mxfp4Tensors: tensors that a safetensors folder holds in MXFP4, presented as floating-point tensors.
 
 The format is that of the OCP Microscaling specification 1.0: codes of four bits (one of sign, two of exponent, one of
 mantissa), two in a byte, the first in the low half; 32 of them share a scale, which is a power of two with a bias of
@@ -48,7 +48,7 @@ class Mxfp4Weight:
 class Mxfp4Tensors:
     """A `TensorFile` over `file` where every pair of blocks and scales is one tensor of floating-point numbers.
 
-    Raises `CheckpointError` for a part without its other part, and for parts whose shapes or types do not go together.
+    Raises `CheckpointError` for a part without its other part, and for parts whose shapes or types do not match.
     """
 
     def __init__(self, file: TensorFile) -> None:

@@ -1,6 +1,6 @@
-"""The computed parts of the page of models: `python -m kvloom.models.page PAGE.md` writes them anew.
+"""The computed parts of the page of models: `python -m kvloom.models.page PAGE.md` rewrites them.
 
-A part stands between `<!-- computed: NAME -->` and `<!-- end -->`; a test compares it with what is computed here.
+A part lies between `<!-- computed: NAME -->` and `<!-- end -->`; a test compares it with the output of this module.
 """
 
 import re
@@ -15,7 +15,7 @@ from kvloom.spec.kernels import unsupported
 
 
 def families_table() -> str:
-    """Return what each family is, from its registry entry and its default config, as Markdown."""
+    """Return a table of the families, from their registry entries and default configs, as Markdown."""
     lines = ["| family | `architectures` in config.json | positions | norm, MLP | GGUF | CPU kernels |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for name, family in FAMILY_CONFIGS.items():
@@ -83,12 +83,12 @@ _PART = re.compile(r"(<!-- computed: (?P<name>\S+) -->\n).*?(<!-- end -->)", re.
 
 
 def recomputed(page: str) -> str:
-    """Return `page` with every computed part made anew; raises KeyError for a part of an unknown name."""
+    """Return `page` with every computed part rewritten; raises KeyError for a part of an unknown name."""
     return _PART.sub(lambda found: f"{found[1]}\n{COMPUTED[found['name']]()}\n\n{found[3]}", page)
 
 
 def main(path: Path) -> None:
-    """Write the computed parts of the page at `path` anew."""
+    """Rewrite the computed parts of the page at `path`."""
     path.write_text(recomputed(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

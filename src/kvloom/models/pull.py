@@ -1,4 +1,4 @@
-"""Fetching a model of the catalogue into the cache folder: whole and checked, or not there at all."""
+"""Fetches a model of the catalogue into the cache folder, checks it, and stores it atomically."""
 
 import fcntl
 import hashlib
@@ -37,10 +37,10 @@ def pulled() -> list[str]:
 def pull(name: str, *, progress: Progress | None = None, verify: bool = False) -> Path:
     """Return the file of a catalogue model, fetched first unless it is there with its right size.
 
-    `verify` also compares the checksum of a file that is there, and fetches it again if it is wrong; what is newly
-    fetched is always compared. `progress(bytes so far, bytes in all)` is called now and then; by default a terminal
-    shows a bar. Two processes may pull at once: one fetches and the other waits. What an interrupted pull left is
-    removed by the next. Raises `ModelNotFoundError` and `DownloadError`.
+    `verify` also compares the checksum of an existing file, and fetches it again if it is wrong; a newly fetched file
+    is always compared. `progress(bytes so far, bytes in all)` is called at intervals; by default it draws a bar on a
+    terminal. Two processes may pull at once: one fetches and the other waits. The next pull removes files of an
+    interrupted one. Raises `ModelNotFoundError` and `DownloadError`.
     """
     model, path = catalogue_model(name), model_path(name)
     if _is_right(path, model, verify):
@@ -80,7 +80,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left; call with the lock held."""
+    """Remove the files of a killed process; call with the lock held."""
     shutil.rmtree(folder / _WORK, ignore_errors=True)
     for partial in folder.glob(".*.partial"):
         partial.unlink(missing_ok=True)

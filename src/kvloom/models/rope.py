@@ -10,8 +10,8 @@ from kvloom.spec.decoder import RopeConfig
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: int = 0) -> torch.Tensor:
     """Return theta_i [D / 2] in float32, radians per position, for texts of the length class `length`.
 
-    The first R / 2 are base ** (-2 i / R) after the scaling of `rope.kind`, the others zero: what is not rotated turns
-    by nothing, and the rows of q and k are laid out so that pairs are (i, i + D / 2) (see `rotated_rows`).
+    The first R / 2 are base ** (-2 i / R) after the scaling of `rope.kind`, the others zero, which rotates by nothing.
+    The rows of q and k are ordered so that pairs are (i, i + D / 2) (see `rotated_rows`).
     """
     rotary = rope.rotary or head_dim
     exponent = torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary
@@ -86,7 +86,7 @@ _SCALED = {
 
 
 def amplitudes(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Return what multiplies cosines and sines [D / 2]: the amplitude where pairs are rotated, one elsewhere."""
+    """Return the factors of cosines and sines [D / 2]: the amplitude where pairs are rotated, one elsewhere."""
     out = torch.ones(head_dim // 2)
     out[: (rope.rotary or head_dim) // 2] = rope.amplitude
     return out
@@ -109,8 +109,8 @@ def rotated_rows(head_dim: int, rotary: int, neighbours: bool) -> list[int]:
     """Return which row of a head as stored belongs in each row of a head whose pairs are (i, i + D / 2).
 
     Stored heads rotate their first `rotary` rows, in pairs (i, i + rotary / 2) or, with `neighbours`, (2 i, 2 i + 1).
-    The rest pair up in order and turn by nothing, so that all is one rotation over the whole head. Rows of q and k are
-    moved alike, which changes no product q.k.
+    The rest are paired in order and rotated by nothing, so that there is one rotation over the whole head. Rows of q
+    and k are moved in the same way, which changes no product q.k.
     """
     half = rotary // 2
     first = list(range(0, rotary, 2)) if neighbours else list(range(half))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 _READABLE = frozenset({"F64", "F32", "F16", "BF16"})
 _MAPPED_BYTES = 32 << 20
-"""Bytes to be read of a map before the file is mapped anew: what was read of one stays in memory as long as it does."""
+"""Bytes read from a map before the file is mapped anew: pages that were read stay in memory while the map exists."""
 
 
 class SafetensorsFolder:

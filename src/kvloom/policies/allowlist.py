@@ -1,4 +1,4 @@
-"""AllowList: which policies requests may ask for. Torch-free."""
+"""AllowList: the policies that requests may name. Torch-free."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Positions in the cache: StreamingLLM's own convention, by which text has no end (arXiv 2309.17453, section 3.2)."""
+"""Positions in the cache: StreamingLLM's position rule, which allows unbounded text (arXiv 2309.17453, section 3.2)."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from kvloom.kernels import reference
 
 
 class MovedSinks:
-    """Rotates the sinks of one sequence to where the cache says they are.
+    """Rotates the sinks of one sequence to their positions in the cache.
 
     Rope is relative, so the window's keys stay at their true positions and only the few sinks move: with `seen` tokens
     processed and `kept` held, index i in the cache is true position i + seen - kept. Sinks are always rotated from an
@@ -27,7 +27,7 @@ class MovedSinks:
     def survivors(
         self, layer: int, row: int, theta: torch.Tensor | None, keep: Mapping[int, NDArray[np.int64]]
     ) -> dict[int, Survivors]:
-        """Return what the sinks of a layer's lanes hold when the slots in `keep` stay.
+        """Return the content of the sinks of a layer's lanes when the slots in `keep` are kept.
 
         Lanes hold equal numbers of tokens, and the sinks are the first of them.
         """

@@ -1,4 +1,4 @@
-"""Choice: which slots of which lanes stay, by scores, budget, refinements and merging."""
+"""Choice: the slots of each lane to keep, by scores, budget, refinements and merging."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
@@ -19,11 +19,11 @@ from kvloom.policies.scorer import Scorer, Selector, checked_mask, checked_score
 from kvloom.policies.selection import keep_best, standardised
 
 STACKED = 1 << 15
-"""Numbers in a stack of layers: torch computes fewer than this on the calling thread alone. Its own threads would go on
-spinning for milliseconds, on cores that the kernels need."""
+"""Numbers in a stack of layers: torch computes fewer than this on the calling thread alone. Its own threads would spin
+for milliseconds afterwards, on cores that the kernels use."""
 
 State = dict[int, dict[str, torch.Tensor]]
-"""What a method remembers, by layer."""
+"""State of a method, by layer."""
 
 
 class Choice:
@@ -40,7 +40,7 @@ class Choice:
         self.lanes = lanes
 
     def make(self, row: int) -> tuple[KeptSlots, dict[int, Survivors], State]:
-        """Return the slots that stay, changed survivors by lane, and what the method now remembers by layer."""
+        """Return the slots to keep, changed survivors by lane, and the new state of the method by layer."""
         remembered = self.contexts.record.remembered
         state = {layer: dict(remembered.get(layer, {})) for layer in self.layers}
         stacks, rule = self._stacks(row), self.policy.rule
@@ -48,7 +48,7 @@ class Choice:
         if isinstance(rule, Selector):
             masks = [torch.stack([self._select_by(rule, i, row, state[i]) for i in layers]) for layers in stacks]
         else:
-            # keys and values of one layer at a time: nothing here holds on to a context
+            # keys and values of one layer at a time: no context is kept
             parts = [self._score_stack(rule, layers, row, state) for layers in stacks]
             masks = self._select(row, stacks, parts, state)
         keep = self._kept(row, masks)
@@ -61,7 +61,7 @@ class Choice:
     def _merged(
         self, row: int, keep: KeptSlots, parts: list[LayerScores], masks: list[torch.Tensor], state: State
     ) -> dict[int, Survivors]:
-        """Return what survivors hold once evicted tokens are merged into them, by lane."""
+        """Return the content of survivors after evicted tokens are merged into them, by lane."""
         changed: dict[int, Survivors] = {}
         scores = dict(zip(self.layers, (own for part in parts for own in part.scores), strict=bool(parts)))
         for layer, mask in zip(self.layers, (own for stack in masks for own in stack), strict=True):
@@ -155,7 +155,7 @@ class Choice:
 
 
 def _result(context: ScoreContext, function: Callable[[ScoreContext], torch.Tensor], what: str) -> torch.Tensor:
-    """Return what a method's own code gives; what it raises becomes a `MethodError` that names it."""
+    """Return the result of a method's own code; an exception becomes a `MethodError` that names the method."""
     try:
         return function(context)
     except MethodError:

@@ -1,4 +1,4 @@
-"""ScoreContext: one layer of one sequence as a scorer sees it."""
+"""ScoreContext: the inputs of a scorer for one layer of one sequence."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class QueryMoments:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What methods see of a layer where they declare it in their `Needs`; what is not declared is None (see there)."""
+    """Inputs of a layer that methods declare in their `Needs`; undeclared ones are None (see there)."""
 
     queries: torch.Tensor | None = None
     query_positions: torch.Tensor | None = None
@@ -37,18 +37,18 @@ class Gathered:
 
 @dataclass(frozen=True)
 class ScoreContext:
-    """What is held in the G lanes of one layer, in S slots; shorter lanes are padded in front (`valid` False).
+    """The tokens in the G lanes of one layer, in S slots; shorter lanes are padded in front (`valid` False).
 
-    Rules that declare `stacks` are shown several layers that look alike at once: then every [G, S] is an [L, G, S],
-    what else is of one layer is None, and `layer` is the first of them.
+    Rules that declare `stacks` get several layers of equal shape at once: then every [G, S] is an [L, G, S], other
+    inputs of one layer are None, and `layer` is the first of them.
 
-    keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32; gathered by `read` when
-                          they are first looked at
+    keys       [G, S, D]  as cached (after rope), float32       values  [G, S, Dv]  float32; gathered by `read` on
+                          first access
     positions  [G, S]     int64, ascending where valid          valid   [G, S]      bool
-    log_count  [G, S]     what merged tokens add to their logits; None where nothing was merged
+    log_count  [G, S]     term added to the scores of merged tokens; None where nothing was merged
     inverse_frequencies   theta [D / 2] of the layer's rope, None without rope
-    state                 what the method remembers of this layer of this sequence from one decision to the next; a
-                          method may put tensors in, and replaces them instead of changing them
+    state                 state of the method for this layer of this sequence, kept between decisions; a method may put
+                          tensors in, and replaces them instead of changing them
 
     The following raise `MethodError` for a method that did not declare them in its `needs`:
 

@@ -1,4 +1,4 @@
-"""Contexts: what a method may see of one sequence, built from its lanes and its record."""
+"""Contexts: the inputs of a method for one sequence, built from its lanes and its record."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from kvloom.spec.needs import Needs
 
 
 class Contexts:
-    """Builds a `ScoreContext` with what `needs` declares; keys and values are read when they are looked at."""
+    """Builds a `ScoreContext` with the inputs that `needs` declares; keys and values are read on first access."""
 
     def __init__(self, method: str, needs: Needs, cache: KVCache, model: ModelFacts, record: Record) -> None:
         """`method` is the name that errors give the method."""
@@ -26,7 +26,7 @@ class Contexts:
         self._flags: tuple[list[bool], list[bool]] = ([], [])  # special tokens and punctuation among the tokens
 
     def of_layer(self, layer: int, row: int, state: dict[str, torch.Tensor] | None = None) -> ScoreContext:
-        """Return one layer, [G, S]; a method may change `state`, a copy of what it remembers."""
+        """Return one layer, [G, S]; a method may change `state`, a copy of its state."""
         needs, record = self.needs, self.record
         common = self._common([layer], row, (self.cache.layers[layer].num_lanes, -1))
         queries, seen = record.observation.queries(layer), common.seen
@@ -51,7 +51,7 @@ class Contexts:
         )
 
     def of_stack(self, layers: Sequence[int], row: int) -> ScoreContext:
-        """Return layers that look alike, [L, G, S], for a rule that `stacks`."""
+        """Return layers of equal shape, [L, G, S], for a rule that `stacks`."""
         shape = (len(layers), self.cache.layers[layers[0]].num_lanes, -1)
 
         def weigh(window: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Contexts:
         return replace(self._common(layers, row, shape), weigh=weigh)
 
     def _common(self, layers: Sequence[int], row: int, shape: tuple[int, ...]) -> ScoreContext:
-        """Return what contexts of one layer and of several have in common, in `shape`."""
+        """Return the inputs that contexts of one layer and of several share, in `shape`."""
         mass, needs = self.record.observation.mass, self.needs
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:

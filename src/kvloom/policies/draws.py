@@ -1,4 +1,4 @@
-"""Draws: pseudo-random numbers that depend on what they are for, and on nothing else."""
+"""Draws: pseudo-random numbers that depend on seed, layer, lane and position alone."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Eviction: one policy at work on one sequence. It watches queries, and after each step returns blocks to the arena."""
+"""Eviction: one policy for one sequence. It records queries, and after each step returns blocks to the arena."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,7 +24,8 @@ __all__ = ["Eviction", "ModelFacts"]
 class Eviction:
     """`policy` on one sequence; `row` is the sequence's row set in the lane table.
 
-    `record` is what it knows, `schedule` says when it acts, `contexts` what its method sees, `choice` what stays.
+    `record` holds its observations, `schedule` its times of acting, `contexts` its method's inputs, `choice` the
+    selection.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Eviction:
         *,
         record: Record | None = None,
     ) -> None:
-        """Watch `token_ids`, of which the first `prompt_tokens` are the prompt; go on from `record` if there is one."""
+        """Observe `token_ids`, of which the first `prompt_tokens` are the prompt; continue from `record` if given."""
         self.policy = policy
         self.cache = cache
         self.model = model
@@ -71,7 +72,7 @@ class Eviction:
     # ---- while the model runs -------------------------------------------------------------------------------------
 
     def first_watched(self, start: int, count: int) -> int | None:
-        """Return from which of the `count` tokens that begin at `start` on queries are wanted, None for none."""
+        """Return the first of the `count` tokens from `start` on whose query is needed, None for none."""
         return self.record.observation.first_needed(start, count, self.policy.triggers.while_decoding)
 
     def observe(self, row: int, q: torch.Tensor, lse: torch.Tensor | None = None) -> None:
@@ -106,7 +107,7 @@ class Eviction:
         )
 
     def apply(self, row: int) -> bool:
-        """Evict what the policy says; False, and no change, when shared blocks cannot be replaced now."""
+        """Evict the tokens that the policy chooses; False, and no change, when shared blocks cannot be replaced now."""
         record, lanes = self.record, self.cache.lanes
         if not self.schedule.nothing_to_drop(row):
             keep, survivors, state = self.choice.make(row)
@@ -125,7 +126,7 @@ class Eviction:
             record.observation.clear()
         return True
 
-    # ---- bytes to plan with ---------------------------------------------------------------------------------------
+    # ---- bytes for admission --------------------------------------------------------------------------------------
 
     @cached_property
     def occupancy(self) -> Occupancy:

@@ -1,4 +1,4 @@
-"""KeyMass: attention that the queries of one sequence have paid each slot so far. The n x n matrix never exists."""
+"""KeyMass: attention of one sequence's queries to each slot, summed, without the n x n matrix."""
 
 from collections.abc import Sequence
 
@@ -18,12 +18,12 @@ Masses = NDArray[np.float64]
 
 
 def kernel_can(cache: KVCache, sequence: int) -> bool:
-    """Return whether `MassKernel` can read the lanes of `sequence`: it knows no merged tokens."""
+    """Return whether `MassKernel` can read the lanes of `sequence`: it does not support merged tokens."""
     return cache.layout == "cpu" and sequence not in cache.lanes.log_counts
 
 
 class MassKernel:
-    """One pass of the CPU kernels over the keys of one sequence, whose newest tokens' queries pay attention."""
+    """One pass of the CPU kernels over the keys of one sequence, for the queries of its newest tokens."""
 
     def __init__(self, cache: KVCache, sequence: int, scale: float) -> None:
         from kvloom.kernels import cpu  # needs the compiled extension

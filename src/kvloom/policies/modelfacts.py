@@ -1,4 +1,4 @@
-"""ModelFacts: what policies may know of a model and its tokenizer."""
+"""ModelFacts: facts about a model and its tokenizer that policies use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from kvloom.policies.tokenkinds import TokenKinds
 class ModelFacts:
     """Query heads, query scale, rope per layer (theta [D / 2] or None) and output projections W_O [hidden, H * D].
 
-    `max_position` is the longest text that the model was made for. Two come from the tokenizer, None without
+    `max_position` is the context length of the model. Two come from the tokenizer, None without
     one: `token_kinds()`, and `replay_instruction(hint)`, the token ids that ask to repeat the text (from the tokens
     `hint` on; [] for its start).
     """

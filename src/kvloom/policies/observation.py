@@ -1,4 +1,4 @@
-"""Observation: what one sequence's queries have shown so far, gathered while the model runs."""
+"""Observation: statistics of one sequence's queries, gathered while the model runs."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ class Observation:
         layers: Sequence[int],
         thetas: Sequence[torch.Tensor | None],
     ) -> None:
-        """Start with nothing seen; `thetas` are the rope frequencies of all layers of the model."""
+        """Start without observations; `thetas` are the rope frequencies of all layers of the model."""
         self.needs = needs
         self.cache = cache
         self.scale = scale
@@ -40,9 +40,9 @@ class Observation:
         self._moments: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}  # layer -> count, sum, sum of products
 
     def first_needed(self, start: int, count: int, goes_on: bool) -> int | None:
-        """Return from which of `count` tokens that begin at position `start` on queries are wanted, None for none.
+        """Return the first of `count` tokens from position `start` on whose query is needed, None for none.
 
-        `goes_on` says that the policy acts after the prompt as well.
+        `goes_on` means that the policy acts after the prompt as well.
         """
         needs, end = self.needs, start + count
         wanted = []

@@ -1,4 +1,4 @@
-"""Occupancy: what admission asks the planner's formula about one request. Torch-free."""
+"""Occupancy: bounds of one request's bytes for admission, by the planner's formulas. Torch-free."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ class Occupancy:
     def peak_bytes(self, num_tokens: int, chunk: int, sequences: int = 1) -> int:
         """Return the most arena bytes of a request on its way to `num_tokens`, in chunks of at most `chunk` tokens.
 
-        Of several `sequences` each may come to need its own copy of everything when they go on from the prompt.
+        Of several `sequences` each may need its own copy of all blocks after the prompt.
         """
         return self._footprint(num_tokens, chunk).peak_of(sequences)
 
@@ -44,7 +44,7 @@ class Occupancy:
         return self.peak_bytes(num_tokens, chunk) if found is None else found
 
     def _footprint(self, num_tokens: int, chunk: int) -> Footprint:
-        """Return the footprint, computed once: the scheduler asks at every step."""
+        """Return the footprint, computed once, because the scheduler needs it at every step."""
         found = self._known.get((num_tokens, chunk))
         if found is None:
             prompt = min(num_tokens, self.prompt_tokens)

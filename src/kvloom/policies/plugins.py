@@ -11,7 +11,7 @@ from kvloom.errors import InvalidInputError
 from kvloom.policies import actions, refinements, scorers
 
 GROUP = "kvloom.policies"
-"""Entry point group of other people's methods."""
+"""Entry point group of methods in other distributions."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Reading: where what users write becomes policies. Behind it policies travel as objects."""
+"""Reading: turns users' text into policies. All further code passes policies as objects."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Record: what one policy knows about one sequence."""
+"""Record: the observations and state of one policy for one sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from kvloom.policies.observation import Observation
 
 @dataclass
 class Record:
-    """Tokens, what their queries have shown, and what the method remembers; all of it starts empty.
+    """Tokens, observations of their queries, and the state of the method; all of it starts empty.
 
     The first `prompt_tokens` of `token_ids` are the prompt, and the list may grow. `budget` is in tokens a lane.
     `replay_scores` are those of a replay that has just been run, by layer; `remembered` is what the method has put

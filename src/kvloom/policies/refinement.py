@@ -1,4 +1,4 @@
-"""Refinement: changes what another method's scores lead to (VATP weighs them, CriticalKV chooses in two stages)."""
+"""Refinement: changes the selection by another method's scores (VATP weighs them, CriticalKV selects in two stages)."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,9 +1,9 @@
-"""Replay: the context is fed once more, chunk by chunk, to see what the model looks up to repeat it (KVzip).
+"""Replay: feeds the context once more, chunk by chunk, and records the attention to it (KVzip).
 
     lanes    | context: sinks ... chunk first .. last - 1 ... | instruction, chunk again |
     softmax    ^^^^^          ^^^^^^^^^^^^^^^^^^^^^^^^^^^^      ^^^^^^^ causal ^^^^^^^^^^
 
-What is fed again is discarded afterwards; only the scores of the context remain.
+The replayed tokens are discarded afterwards; only the scores of the context remain.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from kvloom.policies.context import output_norms
 from kvloom.policies.modelfacts import ModelFacts
 
 HINT = 8
-"""Tokens of the chunk before that say where to go on."""
+"""Tokens of the chunk before that mark where to continue."""
 
 TILE = 128
 """Queries at a time: bounds the scores to H x 128 x (chunk + replay)."""
@@ -34,7 +34,7 @@ class ReplayPass:
 def replay_passes(
     prompt: Sequence[int], chunk: int, instruction: Callable[[Sequence[int]], list[int]]
 ) -> list[ReplayPass]:
-    """Return the passes over a prompt in chunks of `chunk` tokens; later ones are told how their chunk's past ended."""
+    """Return the passes over a prompt in chunks of `chunk` tokens; later ones get the end of the chunk before."""
     passes = []
     for first in range(0, len(prompt), chunk):
         part = prompt[first : first + chunk]

@@ -26,14 +26,14 @@ def keep_best(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
 def _without_last(
     scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, loses: torch.Tensor
 ) -> torch.Tensor:
-    """Return `valid` [G, S] without the least deserving that is not protected, in the lanes where `loses` [G]."""
+    """Return `valid` [G, S] without the lowest-scored unprotected token, in the lanes where `loses` [G]."""
     value = torch.where(valid & ~protected, _comparable(scores), float("inf"))
     worst = valid.shape[1] - 1 - value.flip(1).argmin(1, keepdim=True)  # of equal ones the last
     return valid.scatter(1, worst, valid.gather(1, worst) & ~loses[:, None])
 
 
 def ranking(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Return slots [G, S] from the most to the least deserving, padding last; ties in slot order."""
+    """Return slots [G, S]: protected ones first, then by descending score, padding last; ties in slot order."""
     by_score = torch.argsort(_comparable(scores), dim=1, descending=True, stable=True)
     tier = torch.where(valid, torch.where(protected, 2, 1), 0).gather(1, by_score)
     by_tier = torch.argsort(tier, dim=1, descending=True, stable=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class TokenKinds:
-    """Two sets of token ids; whoever knows the tokenizer fills them."""
+    """Two sets of token ids, made from the tokenizer."""
 
     special: frozenset[int]
     punctuation: frozenset[int]

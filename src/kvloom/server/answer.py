@@ -1,4 +1,4 @@
-"""What the engine's thread tells the event loop about a request: growing answers, and how it ended."""
+"""Updates from the engine's thread to the event loop about a request: new tokens, and its end."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from kvloom.server.refusal import Refusal
 
 @dataclass
 class Delta:
-    """What one answer gained since the last delta."""
+    """The part of one answer that is new since the last delta."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Delta:
 
 @dataclass
 class Update:
-    """News of request number `place` of a body: deltas by answer, its KV cache so far, whether it ended, or why not."""
+    """Update of request number `place` of a body: deltas by answer, KV cache so far, its end or its error."""
 
     place: int
     deltas: dict[int, Delta] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Update:
         return sum(len(delta.token_ids) for delta in self.deltas.values())
 
     def add(self, later: "Update") -> None:
-        """Merge later news of the same request; mutates self."""
+        """Merge a later update of the same request; mutates self."""
         for index, delta in later.deltas.items():
             if index in self.deltas:
                 self.deltas[index].add(delta)

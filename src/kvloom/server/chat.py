@@ -106,7 +106,7 @@ class ChatJob:
         return found
 
     def _chunks(self, index: int, message: Message) -> list[dict[str, Any]]:
-        """Return the choices of the next events: who speaks, what is said, and how it ended."""
+        """Return the choices of the next events: role, content or calls, and finish reason."""
         bodies: list[dict[str, Any]] = []
         if not message.begun:
             message.begun = True

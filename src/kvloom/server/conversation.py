@@ -9,12 +9,12 @@ from kvloom.server.refusal import bad_field
 from kvloom.server.service import Service
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Roles that every template is expected to know or to refuse by itself."""
+"""Roles that every template is expected to support or to refuse itself."""
 
 MESSAGE_FIELDS = frozenset({
     "role", "content", "name", "tool_calls", "tool_call_id", "refusal", "annotations", "audio", "function_call",
 })  # fmt: skip
-"""Fields of messages that clients send back as they got them, or that name somebody."""
+"""Fields of messages that clients send back unchanged, and names of participants."""
 
 OWN_VARIABLES = (
     *("messages", "tools", "documents", "self", "bos_token", "eos_token"),
@@ -49,7 +49,7 @@ def conversation_ids(service: Service, body: Body, tools: list[dict[str, Any]] |
 
 
 def _plain(message: dict[str, Any], number: int, template: str) -> dict[str, Any]:
-    """Return a message whose content is one string; raises `Refusal` for parts that are not text and for strange roles.
+    """Return a message whose content is one string; raises `Refusal` for parts that are not text and unknown roles.
 
     Arguments of earlier tool calls become objects, which is what templates expect.
     """
@@ -72,8 +72,8 @@ def _plain(message: dict[str, Any], number: int, template: str) -> dict[str, Any
 def _role(role: str, number: int, template: str) -> str:
     """Return the role under which the template writes a message.
 
-    `developer` is what newer clients call the system; a template that has neither name for a role would write it as
-    somebody's turn that the model has never seen. Raises `Refusal` for such a role.
+    `developer` is the name of newer clients for the system role. A template without the role would write a turn of a
+    kind that the model was not trained on. Raises `Refusal` for such a role.
     """
     if role in ROLES or re.search(rf"""["']{re.escape(role)}["']""", template):
         return role
@@ -84,7 +84,7 @@ def _role(role: str, number: int, template: str) -> str:
 
 
 def note_unused(body: Body, template: str | None) -> None:
-    """Warn about what the model's template has no place for; mutates the warnings of `body`."""
+    """Warn about fields that the model's template does not use; mutates the warnings of `body`."""
     written = template or ""
     if "reasoning_effort" in body and "reasoning_effort" not in written:
         body.warnings.append("field 'reasoning_effort' has no effect: the model's chat template has no place for it")

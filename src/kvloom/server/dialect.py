@@ -1,4 +1,4 @@
-"""Dialect: how an API writes errors and the ends of streams; which routes speak which."""
+"""Dialect: the format of errors and ends of streams of an API, and the dialect of each route."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

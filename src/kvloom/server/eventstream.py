@@ -14,13 +14,13 @@ from kvloom.server.watchdog import StalledError, Watch, Watchdog
 KEEP_ALIVE = b": waiting\n\n"
 
 SILENCE_SECONDS = 10.0
-"""After so long without a byte a comment is sent: proxies and clients give up silent connections."""
+"""Seconds without a byte after which a comment is sent: proxies and clients close silent connections."""
 
 
 class EventStream:
     """An ASGI response that sends `events` as they come; a refusal among them becomes an error event.
 
-    A client that takes nothing for as long as `dog` has patience is cut off. However it ends, `events` is closed.
+    A client that takes nothing within the patience of `dog` is disconnected. `events` is closed in every case.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ async def _departure(receive: Receive) -> None:
 async def primed(events: AsyncGenerator[bytes, None], patience: float) -> AsyncGenerator[bytes, None]:
     """Wait for the first of `events` and return a generator that yields all of them.
 
-    What goes wrong before the first event is raised here and so becomes a status; after `patience` seconds the answer
+    Errors before the first event are raised here and so become an error status; after `patience` seconds the answer
     begins with comments that keep the connection open.
     """
     first = asyncio.ensure_future(anext(events))

@@ -1,4 +1,4 @@
-"""One HTTP exchange: its context, reading the body within limits, JSON out, and noticing that the client has left."""
+"""One HTTP exchange: its context, the body within limits, JSON responses, and detection of a disconnect."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ ANSWER_DEPTH = 4
 """Levels above the longest lists of an answer: the answer, its choices, a choice, its log-probabilities."""
 
 DRAIN_FACTOR = 8
-"""A body beyond the limit is read and thrown away up to this multiple, so that the client hears the answer."""
+"""A body beyond the limit is read and discarded up to this multiple, so that the client receives the answer."""
 
 
 class ClientGoneError(Exception):
@@ -34,7 +34,7 @@ class ClientGoneError(Exception):
 
 @dataclass
 class Context:
-    """What is known about an exchange: for the log, the headers of the reply and the engine.
+    """Facts about an exchange for the log, the headers of the reply and the engine.
 
     `key_digest` identifies the API key, empty without keys; `facts` are added to the log line. `answered` is when the
     answer was complete, if something of the exchange came after it; times are in `time.monotonic()` seconds.
@@ -64,7 +64,7 @@ def context_of(request: Request) -> Context:
 
 
 async def read_bytes(request: Request, max_bytes: int, dog: Watchdog) -> bytes:
-    """Return the body, which says that it is JSON; raises `Refusal` for another type, one too large, or too slow."""
+    """Return the body, whose type must be JSON; raises `Refusal` for another type, one too large, or too slow."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         got = f"not {kind[:80]!r}" if kind else "which it does not say"
@@ -93,7 +93,7 @@ async def read_bytes(request: Request, max_bytes: int, dog: Watchdog) -> bytes:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Return the JSON value in `raw`; raises `Refusal` for what is none."""
+    """Return the JSON value in `raw`; raises `Refusal` for invalid JSON."""
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -109,7 +109,7 @@ def _no_constant(name: str) -> Any:
 
 
 class Incoming:
-    """Passes on what comes from the client, and can throw the rest of the body away."""
+    """Passes on messages from the client, and can discard the rest of the body."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -128,7 +128,7 @@ class Incoming:
         return not self._begun and headers.get("expect", "").lower() == "100-continue"
 
     async def drain(self, max_bytes: int, dog: Watchdog) -> None:
-        """Read the rest of the body, up to `max_bytes`: a client that is still sending would not hear the answer."""
+        """Read the rest of the body, up to `max_bytes`: a client that is still sending may not read the answer."""
         async with Watch(dog) as watch:
             while not self.ended and max_bytes > 0:
                 max_bytes -= len((await self()).get("body", b""))

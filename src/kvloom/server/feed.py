@@ -1,4 +1,4 @@
-"""Feed: the mailbox between the engine's thread and one HTTP response. News is merged until the client takes it."""
+"""Feed: the queue between the engine's thread and one HTTP response. Updates are merged until the client takes them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,9 +7,9 @@ from kvloom.server.answer import Update
 
 
 class Feed:
-    """News of the requests of one body. Everything here runs on the event loop.
+    """Updates of the requests of one body. All methods run on the event loop.
 
-    What is not taken is merged, so a slow client costs at most the text of its answers and never delays a step.
+    Updates that are not taken are merged, so a slow client costs at most the text of its answers and delays no step.
     """
 
     def __init__(self, num_requests: int) -> None:
@@ -18,7 +18,7 @@ class Feed:
         self._news = asyncio.Event()
 
     def put(self, update: Update) -> None:
-        """Add news; never waits."""
+        """Add an update; never waits."""
         waiting = self._pending.get(update.place)
         if waiting is None:
             self._pending[update.place] = update
@@ -27,9 +27,9 @@ class Feed:
         self._news.set()
 
     async def take(self) -> list[Update]:
-        """Wait for news and return all of it, merged, in the order of the requests.
+        """Wait for updates and return all of them, merged, in the order of the requests.
 
-        Raises the `Refusal` of a request that failed; what else is pending is then dropped.
+        Raises the `Refusal` of a request that failed; other pending updates are then dropped.
         """
         await self._news.wait()
         self._news.clear()

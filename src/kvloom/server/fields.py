@@ -18,8 +18,8 @@ class Effect(enum.Enum):
     """How a supported field is handled."""
 
     USED = "used"
-    NONE = "none"  # informational for others; cannot change the answer
-    WARNED = "warned"  # a wish that is not followed and does not change the answer
+    NONE = "none"  # informational for other servers; cannot change the answer
+    WARNED = "warned"  # an option that is ignored and does not change the answer
     REFUSED = "refused"  # would change the answer and is not supported
 
 
@@ -56,12 +56,12 @@ def table(*entries: Field) -> dict[str, Field]:
 
 
 def unneeded(name: str, doc: str) -> Field:
-    """Return a field that is informational for others and cannot change the answer."""
+    """Return a field that is informational for other servers and cannot change the answer."""
     return Field(name, Anything(), doc, Effect.NONE)
 
 
 def warned(name: str, doc: str, *neutral: Any) -> Field:
-    """Return a field that is a wish which is not followed and does not change the answer."""
+    """Return a field that is ignored and does not change the answer."""
     return Field(name, Anything(), doc, Effect.WARNED, neutral)
 
 
@@ -73,7 +73,7 @@ def refused(name: str, doc: str, *neutral: Any) -> Field:
 def read_body(raw: Any, known: Mapping[str, Field]) -> Body:
     """Return the checked fields of `raw`; raises `Refusal` 400 naming the field at fault.
 
-    A field that `known` lacks, and one that is known and not followed, gives a warning.
+    A field that `known` lacks, and one that is known and ignored, gives a warning.
     """
     if not isinstance(raw, dict):
         raise Refusal(400, f"the body is a JSON {type(raw).__name__}, expected an object")

@@ -1,4 +1,4 @@
-"""The form that a body asks of its answers: `response_format`, `structured_outputs`, or an older `guided_*` field."""
+"""The form of a body's answers: `response_format`, `structured_outputs`, or an older `guided_*` field."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Job: what one body asks of the engine, and the one way in which every job is answered, streamed or whole."""
+"""Job: the requests of one body, and the common code that answers every job, streamed or whole."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Protocol
@@ -21,7 +21,7 @@ FIRST_NEWS_PATIENCE = 10.0
 
 
 class Job(Protocol):
-    """The requests of one body, and how their answers are put into a reply."""
+    """The requests of one body, and the format of their answers in a reply."""
 
     stream: bool
 
@@ -30,7 +30,7 @@ class Job(Protocol):
         """How errors of the stream and its end are written."""
 
     async def tickets(self) -> list[Ticket]:
-        """Hand the requests over to the engine."""
+        """Return the checked tickets of the requests."""
 
     async def answer(self, tickets: list[Ticket]) -> bytes:
         """Return the whole reply in JSON when all have ended."""
@@ -46,7 +46,7 @@ async def respond_with(
     context = context_of(request)
     config = service.config
     service.check_open()
-    service.queue.check(1)  # a body that cannot get in need not be read
+    service.queue.check(1)  # a body that will be refused need not be read
     raw = await service.receive_body(request)
     with service.queue.place() as place:
         body = await service.read_body(raw, table)
@@ -64,13 +64,13 @@ UNLOGGED = (
     "output_config", "metadata", "cache_salt", "bad_words", "allowed_token_ids",
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
 )  # fmt: skip
-"""Fields that hold what people wrote, or too much; never logged."""
+"""Fields with users' text or large contents; never logged."""
 
 
 def adopt(context: Context, body: Body, config: ServerConfig) -> None:
     """Take the warnings about `body` and its `request_id` over into the context, and its options if they are logged."""
     body.warnings[:0] = context.warnings
-    context.warnings = body.warnings  # one list from here on: what is found later is told, too
+    context.warnings = body.warnings  # the same list, so that later warnings are included
     if config.enable_log_requests:
         context.facts["options"] = {name: value for name, value in body.values.items() if name not in UNLOGGED}
     if "stream_options" in body and not body.get("stream", False):

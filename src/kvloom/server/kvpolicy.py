@@ -1,4 +1,4 @@
-"""The `kv_policy` of a request: the one place where a body's wish about the KV cache is read, and what is allowed."""
+"""The `kv_policy` of a request: parsing of the field, and the policies that requests may name."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from kvloom.server.refusal import bad_field
 from kvloom.spec.policy import PolicySpec
 
 ALIASES = {"none": "full", "": "full"}
-"""Other ways to ask for a cache that keeps everything."""
+"""Other names of the policy that evicts nothing."""
 
 
 def read_kv_policy(value: Any) -> PolicySpec | None:

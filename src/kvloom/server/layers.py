@@ -26,7 +26,7 @@ access_log = logging.getLogger("kvloom.access")
 logger = logging.getLogger("kvloom.server")
 
 OPEN_ROUTES = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
-"""Routes that need no key: they tell nothing about requests or their contents."""
+"""Routes that need no key: they reveal nothing about requests or their contents."""
 
 QUIET_ROUTES = frozenset({"/", "/health", "/ping", "/metrics", "/load"})
 """Routes that monitors poll; logged only when they fail."""
@@ -38,7 +38,7 @@ CLIENT_GONE = 499
 
 
 class ExchangeLayer:
-    """Gives every exchange its context, turns what goes wrong into an answer, and writes one line about it."""
+    """Gives every exchange its context, turns errors into answers, and writes one log line."""
 
     def __init__(self, app: ASGIApp, service: Service, tracer: Tracer) -> None:
         self.app = app
@@ -46,7 +46,7 @@ class ExchangeLayer:
         self.tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run one HTTP exchange; never raises for what a request or a route did."""
+        """Run one HTTP exchange; never raises an error of a request or a route."""
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1000})
@@ -86,7 +86,7 @@ class ExchangeLayer:
                     logger.exception("request %s failed", context.request_id)
                     refusal = Refusal(500, f"internal error ({type(error).__name__})", code="internal_error")
                 if refusal is not None:
-                    refusal.__traceback__ = None  # its frames hold it: only a collection would end such a ring
+                    refusal.__traceback__ = None  # breaks a reference cycle with its frames
                     context.error_code = refusal.code or TYPES[refusal.status]
                     if not status:
                         await self._refuse(refusal, scope, incoming, observed)
@@ -96,10 +96,10 @@ class ExchangeLayer:
             self._log(scope, context, status, refusal)
 
     async def _refuse(self, refusal: Refusal, scope: Scope, incoming: Incoming, send: Send) -> None:
-        """Answer with `refusal` at once, and then hear out a client that is still sending.
+        """Answer with `refusal` at once, and then read the rest of the body of a client that is still sending.
 
         The answer is complete before the rest of the body is read, but the exchange ends after that: a connection
-        that is closed while something comes in is reset, and a client that reads late would lose the answer.
+        that is closed while data arrive is reset, and a client that reads late would not get the answer.
         """
 
         async def kept_open(message: Message) -> None:
@@ -190,7 +190,7 @@ class KeyLayer:
         await self.app(scope, receive, send)
 
     def _check(self, headers: Headers) -> str:
-        """Return what identifies the key; every key is compared, so that time tells nothing about them."""
+        """Return the digest of the key; every key is compared, so that the time reveals nothing about them."""
         header = headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
         bearer = scheme.lower() == "bearer"

@@ -13,7 +13,7 @@ from kvloom.server.settings import ServerConfig
 def listen(config: ServerConfig) -> socket.socket:
     """Return the bound socket of `config`, which does not listen yet; raises `InvalidInputError`.
 
-    Also tries its certificate, so that whatever is wrong is known before a model is loaded.
+    Also loads its certificate, so that errors are found before a model is loaded.
     """
     if config.ssl_certfile is not None:
         try:
@@ -40,9 +40,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a socket bound to `path`, in place of one that nobody listens on any more; raises `InvalidInputError`.
+    """Return a socket bound to `path`, in place of one without a listener; raises `InvalidInputError`.
 
-    Who may connect is decided by the folder and the process's umask.
+    The folder and the process's umask decide which users may connect.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -55,7 +55,7 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that refuses connections; anything else at `path` is left, and binding will complain."""
+    """Remove a socket that refuses connections; anything else at `path` is left, and binding fails."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return

@@ -8,7 +8,7 @@ from kvloom.engine.request import Logprob
 from kvloom.models.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+"""Represents minus infinity, which JSON lacks."""
 
 TokenLogprobs = dict[int, Logprob]
 

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on standard error, for machines first; what libraries write there is wrapped."""
+"""Logs: one JSON object a line on standard error; output of libraries there is wrapped."""
 
 import contextlib
 import io
@@ -73,10 +73,10 @@ def configure_logs(stream: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def wrapped_stderr() -> Iterator[None]:
-    """Make log lines of what Python code writes to standard error meanwhile; `configure_logs` must have been called.
+    """Turn lines that Python code writes to standard error into log lines; `configure_logs` must have been called.
 
-    What compiled libraries write past Python, such as the last words of an abort, stays as it is: nothing may stand
-    between it and the log.
+    Output of compiled libraries that bypasses Python, such as the message of an abort, is not changed, so that it is
+    never lost.
     """
     before = sys.stderr
     lines = StderrLines()

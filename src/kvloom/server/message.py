@@ -9,7 +9,7 @@ from kvloom.server.toolcalls import Piece, ToolCallReader
 
 @dataclass
 class Message:
-    """What the last delta brought to an answer: `pieces` of content and calls in order, tokens, and how it ended.
+    """The last delta of an answer: `pieces` of content and calls in order, tokens, and finish reason.
 
     `reader` reads calls out of the text, None where no tools are offered; it holds the whole calls so far.
     """
@@ -23,7 +23,7 @@ class Message:
     begun: bool = False
 
     def take(self, delta: Delta) -> None:
-        """Hold what `delta` alone brings; mutates self."""
+        """Replace the contents by those of `delta`; mutates self."""
         self.token_ids, self.logprobs = delta.token_ids, delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         if self.reader is None:

@@ -122,7 +122,7 @@ class ServerMetrics:
         self._failures.labels(**self._labels)
 
     def _policy_label(self, method: str) -> str:
-        """Return the label of a policy: clients choose their numbers, and each new one would be kept for ever."""
+        """Return the label of a policy: clients choose arguments, and each new label would be kept permanently."""
         if method in self._policies or len(self._policies) < MAX_POLICY_LABELS:
             self._policies.add(method)
             return method
@@ -134,7 +134,7 @@ class ServerMetrics:
     # ---- from the engine's thread ---------------------------------------------------------------------------------
 
     def stepped(self, figures: StepFigures) -> None:
-        """Note one step."""
+        """Record one step."""
         if figures.tokens:
             self._histograms["iteration_tokens_total"].observe(figures.tokens)
         if figures.traffic is not None:
@@ -142,7 +142,7 @@ class ServerMetrics:
             self._returned.inc(figures.traffic.returned_bytes)
 
     def progressed(self, ledger: Ledger, now: float) -> None:
-        """Note that a request got a token at `now` (`time.monotonic()`); mutates the ledger's clock."""
+        """Record that a request got a token at `now` (`time.monotonic()`); mutates the ledger's clock."""
         timing = ledger.request.timing
         if ledger.last_token is None:
             self._histograms["time_to_first_token_seconds"].observe((timing.first_token or now) - timing.arrived)
@@ -151,7 +151,7 @@ class ServerMetrics:
         ledger.last_token = now
 
     def ended(self, request: Request, reason: str, usage: KVUsage) -> None:
-        """Note the end of a request, whatever the reason (`stop`, `length`, `abort`, `error`)."""
+        """Record the end of a request and its reason (`stop`, `length`, `abort`, `error`)."""
         if usage.evicted_tokens:
             self._evicted.labels(**self._labels, policy=self._policy_label(usage.method)).inc(usage.evicted_tokens)
         if reason == "error":
@@ -178,7 +178,7 @@ class ServerMetrics:
     # ---- from the event loop --------------------------------------------------------------------------------------
 
     def responded(self, route: str, status: int, code: str | None) -> None:
-        """Note an HTTP response; `code` is that of its error, if it is one."""
+        """Record an HTTP response; `code` is that of its error, if it is one."""
         self._responses.labels(**self._labels, route=route, status=str(status)).inc()
         if code is not None:
             self._refused.labels(**self._labels, code=code).inc()

@@ -1,4 +1,4 @@
-"""The routes beside completions: what is served, tokens and text, health, figures, and the prefix cache."""
+"""The routes beside completions: models, tokenisation, health, figures, and the prefix cache."""
 
 import asyncio
 from typing import Any

@@ -1,9 +1,9 @@
-"""Pages in a browser: by which host names a server may be asked for, and which other origins may use it.
+"""Pages in a browser: the host names of a server, and the other origins that may use it.
 
-Three attacks of a page that somebody visits are kept out. A *rebinding* page gives its own host name the address of
-this machine: the `Host` header tells. A *simple* cross-site request (a form, an image, `no-cors`) needs no permission
-from the server and could still change something: `Sec-Fetch-Site` and `Origin` tell. Everything else of another origin
-asks first (preflight) and is permitted only for the origins that the operator names.
+Three attacks of a page in a browser are blocked. A *rebinding* page gives its own host name the address of this
+machine; the `Host` header shows it. A *simple* cross-site request (a form, an image, `no-cors`) needs no permission
+from the server and could still change something; `Sec-Fetch-Site` and `Origin` show it. All other requests of another
+origin need a preflight and are permitted only for the origins that the operator names.
 """
 
 import re
@@ -28,7 +28,7 @@ HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{0,1024}")
 
 
 class OriginLayer:
-    """Refuses strange hosts and cross-site requests with 403, and answers preflights, before any key is asked for."""
+    """Refuses unknown hosts and cross-site requests with 403, and answers preflights, before keys are checked."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self.app = app
@@ -73,10 +73,10 @@ class OriginLayer:
 
 
 def allowed_hosts(config: ServerConfig) -> tuple[str, ...] | None:
-    """Return the names by which the server of `config` may be asked for, None for any.
+    """Return the host names that the server of `config` accepts, None for any.
 
-    Without `allowed_hosts` a server on loopback without keys answers to this machine's own names alone: a page whose
-    host name points at this machine would otherwise be of the same origin.
+    Without `allowed_hosts` a server on loopback without keys accepts this machine's own names alone: a page whose
+    host name resolves to this machine would otherwise have the same origin.
     """
     if "*" in config.allowed_hosts:
         return None

@@ -19,7 +19,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Growth:
-    """What happened to a part: it `began`, gained `more` text, or ended."""
+    """A change of a part: it `began`, gained `more` text, or ended."""
 
     part: Part
     more: str = ""
@@ -34,7 +34,7 @@ class Parts:
     _blank: str = ""
 
     def take(self, pieces: Sequence[Piece], last: bool) -> Iterator[Growth]:
-        """Add pieces and yield what happens, in order; `last` ends the last part. Mutates self."""
+        """Add pieces and yield the changes, in order; `last` ends the last part. Mutates self."""
         for piece in pieces:
             if isinstance(piece, str):
                 yield from self._text(piece)

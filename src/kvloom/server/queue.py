@@ -1,4 +1,4 @@
-"""Queue: how many prompts may wait for the engine, and who is refused when no more may."""
+"""Queue: bounds the prompts that wait for the engine, and refuses further ones."""
 
 import math
 import random
@@ -11,19 +11,19 @@ from kvloom.server.refusal import Refusal
 from kvloom.server.ticket import Ticket
 
 RATE_WINDOW = 30.0
-"""Seconds over which ended requests are counted to say when to come back."""
+"""Seconds over which ended requests are counted for `Retry-After`."""
 
 
 class Queue:
-    """Prompts that are accepted and have not been begun, at most `limit` of them. Lives on the event loop.
+    """Prompts that are accepted and have not been started, at most `limit` of them. For the event loop only.
 
-    A body takes its places as soon as it has come, before it is parsed, tokenised or checked: whoever finds the queue
-    full is told so at once, and never waits behind the long prompts of others only to be refused after them.
+    A body takes its places as soon as it has arrived, before it is parsed, tokenised or checked. So a body that finds
+    the queue full is refused at once, and does not wait behind the long prompts of others first.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.num_coming = 0  # places of bodies that are being looked at
+        self.num_coming = 0  # places of bodies that are being parsed and checked
         self._tickets: set[Ticket] = set()
         self._ends: deque[float] = deque(maxlen=1024)
 
@@ -51,7 +51,7 @@ class Queue:
         return place
 
     def join(self, tickets: Sequence[Ticket], place: "Place") -> None:
-        """Let `tickets` wait in `place`, which is theirs from now on."""
+        """Move `tickets` into `place`."""
         assert place.size >= len(tickets)
         place.leave()
         self._tickets.update(tickets)
@@ -65,7 +65,7 @@ class Queue:
     def _retry_after(self) -> int:
         """Return the seconds in which about one request ends, from 1 to 60; 5 when none has ended lately.
 
-        Up to as much again and a second more is added by chance, so that clients refused together do not all come back
+        A random time of up to as much and a second more is added, so that clients refused together do not retry
         together: each of a hundred would then wait for the refusals of the others.
         """
         now = time.monotonic()
@@ -89,7 +89,7 @@ class Place:
             self.size = num_prompts
 
     def leave(self) -> None:
-        """Give the room back; again is harmless."""
+        """Free the room; calling it again has no effect."""
         self._queue.num_coming -= self.size
         self.size = 0
 

@@ -1,4 +1,4 @@
-"""Refusal: an HTTP error in OpenAI's shape, and what each deliberate error of kvloom becomes."""
+"""Refusal: an HTTP error in OpenAI's shape, and the conversion of kvloom's errors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +51,7 @@ def bad_field(param: str, message: str, code: str | None = None) -> Refusal:
 
 
 def refusal_of(error: KvloomError) -> Refusal:
-    """Return the answer that a deliberate error becomes: 400 where the request is at fault, else 500."""
+    """Return the refusal for a deliberate error: 400 where the request is at fault, else 500."""
     if isinstance(error, DoesNotFitError):
         return Refusal(400, str(error), code="kv_cache_exceeded")
     if isinstance(error, UnsupportedError):

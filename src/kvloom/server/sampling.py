@@ -33,7 +33,7 @@ GENERATION_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 @dataclass(frozen=True)
 class SamplingLimits:
-    """What one request may ask for at most, and the defaults of this server."""
+    """Limits of one request, and the defaults of this server."""
 
     max_logprobs: int
     defaults: Mapping[str, Any]

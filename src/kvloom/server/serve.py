@@ -1,4 +1,4 @@
-"""Run the server: uvicorn around the application, and an end that keeps its promises."""
+"""Run the server: uvicorn around the application, with an orderly shutdown."""
 
 import asyncio
 import contextlib
@@ -38,16 +38,16 @@ LAST_SECONDS = 5
 STATS_SECONDS = 10.0
 TICK = 0.05
 SWITCH_SECONDS = 0.0002
-"""For how long the engine's thread may keep the interpreter while the event loop waits for it.
+"""Seconds for which the engine's thread may hold the interpreter while the event loop waits for it.
 
-Every call on a socket gives the interpreter away; at Python's default of 5 ms a busy engine would make an exchange,
-which is some dozens of such calls, last for a quarter of a second.
+Every call on a socket releases the interpreter lock. At Python's default of 5 ms a busy engine would stretch an
+exchange, which has some dozens of such calls, to a quarter of a second.
 """
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server with kvloom's end: SIGTERM or SIGINT stops the taking of requests and lets the running ones
-    finish for `shutdown_timeout` seconds, then cancels them; a second signal cancels at once.
+    """Uvicorn's server with kvloom's shutdown: after SIGTERM or SIGINT new requests are refused and running ones may
+    finish for `shutdown_timeout` seconds, then they are cancelled; a second signal cancels at once.
     """
 
     def __init__(self, config: Config, service: Service) -> None:
@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         logger.info("stopped")
 
     async def _log_stats(self) -> None:
-        """Write a line about the load now and then, while there is any."""
+        """Write a line about the load at intervals, while there is any."""
         before = self.service.thread.stats
         while True:
             await asyncio.sleep(STATS_SECONDS)
@@ -204,15 +204,15 @@ def _serve(
     try:
         server.run([sock])
     finally:
-        gc.unfreeze()  # so that the end of the process finds everything
+        gc.unfreeze()  # so that objects are collected at the end of the process
         tracer.close()
 
 
 def spare_collections() -> None:
-    """Take everything that exists out of Python's garbage collections, until `gc.unfreeze`.
+    """Exclude all existing objects from Python's garbage collections, until `gc.unfreeze`.
 
-    Half a million objects of modules and the model live as long as the process. A full collection looks at each of them
-    and stops every thread meanwhile, for 0.15 seconds on a small machine; what requests leave behind takes a few ms.
+    Half a million objects of modules and the model live as long as the process. A full collection traverses each of
+    them and stops every thread for 0.15 seconds on a small machine; objects of requests take a few ms.
     """
     gc.collect()
     gc.freeze()

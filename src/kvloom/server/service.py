@@ -1,4 +1,4 @@
-"""Service: one model behind the API. Admission, tokenisation off the event loop, and the way to the engine's thread."""
+"""Service: one model behind the API: admission, tokenisation outside the event loop, calls to the engine's thread."""
 
 import asyncio
 import secrets
@@ -39,7 +39,7 @@ LARGE_ANSWER_TOKENS = 128
 
 
 class Service:
-    """All that the routes share. Its methods run on the event loop unless they say otherwise."""
+    """The shared state of all routes. Its methods run on the event loop unless they say otherwise."""
 
     def __init__(self, llm: LLM, config: ServerConfig) -> None:
         self.llm = llm
@@ -68,7 +68,7 @@ class Service:
         self._forms = ThreadPoolExecutor(1, thread_name_prefix="forms")
 
     def start(self) -> None:
-        """Start the engine's thread; news is delivered on the running loop."""
+        """Start the engine's thread; updates are delivered on the running loop."""
         loop = asyncio.get_running_loop()
         self.thread.start(loop)
         self._walk = loop.create_task(self.dog.run())
@@ -78,7 +78,7 @@ class Service:
         self._walk.cancel()
 
     def close(self) -> None:
-        """Stop the engine's thread, aborting what still runs; for any thread, once the loop is done with it."""
+        """Stop the engine's thread and abort running requests; for any thread, once the loop no longer uses it."""
         self.thread.stop()
         for pool in (self._pool, self._forms):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -129,7 +129,7 @@ class Service:
             raise bad_field("kv_policy", str(error), "unsupported") from None
         longest = self.engine.max_position if forgets else self.engine.max_model_len
         if len(ids) >= longest and not forgets:
-            raise _too_long(len(ids), longest)  # before every single id is looked at
+            raise _too_long(len(ids), longest)  # before every single id is checked
         try:
             return self.engine.check(ids, params, None, policy)
         except InvalidInputError as error:
@@ -149,11 +149,11 @@ class Service:
         return ids[-keep:]
 
     async def receive_body(self, request: Request) -> bytes:
-        """Return the body as it came; raises `Refusal` for what may not be sent, or is sent too slowly."""
+        """Return the raw body; raises `Refusal` for a forbidden body, or one that is sent too slowly."""
         return await read_bytes(request, self.config.max_body_bytes, self.dog)
 
     async def read_body(self, raw: bytes, table: Mapping[str, Field]) -> Body:
-        """Return the checked fields of a body; a large one is looked at in a thread of the pool."""
+        """Return the checked fields of a body; a large one is checked in a thread of the pool."""
         if len(raw) <= LARGE_BODY_BYTES:
             return read_body(parse_json(raw), table)
         return await self.offload(lambda: read_body(parse_json(raw), table))
@@ -169,7 +169,7 @@ class Service:
     async def prepare(self, params: SamplingParams) -> None:
         """Compile the form of the answers, if they have one, in a thread of its own: a large one takes seconds.
 
-        Raises the engine's errors for a form that cannot be had; later checks of `params` find it compiled.
+        Raises the engine's errors for an invalid form; later checks of `params` use the compiled one.
         """
         if params.structured_outputs is not None:
             await self.compiling(lambda: self.engine.processors.processors(params))

@@ -1,4 +1,4 @@
-"""ServingThread: the engine's thread in a server. Tickets come in, news leaves once a round."""
+"""ServingThread: the engine's thread in a server. It takes tickets and delivers updates once a round."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ DEAD = "the engine has stopped after an error; restart the server"
 
 @dataclass(frozen=True)
 class _Mail:
-    """News for one feed."""
+    """Updates for one feed."""
 
     ticket: Ticket
     update: Update
@@ -42,9 +42,9 @@ class _Mail:
 class ServingThread(EngineThread):
     """Runs `Engine.step` while there is work. All methods are for any thread; none but `stop` waits for a step.
 
-    A step that fails fails its requests (500). When three steps in a row fail, everything is failed and one token is
-    generated as a probe; if that fails too, or the cache's books no longer agree, the engine is dead and
-    `alive` is False for good.
+    When a step fails, its requests fail (500). When three steps in a row fail, all requests fail and one token is
+    generated as a probe; if that fails too, or the invariants of the cache do not hold, the engine is dead and
+    `alive` is False permanently.
     """
 
     def __init__(self, engine: Engine, metrics: ServerMetrics) -> None:
@@ -63,7 +63,7 @@ class ServingThread(EngineThread):
     # ---- for other threads ----------------------------------------------------------------------------------------
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to run; news is delivered on `loop`."""
+        """Begin to run; updates are delivered on `loop`."""
         self._loop = loop
         self._thread.start()
 
@@ -74,7 +74,7 @@ class ServingThread(EngineThread):
         self._put(lambda: self._admit(tickets))
 
     def abort(self, tickets: Sequence[Ticket]) -> None:
-        """End what is left of `tickets` before the next step begins; their blocks are free then."""
+        """End the unfinished requests of `tickets` before the next step; their blocks are free then."""
         self._put(lambda: self._abort(tickets))
 
     def fail_all(self, refusal: Refusal) -> None:
@@ -167,7 +167,7 @@ class ServingThread(EngineThread):
                 self._tell(ledger.ticket, ledger.update(self.engine, ended=False))
 
     def _fail_step(self, error: Exception) -> None:
-        """Fail the requests that the engine aborted, and find out whether it can go on."""
+        """Fail the requests that the engine aborted, and test whether it can continue."""
         self._failures += 1
         gone = [ledger for name, ledger in self._ledgers.items() if name not in self.engine.requests]
         logger.error("a step failed; %d requests are lost", len(gone), exc_info=error)
@@ -212,13 +212,13 @@ class ServingThread(EngineThread):
     def _obituary(self, ticket: Ticket) -> Update:
         return Update(ticket.place, error=Refusal(503, DEAD, code="engine_dead"))
 
-    # ---- news -----------------------------------------------------------------------------------------------------
+    # ---- updates --------------------------------------------------------------------------------------------------
 
     def _tell(self, ticket: Ticket, update: Update) -> None:
         self._mail.append(_Mail(ticket, update))
 
     def _post(self) -> None:
-        """Deliver the news of this round on the event loop, in one call."""
+        """Deliver the updates of this round on the event loop, in one call."""
         if self._mail and self._loop is not None and not self._loop.is_closed():
             mail, self._mail = self._mail, []
             self._loop.call_soon_threadsafe(_deliver, mail)

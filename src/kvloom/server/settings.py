@@ -1,4 +1,4 @@
-"""ServerConfig: how a server is set up and what it takes from its clients at most."""
+"""ServerConfig: the options of a server and the limits of its clients."""
 
 import ipaddress
 import re
@@ -19,9 +19,9 @@ class ServerConfig:
     `max_num_queued_reqs` counts prompts that are accepted and not begun; `max_concurrent_requests` counts HTTP requests
     that are being answered. `max_sequences_per_request` bounds prompts times answers of one body.
 
-    `uds` is the path of a Unix socket to listen on in place of `host` and `port`. `allowed_hosts` are names by which
-    the server may be asked for (`*.example.org` is all below it, `*` any); without them a server on loopback without
-    keys answers to this machine's names alone. Pages of `allowed_origins` may use the server from a browser.
+    `uds` is the path of a Unix socket to listen on in place of `host` and `port`. `allowed_hosts` are host names that
+    the server accepts (`*.example.org` is all below it, `*` any); without them a server on loopback without keys
+    accepts this machine's names alone. Pages of `allowed_origins` may use the server from a browser.
     """
 
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""The target of a request: which route it means, behind a proxy or through one, and by which host it was asked for."""
+"""The target of a request: its path and host, also behind a proxy."""
 
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -9,9 +9,9 @@ from starlette.types import Scope
 def resolve_target(scope: Scope, root_path: str) -> None:
     """Write the path below `root_path` and the host asked for (`kvloom.host`) into `scope`; mutates it.
 
-    A proxy may take the root path off before it passes a request on, or leave it there. A target in absolute form
-    (RFC 9112, section 3.2.2) names the host itself, and its `Host` header counts for nothing. Any other target that is
-    no path is left as it is, and no route has it.
+    A proxy may remove the root path before it passes a request on, or keep it. A target in absolute form (RFC 9112,
+    section 3.2.2) names the host itself, and its `Host` header is ignored. Any other target that is not a path is left
+    unchanged, and matches no route.
     """
     path, host = scope["path"], Headers(scope=scope).get("host", "")
     if not path.startswith("/") and (url := _absolute(path)) is not None:

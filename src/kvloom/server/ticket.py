@@ -1,4 +1,4 @@
-"""Ticket: one prompt of an HTTP request on its way through the engine. `Ledger`: what has been told about it."""
+"""Ticket: one prompt of an HTTP request in the engine. `Ledger`: the updates sent about it."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from kvloom.spec.policy import PolicySpec
 class Ticket:
     """A prompt to run. `place` is its number in the body.
 
-    `streaming` asks for news after every token, `live_usage` for the cache usage in each. `request` is set by the
-    engine's thread when it takes the ticket over. `arrived` is in `time.monotonic()` seconds.
+    `streaming` asks for updates after every token, `live_usage` for the cache usage in each. `request` is set by the
+    engine's thread when it takes the ticket. `arrived` is in `time.monotonic()` seconds.
     """
 
     request_id: str
@@ -42,7 +42,7 @@ class Ticket:
 
 @dataclass(eq=False)
 class Ledger:
-    """The engine thread's account of a running ticket: how much of each answer has been told."""
+    """The engine thread's record of a running ticket: how much of each answer has been sent."""
 
     ticket: Ticket
     request: Request
@@ -50,7 +50,7 @@ class Ledger:
     last_token: float | None = None
 
     def update(self, engine: Engine, ended: bool) -> Update:
-        """Return what is new since the last call; mutates the account."""
+        """Return the update since the last call; mutates the record."""
         while len(self.told) < len(self.request.sequences):
             self.told.append((0, 0))
         update = Update(self.ticket.place, ended=ended)

@@ -1,4 +1,4 @@
-"""Reading a model's calls of functions out of its text as it comes, in pieces."""
+"""Parses a model's calls of functions from its text, in pieces, while it is generated."""
 
 import json
 import re
@@ -13,17 +13,17 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 """Marks around a call in the answers of models whose template teaches them (Hermes, Qwen)."""
 
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-"""What a call is written like up to its arguments; from there on it is told as it comes."""
+"""Pattern of a call up to its arguments, which are then sent as they are generated."""
 
 
 @dataclass
 class ToolCallReader:
-    """Splits one answer into content and calls; what may begin a mark is held until more text decides.
+    """Splits one answer into content and calls; text that may begin a mark is held until more text decides.
 
-    A call is told when its name is certain, and its arguments as they come: one that is cut off stays a call. What
-    stands between marks and is no call (not JSON with a name) is content, marks included. `only_first` drops later
-    calls, `inside` says that the text begins behind the first mark. `calls` are whole calls so far, as messages have
-    them.
+    A call is sent when its name is certain, and its arguments as they are generated: one that is cut off stays a call.
+    Text between marks that is not a call (not JSON with a name) is content, marks included. `only_first` drops later
+    calls, `inside` means that the text begins after the first mark. `calls` are whole calls so far, in the format of
+    messages.
     """
 
     only_first: bool = False

@@ -1,4 +1,4 @@
-"""Tools: which functions a conversation offers to the model, and the form that forced and strict calls must have."""
+"""Tools: the functions that a conversation offers to the model, and the form of forced and strict calls."""
 
 import json
 import re
@@ -21,7 +21,7 @@ CHOICES = ("auto", "none", "required")
 class Tools:
     """Functions that a body offers. `callable` are those that may be called, all of them unless one is named.
 
-    `forced` says that the answer must be calls, `several` that it may be more than one.
+    `forced` means that the answer must be calls, `several` that it may be more than one.
     """
 
     offered: list[dict[str, Any]]
@@ -35,10 +35,10 @@ class Tools:
         return self.forced or any(function.get("strict") for function in self.callable)
 
     def form(self, check: Callable[[StructuredOutputsParams], object], warnings: list[str]) -> StructuredOutputsParams:
-        """Return the form of an answer that calls these functions; `check` raises for a form that cannot be kept.
+        """Return the form of an answer that calls these functions; `check` raises for a form that cannot be enforced.
 
-        Arguments follow the parameters of a function. If those cannot be kept to, a strict function is refused, and
-        the arguments of any other are any object, which `warnings` then says; mutates `warnings`. For any thread.
+        Arguments follow the parameters of a function. If those cannot be enforced, a strict function is refused; the
+        arguments of any other may then be any object, with a warning. Mutates `warnings`. For any thread.
         """
         rules, names = [], []
         for index, function in enumerate(self.callable):

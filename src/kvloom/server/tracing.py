@@ -1,4 +1,4 @@
-"""Tracing: one OpenTelemetry span per exchange when an endpoint is configured, else nothing at all."""
+"""Tracing: one OpenTelemetry span per exchange when an endpoint is configured, else nothing."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +81,6 @@ class Tracer:
             yield Span(span)
 
     def close(self) -> None:
-        """Send what is left; waits for it."""
+        """Send the remaining spans and wait for that."""
         if self._provider is not None:
             self._provider.shutdown()

@@ -1,4 +1,4 @@
-"""Store: how K and V of one lane's tokens are laid out inside a block. Nobody else makes views of the arena."""
+"""Store: the layout of K and V of one lane's tokens inside a block. Only stores make views of the arena."""
 
 from abc import ABC, abstractmethod
 
@@ -12,7 +12,7 @@ from kvloom.spec.store import STORES, StoreSpec
 
 
 class Store(ABC):
-    """Encodes tokens into blocks and decodes blocks; `spec` says what that costs in bytes."""
+    """Encodes tokens into blocks and decodes blocks; `spec` gives the bytes."""
 
     def __init__(self, name: str, dtype: torch.dtype, memory: ArenaMemory, block_size: int) -> None:
         """Store by the format called `name`; `dtype` is what `read` returns."""

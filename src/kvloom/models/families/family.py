@@ -1,4 +1,4 @@
-"""Family: what a kind of model calls its config entries and weights. All that differs between families is data."""
+"""Family: the config and the names of weights of a kind of model. All differences between families are data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

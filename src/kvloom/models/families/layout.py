@@ -1,4 +1,4 @@
-"""How stored weights are laid out: fused, transposed, or rotated in other pairs; each transform undoes one layout."""
+"""Layouts of stored weights: fused, transposed, or rotated in other pairs; each transform undoes one layout."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def paired(weight: Weight, neighbours: bool = False, after: Transform | None = N
 
 
 def contiguous_part(name: str) -> Transform:
-    """Return what takes q, k or v (or its bias) out of rows [all q | all k | all v]."""
+    """Return a transform that takes q, k or v (or its bias) from rows [all q | all k | all v]."""
 
     def part(stored: Tensor, config: DecoderConfig) -> Tensor:
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -59,7 +59,7 @@ def contiguous_part(name: str) -> Transform:
 
 
 def grouped_part(name: str) -> Transform:
-    """Return what takes q, k or v (or its bias) out of rows that lie KV head by KV head: [its q heads | k | v]."""
+    """Return a transform that takes q, k or v (or its bias) from rows ordered by KV head: [its q heads | k | v]."""
 
     def part(stored: Tensor, config: DecoderConfig) -> Tensor:
         group = config.num_heads // config.num_kv_heads

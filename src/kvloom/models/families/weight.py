@@ -76,7 +76,7 @@ class Weight:
         return shape[1:] if "{e}" in (self.gguf if gguf else self.hf) else shape
 
     def transform(self, gguf: bool) -> Transform:
-        """Return what makes the canonical values of the stored ones."""
+        """Return the transform from stored to canonical values."""
         return self.from_gguf if gguf else self.from_hf
 
 
@@ -186,7 +186,7 @@ def head_norm(name: str, hf: str, gguf: str) -> Weight:
 
 
 def renamed(weights: Iterable[Weight], **old_to_new: Weight) -> tuple[Weight, ...]:
-    """Return `weights` where those whose last name is a key of `old_to_new` give way to its value."""
+    """Return `weights` in which those whose last name is a key of `old_to_new` are replaced by its value."""
     return tuple(old_to_new.get(weight.name.rpartition(".")[2], weight) for weight in weights)
 
 

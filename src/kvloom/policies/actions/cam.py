@@ -1,4 +1,4 @@
-"""CaM: the values of evicted tokens live on in the ones that follow (Zhang et al., ICML 2024)."""
+"""CaM: adds the values of evicted tokens to later kept ones (Zhang et al., ICML 2024)."""
 
 from collections.abc import Mapping
 

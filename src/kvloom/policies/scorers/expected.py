@@ -1,4 +1,4 @@
-"""Expected Attention: what a Gaussian of future queries will attend to (Devoto et al., arXiv 2510.00636)."""
+"""Expected Attention: expected weights under a Gaussian of future queries (Devoto et al., arXiv 2510.00636)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""KVzip: what the model looks up to repeat its context is what any question may need (Kim et al., arXiv 2505.23416)."""
+"""KVzip: keeps the tokens with most attention while the context is repeated (Kim et al., arXiv 2505.23416)."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from kvloom.spec.method import Value
 
 
 class KVzip(Scorer):
-    """Most attention that any query paid a token while the context was fed again, chunk by chunk (`Replay`).
+    """Maximum attention of any query to a token while the context was replayed, chunk by chunk (`Replay`).
 
     Query-agnostic: the whole prompt is taken as the context. Max over replay queries and the query group; the first
     `sinks` positions stay. `normalised` weighs each weight by ||W_O v|| / ||h||, h the layer's input (KVzip+,

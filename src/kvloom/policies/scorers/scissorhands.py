@@ -1,4 +1,4 @@
-"""Scissorhands: what recent queries found important stays important (Liu et al., arXiv 2305.17118)."""
+"""Scissorhands: keeps tokens with attention from recent queries (Liu et al., arXiv 2305.17118)."""
 
 from collections.abc import Mapping
 

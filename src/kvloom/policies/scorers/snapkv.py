@@ -1,4 +1,4 @@
-"""SnapKV: the end of the prompt shows what the answer will attend to (Li et al., arXiv 2404.14469)."""
+"""SnapKV: keeps tokens to which the end of the prompt attends (Li et al., arXiv 2404.14469)."""
 
 from collections.abc import Mapping
 

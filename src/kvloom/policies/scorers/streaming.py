@@ -1,4 +1,4 @@
-"""StreamingLLM and the plain window: what is first and what is new stays (Xiao et al., arXiv 2309.17453)."""
+"""StreamingLLM and the plain window: keep the first and the newest tokens (Xiao et al., arXiv 2309.17453)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""TOVA: keep what the newest query attends to (Oren et al., arXiv 2401.06104)."""
+"""TOVA: keeps tokens to which the newest query attends (Oren et al., arXiv 2401.06104)."""
 
 from collections.abc import Mapping
 
