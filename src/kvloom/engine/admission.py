@@ -11,11 +11,11 @@ from kvloom.policies.policy import Policy
 from kvloom.spec.policy import PolicySpec
 
 UNBOUNDED_TOKENS = 1 << 31
-"""Room of a request whose positions are counted in the cache, so that no length of the model ends it."""
+"""Most tokens of a request whose positions are counted in the cache, so that no context length limits it."""
 
 
 class Admission:
-    """Checks requests; changes nothing and may be asked from any thread."""
+    """Checks requests; changes nothing and may be called from any thread."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Admission:
         longest = self.max_model_len if policy is None else self.max_position
         room = longest - len(prompt)
         if policy is not None and policy.spec.moved_sinks is not None:
-            room = UNBOUNDED_TOKENS  # positions are counted in the cache: text has no end
+            room = UNBOUNDED_TOKENS  # positions are counted in the cache: text is unbounded
         if room < 1:
             raise InvalidInputError(
                 f"the prompt has {len(prompt)} tokens; the model's length is {longest} and at least one "

@@ -1,4 +1,4 @@
-"""Distribution: the tokens that temperature, top-k, top-p and min-p leave of logits, and how likely each is."""
+"""Distribution: the tokens left by temperature, top-k, top-p and min-p, with their probabilities."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ SORTED = 2048
 """Tokens up to which sorting costs less than dividing them by likelihood."""
 
 DIVISIONS = 1024
-"""Parts by likelihood, of equal width in the logit, in which the place of more tokens than that is looked for."""
+"""Number of parts, of equal width in the logit, into which more tokens than that are divided."""
 
 REACH = 40.0
 """Width of all but the last of them, in logits at temperature 1: what is further down has no more than e^-40 each."""
@@ -110,8 +110,8 @@ class Distribution:
     def _place(self, target: float) -> int:
         """Return the place of the token with which the weights, likeliest first, come to `target`.
 
-        Only what matters is sorted: the tokens are divided by likelihood, the weights of each part are summed, and
-        the part where the target lies is looked into, until it is small or all its tokens are equally likely.
+        Only the relevant tokens are sorted: tokens are divided by likelihood, the weights of each part are summed, and
+        the part with the target is divided again, until it is small or all its tokens are equally likely.
         """
         places: NDArray[np.int64] | None = None
         logits, weights = self.logits, self.weights

@@ -1,4 +1,4 @@
-"""Action: what becomes of evicted tokens. `Drop` discards them; merging folds them into survivors."""
+"""Action: what happens to evicted tokens. `Drop` discards them; merging folds them into kept tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from kvloom.spec.method import Value
 
 
 class Action(ABC):
-    """Decides what survivors hold after an eviction."""
+    """Computes the content of kept tokens after an eviction."""
 
     @abstractmethod
     def merge(self, context: ScoreContext, keep: torch.Tensor, scores: torch.Tensor) -> list[Survivors] | None:
@@ -23,7 +23,7 @@ class Action(ABC):
 
 
 class Drop(Action):
-    """Evicted tokens leave no trace."""
+    """Evicted tokens are discarded."""
 
     def merge(self, context: ScoreContext, keep: torch.Tensor, scores: torch.Tensor) -> list[Survivors] | None:
         """Return None: survivors are untouched."""

@@ -100,9 +100,9 @@ class Global(Budget):
 
 @dataclass(frozen=True)
 class Threshold(Budget):
-    """Each lane keeps what scores above a value, at most `budget`, and at least what is protected.
+    """Each lane keeps the tokens that score above a value, at most `budget`, and at least the protected ones.
 
-    The one budget that may drop tokens from a request that is no longer than it: there the value alone decides.
+    Only this budget may evict tokens from a request that is not longer than the budget.
     """
 
     above: float = 0.0

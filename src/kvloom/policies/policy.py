@@ -1,4 +1,4 @@
-"""Policy: the objects that carry out a `PolicySpec`."""
+"""Policy: the objects that execute a `PolicySpec`."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,7 +46,7 @@ class Policy:
 
     @property
     def needs(self) -> Needs:
-        """Everything that rule, refinements and action together must be shown."""
+        """All inputs of rule, refinements and action together."""
         return self.spec.needs
 
     @property
@@ -64,12 +64,12 @@ class Policy:
 
     @property
     def merges(self) -> bool:
-        """True when evicted tokens leave something in those that stay."""
+        """True when evicted tokens are merged into kept ones."""
         return self.spec.action.name != "drop"
 
     @property
     def stacks(self) -> bool:
-        """True when the scores of many layers can be had at once."""
+        """True when the scores of many layers can be computed at once."""
         return self.spec.method.stacks and not self.refinements
 
     @property

@@ -29,7 +29,7 @@ class FastGen(Selector):
         self.frequent = frequent
 
     def keep(self, context: ScoreContext) -> torch.Tensor:
-        """Return what the chosen policies keep; the choice is made once and remembered."""
+        """Return the tokens that the chosen policies keep; the choice is made once and stored in the state."""
         sets = self._sets(context)
         if "profile" not in context.state:
             context.state["profile"] = self._profile(context, sets)

@@ -1,4 +1,4 @@
-"""Knorm: keys of small L2 norm attract attention (Devoto et al., arXiv 2406.11430)."""
+"""Knorm: keeps keys of small L2 norm, which get much attention (Devoto et al., arXiv 2406.11430)."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from kvloom.spec.method import Value
 class Knorm(Scorer):
     """Keeps the lowest ||k||_2 in float32; rotation preserves norms, so cached keys serve.
 
-    The first `skip_layers` layers are left whole, as in the authors' code, because there norms say little. Nothing is
-    protected.
+    Nothing is evicted from the first `skip_layers` layers, as in the authors' code, because norms predict little there.
+    Nothing is protected.
     """
 
     def score(self, context: ScoreContext) -> torch.Tensor:
