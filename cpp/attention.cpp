@@ -63,8 +63,10 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
     for (int h = 0; h < heads; ++h, ++r) {
       const std::size_t at = static_cast<std::size_t>(token0 + i) * call.q_stride +
                              static_cast<std::size_t>(task.kv_head * heads + h) * shape.k_width;
-      kernel.scaled(call.q_element, static_cast<const char*>(call.q) + at * size, scale, call.compute,
-                    rows.queries + static_cast<std::size_t>(r) * kTileRowBytes, shape.k_width);
+      char* const query = rows.queries + static_cast<std::size_t>(r) * kTileRowBytes;
+      kernel.scaled(call.q_element, static_cast<const char*>(call.q) + at * size, scale, call.compute, query, shape.k_width);
+      const std::size_t bytes = call.compute == Element::kFloat ? 4 : 2;
+      std::memset(query + shape.k_width * bytes, 0, (block_width(shape.k_width) - shape.k_width) * bytes);
       const int last = end - n + i + 1;
       rows.last[r] = last;
       rows.first[r] = shape.window ? std::max(visible, last - shape.window) : visible;
@@ -143,7 +145,7 @@ void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int
 // Join the parts whose results begin at `partial`, for all rows of tokens [token0, ...) of one KV head, and finish them.
 void join_parts(const Kernels& kernel, const AttentionCall& call, const float* partial, int num_parts, int num_rows,
                 int token0, int kv_head) {
-  const int heads = call.shape.num_heads / call.shape.num_kv_heads, width = call.shape.v_width;
+  const int heads = call.shape.num_heads / call.shape.num_kv_heads, width = block_width(call.shape.v_width);
   alignas(64) float sum[1024];
   for (int r = 0; r < num_rows; ++r) {
     float peak, total;
@@ -162,8 +164,8 @@ Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int k
   lane.arena = table.arena;
   lane.block_size = table.block_size;
   lane.block_inverse = table.block_inverse;
-  lane.k_width = shape.k_width;
-  lane.v_width = shape.v_width;
+  lane.k_width = block_width(shape.k_width);
+  lane.v_width = block_width(shape.v_width);
   lane.store = table.store;
   if (table.segment_start) {
     const int32_t* start = table.segment_start + static_cast<std::ptrdiff_t>(seq_row) * table.num_lanes + index;
@@ -190,7 +192,7 @@ void write_tiles(const Kernels& kernel, const Tiles& tiles, int t, int offset, c
 void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   const Kernels& kernel = kernels();
   const LayerShape& shape = call.shape;
-  const int heads = shape.num_heads / shape.num_kv_heads, width = shape.v_width;
+  const int heads = shape.num_heads / shape.num_kv_heads, width = block_width(shape.v_width);
   const AttentionPlan plan = attention_plan(call, team.size());
   const int count = static_cast<int>(plan.tasks.size());
   const bool grow = workspace.partial.size() < static_cast<std::size_t>(plan.partial_floats);
@@ -267,7 +269,7 @@ void key_mass(Team& team, const AttentionCall& call, const float* lse, float* ma
         s = stop;
       }
     }
-  char* memory = team.scratch(Rows::bytes(std::max(kBlockRows, heads), shape.v_width) + kBlockRows * 16 * 4);
+  char* memory = team.scratch(Rows::bytes(std::max(kBlockRows, heads), block_width(shape.v_width)) + kBlockRows * 16 * 4);
   std::vector<float> row_lse(static_cast<std::size_t>(std::max(kBlockRows, heads)));
   for (int i; (i = team.next()) < static_cast<int>(tasks.size());) {
     Task task = tasks[static_cast<std::size_t>(i)];
@@ -275,7 +277,7 @@ void key_mass(Team& team, const AttentionCall& call, const float* lse, float* ma
     for (int q0 = 0; q0 < n; q0 += block) {  // one thread adds a column up, in order
       task.q0 = q0;
       task.q1 = std::min(n, q0 + block);
-      Rows rows(memory, (task.q1 - task.q0) * heads, shape.v_width);
+      Rows rows(memory, (task.q1 - task.q0) * heads, block_width(shape.v_width));
       MassArgs args = {prepare(kernel, call, task, rows), row_lse.data(), nullptr};
       if (rows.last[rows.num_rows - 1] <= task.begin) continue;
       for (int r = 0; r < rows.num_rows; ++r)
@@ -293,6 +295,14 @@ void clamp(float* x, int n, float most) {
   for (int i = 0; i < n; ++i) x[i] = std::clamp(x[i], -most, most);
 }
 
+// Return x [width] as a block holds it: itself, or a copy in `padded` with zeros behind it.
+const float* as_stored(const float* x, int width, float* padded) {
+  if (block_width(width) == width) return x;
+  if (x != padded) std::copy(x, x + width, padded);
+  std::fill(padded + width, padded + block_width(width), 0.0f);
+  return padded;
+}
+
 }  // namespace
 
 void append(Team& team, const AppendCall& call) {
@@ -303,7 +313,7 @@ void append(Team& team, const AppendCall& call) {
   int begin, end;
   team.share(call.batch.num_tokens * per_token, &begin, &end);
   int seq = 0;
-  float own_head[1024], own_values[1024];
+  float own_head[1024], own_values[1024];  // as wide as a block's
   const bool wide = call.element == Element::kFloat;  // worked on where it lies
   for (int item = begin; item < end; ++item) {
     const int t = item / per_token, j = item % per_token;
@@ -331,7 +341,8 @@ void append(Team& team, const AppendCall& call) {
     const float* const value = as_given ? reinterpret_cast<const float*>(v) : own_values;
     if (!as_given) kernel.to_float(call.element, v, own_values, shape.v_width);
     if (call.clip > 0) clamp(own_values, shape.v_width, call.clip);
-    kernel.write_slot(lane_of(call.lanes, shape, row, h), slot, head, value);
+    kernel.write_slot(lane_of(call.lanes, shape, row, h), slot, as_stored(head, shape.k_width, own_head),
+                      as_stored(value, shape.v_width, own_values));
   }
 }
 

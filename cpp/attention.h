@@ -46,6 +46,7 @@ struct Batch {
   int step_count(int b) const { return in_step ? in_step[b] : count(b); }
 };
 
+// Widths are those of a head of q, k, v and of what attention makes; in blocks heads have `block_width` of them.
 struct LayerShape {
   int num_heads = 0, num_kv_heads = 0, k_width = 0, v_width = 0;
   int lane_offset = 0;

@@ -61,7 +61,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
             } else {
               plan.tasks.back().end = stop;
             }
-            plan.partial_floats += part_floats(n * heads, shape.v_width);
+            plan.partial_floats += part_floats(n * heads, block_width(shape.v_width));
             in_run = in_run + 1 == longest || stop == store_end ? 0 : in_run + 1;
             s = stop;
           }

@@ -137,9 +137,8 @@ inline LayerShape shape_of(const LanesObject& lanes, const ShapeTuple& tuple) {
   std::tie(shape.num_heads, shape.num_kv_heads, shape.k_width, shape.v_width, shape.lane_offset, shape.window) = tuple;
   if (shape.num_kv_heads < 1 || shape.num_heads % shape.num_kv_heads)
     throw std::invalid_argument("query heads must be a multiple of KV heads");
-  if (shape.k_width % 4 || shape.v_width % 16 || shape.k_width < 4 || shape.v_width < 16 || shape.k_width > 384 ||
-      shape.v_width > 1024)
-    throw std::invalid_argument("head widths must be multiples of 16, keys at most 384 and values at most 1024 wide");
+  if (shape.k_width < 1 || shape.v_width < 1 || shape.k_width > 384 || shape.v_width > 1024)
+    throw std::invalid_argument("keys must be at most 384 and values at most 1024 wide");
   if (shape.lane_offset < 0 || shape.lane_offset + shape.num_kv_heads > lanes.num_lanes)
     throw std::invalid_argument("the layer's lanes lie outside the lane table");
   return shape;

@@ -8,7 +8,7 @@ namespace kvloom {
 
 namespace {
 
-BlockLayout layout_of(const Slots& s) { return {s.store, s.block_size, s.k_width, s.v_width}; }
+BlockLayout layout_of(const Slots& s) { return {s.store, s.block_size, block_width(s.k_width), block_width(s.v_width)}; }
 
 char* block(const Slots& s, int32_t address) { return s.arena + static_cast<std::size_t>(static_cast<uint32_t>(address)) * 128; }
 
@@ -32,7 +32,7 @@ void write_slots(const Slots& s, const int32_t* address, const int32_t* within, 
   ThreadPool::instance().run([&](Team& team) {
     int begin, end;
     team.share(n, &begin, &end);
-    float key[1024], value[1024];
+    float key[1024] = {}, value[1024] = {};  // zeros behind a head
     for (int i = begin; i < end; ++i) {
       const std::size_t row = static_cast<std::size_t>(i);
       kernel.to_float(element, static_cast<const char*>(k) + row * s.k_width * size, key, s.k_width);
@@ -42,8 +42,8 @@ void write_slots(const Slots& s, const int32_t* address, const int32_t* within, 
       lane.arena = s.arena;
       lane.block_size = s.block_size;
       lane.block_inverse = block_inverse_of(s.block_size);
-      lane.k_width = s.k_width;
-      lane.v_width = s.v_width;
+      lane.k_width = block_width(s.k_width);
+      lane.v_width = block_width(s.v_width);
       lane.store = s.store;
       kernel.write_slot(lane, within[i], key, value);
     }
@@ -68,7 +68,7 @@ void read_slots(const Slots& s, const int32_t* address, const int32_t* within, i
         const char* from = at + (side ? layout.value(within[i]) : layout.key(within[i]));
         const int unit = side ? 1 : of.per;  // elements side by side
         copy_elements(static_cast<std::size_t>(unit * of.bytes), raw, static_cast<std::size_t>(unit * of.bytes), from,
-                      side ? layout.v_unit() : layout.k_row(), width / unit);
+                      side ? layout.v_unit() : layout.k_row(), block_width(width) / unit);
         if (of.scaled) {
           float scale;
           std::memcpy(&scale, at + (side ? layout.v_scale(within[i]) : layout.k_scale(within[i])), 4);
@@ -94,9 +94,9 @@ void copy_slots(const Slots& s, const int32_t* from, const int32_t* from_within,
         if (source == target && from_within[i] == to_within[i]) continue;
         // Rows are as far apart in both; only the places within them differ.
         copy_elements(layout.k_unit(), target + layout.key(to_within[i]), layout.k_row(),
-                      source + layout.key(from_within[i]), layout.k_row(), s.k_width / layout.k.per);
+                      source + layout.key(from_within[i]), layout.k_row(), layout.k_width / layout.k.per);
         copy_elements(static_cast<std::size_t>(layout.v.bytes), target + layout.value(to_within[i]), layout.v_unit(),
-                      source + layout.value(from_within[i]), layout.v_unit(), s.v_width);
+                      source + layout.value(from_within[i]), layout.v_unit(), layout.v_width);
         if (layout.k.scaled) std::memcpy(target + layout.k_scale(to_within[i]), source + layout.k_scale(from_within[i]), 4);
         if (layout.v.scaled) std::memcpy(target + layout.v_scale(to_within[i]), source + layout.v_scale(from_within[i]), 4);
       }
@@ -110,7 +110,8 @@ void encode_blocks(const Slots& s, Store to_store, const int32_t* from, const in
     team.share(n, &begin, &end);
     char* scratch = team.scratch(kKernelScratchBytes);
     for (int i = begin; i < end; ++i)
-      kernel.encode_block({s.store, to_store, s.block_size, s.k_width, s.v_width, block(s, from[i]), block(s, to[i])}, scratch);
+      kernel.encode_block({s.store, to_store, s.block_size, block_width(s.k_width), block_width(s.v_width),
+                           block(s, from[i]), block(s, to[i])}, scratch);
   });
 }
 

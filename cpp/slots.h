@@ -9,7 +9,7 @@ namespace kvloom {
 struct Slots {
   char* arena = nullptr;
   Store store = Store::kFloat;
-  int block_size = 0, k_width = 0, v_width = 0;
+  int block_size = 0, k_width = 0, v_width = 0;  // of heads; blocks hold `block_width` of them
 };
 
 // k [N, k_width], v [N, v_width] of `element`, row-major.

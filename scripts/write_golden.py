@@ -23,15 +23,12 @@ BEST = 32
 
 def write_bytes() -> None:
     """Write what a sequence of every variant takes in the arena."""
-    from harness.families import VARIANTS, oracle_of
+    from harness.families import VARIANTS, config_of
     from harness.walked_bytes import GEOMETRIES, walked_bytes
-    from kvloom.models.checkpoint import open_checkpoint
 
     rows = []
     for variant in VARIANTS:
-        with TemporaryDirectory() as folder:
-            oracle_of(variant).save_pretrained(folder)
-            config = open_checkpoint(folder).config
+        config = config_of(variant)
         figures = {f"{store}, {size}": walked_bytes(config.kv_spec(size, store)) for store, size in GEOMETRIES}
         rows.append(f" {json.dumps(variant)}: {json.dumps(figures)}")
     path = TESTS / "cache" / "golden_walked_bytes.json"

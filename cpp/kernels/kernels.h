@@ -100,6 +100,8 @@ enum class Activation : int {
   kSilu = 0,
   kGeluTanh = 1,
   kGelu = 2,
+  kRelu2 = 3,        // max(x, 0) squared
+  kXielu = 4,        // alpha x^2 + beta x above 0, limit (e^x - 1 - x) + beta x below; see LinearArgs
   kClampedGate = 8,  // of gate and up together: (up' + 1) gate' sigmoid(alpha gate'), both clamped at `limit`; see LinearArgs
 };
 
@@ -124,8 +126,12 @@ struct LinearArgs {
   const Tiles* tiles;  // kGateTiles, kActivateTiles; cut into tiles as `x` is
   const int32_t* to = nullptr;  // kAddTo: [T] rows of y, each at most once
   const float* by = nullptr;    // kAddTo: [T]
-  float alpha = 0, limit = 0;   // kClampedGate: gate' = min(gate, limit), up' = clamp(up, -limit, limit)
+  float alpha = 0, limit = 0;   // kClampedGate: gate' = min(gate, limit), up' = clamp(up, -limit, limit); kXielu
+  float beta = 0;               // kXielu
 };
+
+// Elements that a head of `width` takes in a block, zeros at its end included: what a product reads at once.
+constexpr int block_width(int width) { return (width + 15) / 16 * 16; }
 
 // A reader of one lane: `columns` are arena addresses in granules of 128 bytes; slot s lives in column s / P.
 struct Lane {
@@ -133,7 +139,7 @@ struct Lane {
   const char* arena;
   int block_size;  // P
   uint32_t block_inverse;  // ceil(2^32 / P): slot / P without dividing, see divide_by_block
-  int k_width;
+  int k_width;  // in the block: multiples of 16
   int v_width;
   // Stores by column: segment i covers columns below segment_end[i]; one segment unless the lane mixes stores.
   int num_segments;

@@ -23,10 +23,23 @@ static inline vf activate(Activation activation, vf g) {
     const vf power = vexp2(vmax(vmul(vmul(z, z), vset(-1.4426950409f)), vset(-126.0f)));
     return vsub(vmax(g, vzero()), vmul(vmul(size, vset(0.5f)), vmul(p, power)));
   }
+  if (activation == Activation::kRelu2) {
+    const vf positive = vmax(g, vzero());
+    return vmul(positive, positive);
+  }
   // GELU by tanh: g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))
   vf cubic = vmul(vmul(g, g), g);
   vf t = vtanh(vmul(vset(0.7978845608f), vfma(cubic, vset(0.044715f), g)));
   return vmul(vmul(g, vset(0.5f)), vadd(t, vset(1.0f)));
+}
+
+// The inside of an MLP without a gate.
+static inline vf activated(const LinearArgs& args, vf x) {
+  if (args.activation != Activation::kXielu) return activate(args.activation, x);
+  const vf above = vmax(x, vzero()), below = vmin(x, vzero());
+  const vf power = vexp2(vmax(vmul(below, vset(1.4426950409f)), vset(-126.0f)));
+  const vf curve = vmul(vset(args.limit), vsub(vsub(power, vset(1.0f)), below));
+  return vfma(x, vset(args.beta), vfma(vmul(above, above), vset(args.alpha), curve));
 }
 
 static inline vf gated(const LinearArgs& args, vf gate, vf up) {
@@ -188,7 +201,7 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
     for (int v = 0; v < width; v += W) {
       float* from = c + m * kPanelColumns + v;
       const vf first = vload(from);
-      vstore(from, w.gated ? gated(args, first, vload(from + 16)) : activate(args.activation, first));
+      vstore(from, w.gated ? gated(args, first, vload(from + 16)) : activated(args, first));
     }
   if (args.finish == Finish::kGate || args.finish == Finish::kActivate) {
     for (int m = 0; m < rows; ++m)

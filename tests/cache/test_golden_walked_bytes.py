@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.families import VARIANTS, oracle_of
+from harness.families import VARIANTS, config_of
 from harness.walked_bytes import GEOMETRIES, walked_bytes
-from kvloom.models.checkpoint import open_checkpoint
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_walked_bytes.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_sequence_of_every_family_takes_the_golden_bytes(variant, tmp_path):
-    oracle_of(variant).save_pretrained(tmp_path)
-    config = open_checkpoint(str(tmp_path)).config
+def test_a_sequence_of_every_family_takes_the_golden_bytes(variant):
+    config = config_of(variant)
     found = {f"{store}, {size}": walked_bytes(config.kv_spec(size, store)) for store, size in GEOMETRIES}
     assert found == GOLDEN[variant]
 

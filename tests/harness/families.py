@@ -1,10 +1,13 @@
 """Tiny random models of every family and position variant, beside the same models in transformers."""
 
+import json
+
 import torch
 import transformers
 
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
+from kvloom.spec.families import family_of_config
 
 BASE = {
     "vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -122,14 +125,26 @@ VARIANTS = {
 """Name of a variant -> (family as transformers spells it, what its config has beside `BASE`)."""
 
 
-def oracle_of(variant):
-    """Return the random model of transformers for a variant, in float32."""
+def _config_of(variant):
+    """Return the config of transformers for a variant, and the class of its model."""
     kind, changes = VARIANTS[variant]
     base = {"GPT2": GPT, "GPTBigCode": GPT, "Bloom": BLOOM, "Mpt": MPT}.get(kind, BASE)
     config = getattr(transformers, f"{kind}Config")(**{**base, **changes})
     config._attn_implementation = "eager"
-    name = f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    return spread(getattr(transformers, name)(config).eval())
+    return config, getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+
+
+def oracle_of(variant):
+    """Return the random model of transformers for a variant, in float32."""
+    config, model = _config_of(variant)
+    return spread(model(config).eval())
+
+
+def config_of(variant):
+    """Return what we read in the config.json of a variant; no model is made."""
+    config, model = _config_of(variant)
+    raw = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [model.__name__]}
+    return family_of_config(raw).read(raw)
 
 
 def spread(model):

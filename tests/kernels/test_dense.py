@@ -30,7 +30,7 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(isa: str, product: str
 
 
 @pytest.mark.parametrize("product", ["fp32", "int4_fp32"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu2"])
 def test_a_gated_weight_gives_activation_of_gate_times_up(isa: str, activation: str, product: str) -> None:
     weight, bias, x = torch.randn(2 * 40, 64) / 8, torch.randn(80), torch.randn(5, 64)
     packed = cpu.PackedWeight(weight, product, gated=True, bias=bias)
@@ -40,7 +40,7 @@ def test_a_gated_weight_gives_activation_of_gate_times_up(isa: str, activation: 
 
 
 @pytest.mark.parametrize("product", ["fp32", "int4_fp32"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu2"])
 def test_an_activation_of_an_ungated_weight_is_that_of_its_product(isa: str, activation: str, product: str) -> None:
     weight, bias, x = torch.randn(70, 64) / 8, torch.randn(70), torch.randn(5, 64)
     packed = cpu.PackedWeight(weight, product, bias=bias)
@@ -112,7 +112,7 @@ def test_layer_norm_equals_torch_far_from_zero_too(isa: str, width: int, biased:
     torch.testing.assert_close(cpu.layer_norm(x, weight, bias, 1e-5), want.float(), atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu2"])
 def test_gate_equals_its_definition_far_into_both_tails(isa: str, activation: str) -> None:
     gate, up = torch.linspace(-200, 200, 3 * 33).view(3, 33), torch.randn(3, 33)
     want = reference_dense.gate(gate, up, activation)

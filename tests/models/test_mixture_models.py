@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from harness.dequantized import dequantized
 from harness.tiny_model import FULL, batch_of, cache_of, feed, random_tokens, random_weights, tiny_config
 from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
-from kvloom.kernels import reference_dense
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.model import StepWanted
@@ -34,19 +34,6 @@ def model_of(name: str) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
     for layer in (1, 2):
         weights |= {f"layers.{layer}.{key}": value for key, value in mixture.weights.items()}
     return config, weights
-
-
-def dequantized(name: str, weight: torch.Tensor, quantization: str) -> torch.Tensor:
-    """Return what `weight` is after it was quantised; norms and routers stay."""
-    if weight.dim() < 2 or "router" in name or name.endswith("_bias"):
-        return weight
-    rows = weight.flatten(0, -2)
-    if quantization == "int8" or name in ("embed", "lm_head"):
-        codes, scale = reference_dense.quantize_rows(rows)
-        return (codes.float() * scale[:, None]).view_as(weight)
-    codes, scale, offset = reference_dense.quantize_groups(rows)
-    scale, offset = (each.repeat_interleave(32, 1)[:, : weight.shape[-1]] for each in (scale, offset))
-    return (codes.float() * scale + offset).view_as(weight)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

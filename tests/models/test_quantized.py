@@ -4,27 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from harness.dequantized import dequantized
 from harness.tiny_model import batch_of, random_tokens, random_weights, tiny_config
 from harness.tolerances import LOGITS_FLOAT32
 from kvloom.cache.kvcache import KVCache
-from kvloom.kernels import reference_dense
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.model import StepWanted
 from kvloom.spec.store import SLAB_BYTES
 
 pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
-
-
-def dequantized(name: str, weight: torch.Tensor, quantization: str) -> torch.Tensor:
-    """Return what `weight` is after it was quantised; norms stay."""
-    if weight.dim() != 2:
-        return weight
-    if quantization == "int8" or name in ("embed", "lm_head"):
-        codes, scale = reference_dense.quantize_rows(weight)
-        return codes.float() * scale[:, None]
-    codes, scale, offset = reference_dense.quantize_groups(weight)
-    scale, offset = (each.repeat_interleave(32, 1)[:, : weight.shape[1]] for each in (scale, offset))
-    return codes.float() * scale + offset
 
 
 def logits_of(model: CompiledModel, tokens: list[int], cuts: list[int]) -> torch.Tensor:

@@ -64,9 +64,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return activation(gate) * up: SwiGLU (Shazeer 2020) for "silu", GeGLU for "gelu" and, by tanh, "gelu_tanh"."""
+    """Return activation(gate) * up: SwiGLU (Shazeer 2020) for "silu", GeGLU for "gelu" and, by tanh, "gelu_tanh".
+
+    "relu2" is max(gate, 0) squared.
+    """
     if activation == "silu":
         return F.silu(gate.float()) * up.float()
+    if activation == "relu2":
+        return F.relu(gate.float()).square() * up.float()
     return F.gelu(gate.float(), approximate="tanh" if activation == "gelu_tanh" else "none") * up.float()
 
 

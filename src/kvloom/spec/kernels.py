@@ -2,10 +2,10 @@
 
 from kvloom.spec.decoder import DecoderConfig
 
-HEAD_DIMS = range(16, 385, 16)
-"""Head sizes that the kernels take."""
+MAX_HEAD_DIM = 384
+"""Widest head that the kernels take; blocks hold heads with zeros up to a multiple of 16."""
 
-KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
 """Activations that the kernels have, by the name that a `DecoderConfig` has for them."""
 
 BLOCK_SLOTS = 16
@@ -15,8 +15,8 @@ BLOCK_SLOTS = 16
 def model_reasons(config: DecoderConfig) -> list[str]:
     """Return every reason in the model why the kernels cannot run it; [] means that they can."""
     reasons = []
-    if config.head_dim not in HEAD_DIMS:
-        reasons.append(f"head_dim is {config.head_dim}; the kernels take multiples of 16 up to 384")
+    if config.head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {config.head_dim}; the kernels take at most {MAX_HEAD_DIM}")
     if config.activation not in KERNEL_ACTIVATIONS:
         reasons.append(f"activation {config.activation!r} is not one of {', '.join(KERNEL_ACTIVATIONS)}")
     return reasons

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from kvloom.spec.kernels import HEAD_DIMS, model_reasons
+from kvloom.spec.kernels import MAX_HEAD_DIM, model_reasons
 from kvloom.spec.layer import Attention, Experts, FeedForward, Latent, LayerSpec, Mixer
 from kvloom.spec.model import ModelSpec
 from kvloom.spec.packing import FLOAT_BYTES, PACKINGS, Matrix, Packing, products_of
@@ -161,7 +161,7 @@ def _obstacles(layer: LayerSpec) -> list[str]:
     if not isinstance(mixer, Attention):
         return [f"it has {'latent attention' if isinstance(mixer, Latent) else 'recurrent layers'}"]
     applies = {
-        f"head_dim is {mixer.head_dim}; the kernels take multiples of 16 up to 384": mixer.head_dim not in HEAD_DIMS,
+        f"head_dim is {mixer.head_dim}; the kernels take at most {MAX_HEAD_DIM}": mixer.head_dim > MAX_HEAD_DIM,
         "heads of K and V differ in width": mixer.v_width != mixer.head_dim,
         "attention has a gate": mixer.gated,
         "layers share keys and values": layer.source is not None or not mixer.owns_kv,

@@ -10,6 +10,14 @@ GRANULE_BYTES = 128
 SLAB_BYTES = 2 << 20
 """Size and alignment of a slab, one huge page; no block straddles two slabs."""
 
+HEAD_STEP = 16
+"""Blocks hold heads in multiples of this many elements, the last ones zeros: kernels read that many at once."""
+
+
+def held_width(width: int) -> int:
+    """Return how many elements a head of `width` takes in a block; 0 where there is none."""
+    return -(-width // HEAD_STEP) * HEAD_STEP
+
 
 @dataclass(frozen=True)
 class Side:
@@ -60,8 +68,9 @@ class StoreSpec:
         return max(self.k.group, self.v.group)
 
     def payload_bytes(self, block_size: int, k_width: int, v_width: int) -> int:
-        """Return the bytes that `block_size` tokens of one lane need, before rounding to granules."""
-        return self.k.payload_bytes(block_size, k_width) + self.v.payload_bytes(block_size, v_width)
+        """Return the bytes that `block_size` tokens of one lane need, heads in `held_width`, before rounding."""
+        k, v = held_width(k_width), held_width(v_width)
+        return self.k.payload_bytes(block_size, k) + self.v.payload_bytes(block_size, v)
 
     def block_bytes(self, block_size: int, k_width: int, v_width: int) -> int:
         """Return the bytes of one block of one lane in the arena: the payload in whole granules."""

@@ -14,7 +14,7 @@ STORE_ELEMENT.register("bf16", 1)
 STORE_ELEMENT.register("fp16", 2)
 STORE_ELEMENT.register("int8", 3)
 
-ACTIVATION = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+ACTIVATION = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 """Code of each activation."""
 
 CLAMPED_GATE = 8

@@ -47,7 +47,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """Return activation(gate) * up, both [..., D]; `activation` is "silu", "gelu_tanh" or "gelu"."""
+    """Return activation(gate) * up, both [..., D]; `activation` is "silu", "gelu_tanh", "gelu" or "relu2"."""
     contiguous(gate, "gate")
     if contiguous(up, "up", gate.dtype).shape != gate.shape:
         raise InvalidInputError(f"up has shape {tuple(up.shape)}; expected {tuple(gate.shape)}")
