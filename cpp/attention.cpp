@@ -70,6 +70,7 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
       const int last = end - n + i + 1;
       rows.last[r] = last;
       rows.first[r] = shape.window ? std::max(visible, last - shape.window) : visible;
+      if (call.chunk) rows.first[r] = std::max(rows.first[r], (last - 1) / call.chunk * call.chunk);
       rows.position[r] = slot_position ? slot_position[last - 1] : last - 1;
       if (call.slopes) rows.slope[r] = call.slopes[task.kv_head * heads + h];
     }
@@ -295,6 +296,12 @@ void clamp(float* x, int n, float most) {
   for (int i = 0; i < n; ++i) x[i] = std::clamp(x[i], -most, most);
 }
 
+// What multiplies the queries of token t.
+float warmth(const AppendCall& call, int t) {
+  const float periods = std::floor((static_cast<float>(call.positions[t]) + 1) / call.temperature.period);
+  return 1 + call.temperature.scale * std::log1p(periods);
+}
+
 // Return x [width] as a block holds it: itself, or a copy in `padded` with zeros behind it.
 const float* as_stored(const float* x, int width, float* padded) {
   if (block_width(width) == width) return x;
@@ -327,10 +334,13 @@ void append(Team& team, const AppendCall& call) {
     float* const head = wide ? reinterpret_cast<float*>(at) : own_head;
     if (!wide) kernel.to_float(call.element, at, head, shape.k_width);
     if (call.clip > 0) clamp(head, shape.k_width, call.clip);
-    if (norm) normalise(kernel, norm, head, shape.k_width, head);
+    if (norm && !call.norm_after_rope) normalise(kernel, norm, head, shape.k_width, head);
     if (call.cos_sin && call.rotary)
       kernel.rope(head, shape.k_width, call.cos_sin + static_cast<std::size_t>(t) * call.rotary, call.rotary);
-    if (!wide && (call.clip > 0 || norm || (call.cos_sin && call.rotary)))
+    if (norm && call.norm_after_rope) normalise(kernel, norm, head, shape.k_width, head);
+    const bool tempered = query && call.temperature.period > 0;
+    if (tempered) kernel.scaled(Element::kFloat, head, warmth(call, t), Element::kFloat, head, shape.k_width);
+    if (!wide && (call.clip > 0 || norm || tempered || (call.cos_sin && call.rotary)))
       kernel.from_float(call.element, head, at, shape.k_width);
     if (query) continue;
     const int row = call.batch.seq_rows[seq];

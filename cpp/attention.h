@@ -59,6 +59,12 @@ struct SlotPositions {
   std::ptrdiff_t lane_stride = 0;
 };
 
+// Queries at position p are multiplied by 1 + scale ln(1 + floor((p + 1) / period)) (Nakanishi, arXiv:2501.19399).
+struct Temperature {
+  float period = 0;  // 0: they are not
+  float scale = 0;
+};
+
 struct AttentionCall {
   LaneTable lanes;
   Batch batch;
@@ -66,6 +72,7 @@ struct AttentionCall {
   Element compute = Element::kFloat;
   float scale = 1;
   float softcap = 0;
+  int chunk = 0;  // positions p and q see each other if p / chunk = q / chunk, in lanes whose slots are positions; 0: all
   const float* sinks = nullptr;   // [H] natural logits that join every row's denominator
   const float* slopes = nullptr;  // [H] ALiBi
   const SlotPositions* slot_positions = nullptr;  // [num_seqs] by row of the table, with slopes; or null
@@ -106,9 +113,12 @@ struct AppendCall {
   int rotary = 0;
   float clip = 0;       // bounds all of q, k and v before anything else; 0: nothing
   Norm q_norm, k_norm;  // of each head [k_width]
+  bool norm_after_rope = false;
+  Temperature temperature;
+  const int32_t* positions = nullptr;  // [T], with a temperature
 };
 
-// Clip, norm, rotate and store: slot end - n + i of each lane receives token i of the sequence's n. No barrier after.
+// Clip, norm, rotate (or rotate, norm) and store: slot end - n + i of each lane receives token i of the sequence's n. No barrier after.
 void append(Team& team, const AppendCall& call);
 
 Lane lane_of(const LaneTable& table, const LayerShape& shape, int seq_row, int kv_head);

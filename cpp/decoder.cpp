@@ -149,10 +149,16 @@ class Step {
     int begin = 0, end = 1;
     if (!single) team.share(flow.input.num_rows, &begin, &end);
     for (int t = begin; t < end; ++t) {
-      normalise(kernel_, part.norm, x(flow.stretch->first + t), model_.hidden, own_row(team));
-      kernel_.pack_row(flow.input, t, own_row(team));
+      kernel_.pack_row(flow.input, t, normal(part.norm, flow.stretch->first + t, own_row(team)));
     }
     if (!single) team.barrier();
+  }
+
+  // The norm of row t of the residual stream in `out`, or the row itself where there is none.
+  const float* normal(const Norm& norm, int t, float* out) {
+    if (!norm) return x(t);
+    normalise(kernel_, norm, x(t), model_.hidden, out);
+    return out;
   }
 
   int queries_width(const LayerShape& shape) const { return shape.num_heads * shape.k_width; }
@@ -177,8 +183,15 @@ class Step {
       store.cos_sin = rotation(part.rope) + static_cast<std::ptrdiff_t>(flow.stretch->first) * store.rotary;
     }
     store.clip = part.clip;
-    store.q_norm = part.q_norm;
-    store.k_norm = part.k_norm;
+    store.temperature = part.temperature;
+    store.positions = call_.positions + flow.stretch->first;
+    if (part.norm_over_heads) {
+      norm_heads(team, part, store);
+    } else {
+      store.q_norm = part.q_norm;
+      store.k_norm = part.k_norm;
+      store.norm_after_rope = part.norm_after_rope;
+    }
     append(team, store);
     team.barrier();
     if (!call_.queries || team.id() != 0) return;
@@ -188,6 +201,19 @@ class Step {
       if (t >= 0 && t < flow.stretch->batch.num_tokens)
         std::memcpy(call_.queries + (flow.layer * call_.num_queries + i) * width, q + t * stride, width * 4);
     }
+  }
+
+  // Norm all heads of q, and of k, of each token at once.
+  void norm_heads(Team& team, const Part& part, const AppendCall& store) {
+    int begin, end;
+    team.share(store.batch.num_tokens, &begin, &end);
+    for (int t = begin; t < end; ++t) {
+      float* const q = static_cast<float*>(store.q) + t * store.q_stride;
+      float* const k = static_cast<float*>(store.k) + t * store.k_stride;
+      normalise(kernel_, part.q_norm, q, queries_width(store.shape), q);
+      normalise(kernel_, part.k_norm, k, store.shape.num_kv_heads * store.shape.k_width, k);
+    }
+    team.barrier();
   }
 
   // Move the rows of a stretch that somebody waits for to its front: the residual stream and the queries.
@@ -220,6 +246,7 @@ class Step {
     read.compute = low ? Element::kBf16 : Element::kFloat;
     read.scale = part.scale;
     read.softcap = part.softcap;
+    read.chunk = part.chunk;
     read.sinks = part.sinks;
     read.slopes = part.slopes;
     read.slot_positions = call_.slot_positions;
@@ -248,8 +275,12 @@ class Step {
     const bool quantised = part.reader->product == Product::kInt8Int8;
     const Finish finish = part.weight->gated ? (quantised ? Finish::kGate : Finish::kGateTiles)
                                              : (quantised ? Finish::kActivate : Finish::kActivateTiles);
-    linear(team, {part.weight, &flow.input, finish, Element::kFloat, part.activation, memory_.wide.data(),
-                  static_cast<std::size_t>(made.k), &made});
+    LinearArgs inside = {part.weight, &flow.input, finish, Element::kFloat, part.activation, memory_.wide.data(),
+                         static_cast<std::size_t>(made.k), &made};
+    inside.alpha = part.alpha;
+    inside.limit = part.limit;
+    inside.beta = part.beta;
+    linear(team, inside);
     team.barrier();
     if (quantised) pack_wide(team, made);
   }
@@ -287,10 +318,7 @@ class Step {
       team.share(rows * model_.hidden, &begin, &end);
       std::fill(memory_.branch.begin() + begin, memory_.branch.begin() + end, 0.0f);
     }
-    auto normed = [&](int t, float* scratch) {
-      normalise(kernel_, part.input_norm, x(first + t), model_.hidden, scratch);
-      return scratch;
-    };
+    auto normed = [&](int t, float* scratch) { return normal(part.input_norm, first + t, scratch); };
     experts(team, *part.experts, rows, normed, direct ? x(first) : memory_.branch.data(), model_.hidden, memory_.experts);
     if (!direct) add_branch(team, part.norm, flow);
   }

@@ -69,6 +69,17 @@ void copy_row(const Tiles& from, int t, const Tiles& to, int u) {
   if (from.product == Product::kInt8Int8) to.scale[u] = from.scale[t];
 }
 
+// Multiply row t by `by`.
+void scale_row(const Kernels& kernel, const Tiles& tiles, int t, float by) {
+  if (tiles.product == Product::kInt8Int8) {
+    tiles.scale[t] *= by;
+    return;
+  }
+  const Element element = activation_bytes(tiles.product) == 4 ? Element::kFloat : Element::kBf16;
+  for (int s = 0; s < tiles.num_slices; ++s)
+    kernel.scaled(element, tiles.row(t, s), by, element, tiles.row(t, s), static_cast<std::size_t>(tiles.slice_elements));
+}
+
 // Tiles of a block that stays in the second-level cache while panels pass by.
 int tiles_per_block(const Tiles& tiles) {
   const int count = tiles.num_tiles();
@@ -102,7 +113,7 @@ class Mixture {
       plan();
     }
     team_.barrier();
-    if (num_tokens_ > 1) {
+    if (num_tokens_ > 1 || layer_.routing.scale_input) {
       gather(rows);
       team_.barrier();
     }
@@ -164,9 +175,10 @@ class Mixture {
     TileRun in, inner;
     int first = 0, widest = 0;
     auto add = [&](const Expert& expert, int tokens) {
+      const bool scaled = layer_.routing.scale_input && &expert != &layer_.shared;
       Tiles own = rows;  // every token, in order
-      if (tokens < num_tokens_) own = in.add(product(), tokens, layer_.hidden());
-      memory_.groups.push_back({&expert, first, own, inner.add(expert.down->product, tokens, expert.down->k)});
+      if (tokens < num_tokens_ || scaled) own = in.add(product(), tokens, layer_.hidden());
+      memory_.groups.push_back({&expert, first, own, inner.add(expert.down->product, tokens, expert.down->k), scaled});
       first += tokens;
       widest = std::max(widest, expert.down->k);
       memory_.read_bytes += expert_bytes(expert);
@@ -197,7 +209,7 @@ class Mixture {
     in.reserve_in(memory_.group_tiles);
     inner.reserve_in(memory_.inner_tiles);
     for (ExpertsMemory::Group& group : memory_.groups) {
-      if (group.inner.num_rows < num_tokens_) in.place(group.in, memory_.group_scale.data() + group.first);
+      if (group.inner.num_rows < num_tokens_ || group.scaled) in.place(group.in, memory_.group_scale.data() + group.first);
       inner.place(group.inner, memory_.inner_scale.data() + group.first);
       if (num_tokens_ == 1) clear_padding(group.inner, 0, 1);
     }
@@ -235,7 +247,12 @@ class Mixture {
 
   void gather(const Tiles& rows) {
     over_entries([&](const ExpertsMemory::Group& group, int i) {
-      if (group.in.data != rows.data) copy_row(rows, memory_.token[static_cast<std::size_t>(group.first + i)], group.in, i);
+      const std::size_t at = static_cast<std::size_t>(group.first + i);
+      if (group.in.data != rows.data) copy_row(rows, memory_.token[at], group.in, i);
+      if (group.scaled) {
+        scale_row(kernel_, group.in, i, memory_.share[at]);
+        memory_.share[at] = 1;
+      }
       clear_padding(group.inner, i, i + 1);
     });
   }
@@ -307,9 +324,36 @@ class Mixture {
   const std::ptrdiff_t y_stride_;
 };
 
+// Expert i is the highest logit m that is left; its multiplier is its softmax over those left whose distance from m is at
+// most 2 jitter max(|logit|, m).
+void choose_sparsely(const Router& router, const float* logits, int num_experts, int32_t* chosen, float* share) {
+  std::vector<bool> taken(static_cast<std::size_t>(num_experts), false);
+  std::vector<std::pair<int32_t, float>> found;
+  for (int i = 0; i < router.per_token; ++i) {
+    int best = -1;
+    for (int e = 0; e < num_experts; ++e)
+      if (!taken[static_cast<std::size_t>(e)] && (best < 0 || logits[e] > logits[best])) best = e;
+    const float peak = logits[best];
+    float total = 0;
+    for (int e = 0; e < num_experts; ++e) {
+      const float factor = std::max(std::abs(logits[e]), peak);
+      if (!taken[static_cast<std::size_t>(e)] && !((peak - logits[e]) / factor > 2 * router.jitter))
+        total += std::exp(logits[e] - peak);
+    }
+    taken[static_cast<std::size_t>(best)] = true;
+    found.emplace_back(best, 1 / total);
+  }
+  std::sort(found.begin(), found.end());
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    chosen[i] = found[i].first;
+    share[i] = found[i].second * router.scale;
+  }
+}
+
 }  // namespace
 
 void choose_experts(const Router& router, const float* logits, int num_experts, int32_t* chosen, float* share) {
+  if (router.jitter > 0) return choose_sparsely(router, logits, num_experts, chosen, share);
   constexpr float kNever = -std::numeric_limits<float>::infinity();
   thread_local std::vector<float> score, choice, best;
   const std::size_t count = static_cast<std::size_t>(num_experts);

@@ -18,9 +18,12 @@ namespace kvloom {
 // Which experts a token takes, and by what their results are multiplied. Scores are softmax or sigmoid of the logits.
 // Experts are chosen by score + selection_bias; with groups, only of the `kept_groups` ones of E / `groups` neighbours
 // whose `group_best` best choices sum highest. The multiplier is the score, divided by the sum over the chosen (+ 1e-20)
-// if `normalise`, times `scale`.
+// if `normalise`, times `scale`; with `scale_input` it multiplies what the expert reads. With a `jitter`, each multiplier
+// is the softmax over the logits near the highest that was not chosen yet (SparseMixer-v2, arXiv:2409.12136).
 struct Router {
   int per_token = 1;
+  bool scale_input = false;
+  float jitter = 0;  // 0: not so
   bool sigmoid = false;
   bool normalise = true;
   float scale = 1;
@@ -58,6 +61,7 @@ struct ExpertsMemory {
     const Expert* expert;
     int first;
     Tiles in, inner;
+    bool scaled;  // the rows are multiplied by `share` as they come in
   };
   struct Task {
     int group, panel_begin, panel_end, tile_begin, tile_end;

@@ -69,7 +69,7 @@ class DecoderObject {
     model_.layers.push_back(layer);
   }
 
-  void add_norm(const NormTuple& of) { part(PartKind::kNorm).norm = norm(of, model_.hidden); }
+  void add_norm(const std::optional<NormTuple>& of) { part(PartKind::kNorm).norm = norm(of, model_.hidden); }
 
   void add_heads(nb::object product) {
     const LayerShape& s = shape();
@@ -79,35 +79,44 @@ class DecoderObject {
     part(PartKind::kHeads).weight = w;
   }
 
-  void add_append(std::optional<NormTuple> q_norm, std::optional<NormTuple> k_norm, int rope, float clip) {
+  // `place` is 0 for norms of each head, 1 of each head after its rotation, 2 of all heads at once.
+  void add_append(std::optional<NormTuple> q_norm, std::optional<NormTuple> k_norm, int rope, float clip, int place,
+                  std::tuple<float, float> temperature) {
     const LayerShape& s = shape();
+    expect(place >= 0 && place <= 2 && (place < 2 || clip == 0), "norms are of heads, of rotated or of all unclipped heads");
     expect_last(PartKind::kHeads);
     expect(rope < static_cast<int>(model_.ropes.size()), "the layer names a rope that was not added");
     expect(rope < 0 || 2 * static_cast<int>(model_.ropes[static_cast<std::size_t>(rope)].inverse_frequency.size()) <= s.k_width,
            "the rotary width exceeds the key width");
     Part& added = part(PartKind::kAppend);
-    added.q_norm = norm(q_norm, s.k_width);
-    added.k_norm = norm(k_norm, s.k_width);
+    added.norm_after_rope = place == 1;
+    added.norm_over_heads = place == 2 && q_norm && k_norm;
+    added.q_norm = norm(q_norm, s.k_width * (place == 2 ? s.num_heads : 1));
+    added.k_norm = norm(k_norm, s.k_width * (place == 2 ? s.num_kv_heads : 1));
+    std::tie(added.temperature.period, added.temperature.scale) = temperature;
     added.rope = rope;
     added.clip = clip;
   }
 
-  void add_attend(std::optional<FloatVector> sinks, std::optional<FloatVector> slopes, float scale, float softcap) {
+  void add_attend(std::optional<FloatVector> sinks, std::optional<FloatVector> slopes, float scale, float softcap, int chunk) {
     const LayerShape& s = shape();
+    expect(chunk == 0 || chunk == s.window, "a layer that attends in chunks has a window of one");
     expect_last(PartKind::kAppend);
     Part& added = part(PartKind::kAttend);
     if (sinks) added.sinks = vector(*sinks, s.num_heads);
     if (slopes) added.slopes = vector(*slopes, s.num_heads);
     added.scale = scale;
     added.softcap = softcap;
+    added.chunk = chunk;
   }
 
-  void add_up(nb::object product, int activation) {
+  void add_up(nb::object product, int activation, std::tuple<float, float, float> curve) {
     const PackedWeight* w = weight(product, -1, model_.hidden, true);
     read_by(PartKind::kNorm, w);
     Part& added = part(PartKind::kUp);
     added.weight = w;
     added.activation = static_cast<Activation>(activation);
+    std::tie(added.alpha, added.limit, added.beta) = curve;
   }
 
   void add_product(nb::object product, bool of_attention, std::optional<NormTuple> post_norm) {
@@ -316,10 +325,10 @@ void bind_decoder(nb::module_& m) {
       .def("set_output", &DecoderObject::set_output)
       .def("add_rope", &DecoderObject::add_rope)
       .def("add_layer", &DecoderObject::add_layer)
-      .def("add_norm", &DecoderObject::add_norm)
+      .def("add_norm", &DecoderObject::add_norm, arg().none())
       .def("add_heads", &DecoderObject::add_heads)
-      .def("add_append", &DecoderObject::add_append, arg().none(), arg().none(), arg(), arg())
-      .def("add_attend", &DecoderObject::add_attend, arg().none(), arg().none(), arg(), arg())
+      .def("add_append", &DecoderObject::add_append, arg().none(), arg().none(), arg(), arg(), arg(), arg())
+      .def("add_attend", &DecoderObject::add_attend, arg().none(), arg().none(), arg(), arg(), arg())
       .def("add_up", &DecoderObject::add_up)
       .def("add_product", &DecoderObject::add_product, arg(), arg(), arg().none())
       .def("add_experts", &DecoderObject::add_experts, arg(), arg().none())

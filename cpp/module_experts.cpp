@@ -32,7 +32,7 @@ Expert ExpertsObject::expert(const nb::handle& pair) {
 }
 
 ExpertsObject::ExpertsObject(nb::object router, nb::list experts, nb::object shared,
-                             const std::tuple<int, bool, bool, float, int, int, int>& routing,
+                             const std::tuple<int, bool, bool, float, int, int, int, float, bool>& routing,
                              const FloatVector* selection_bias, int activation, float alpha, float limit) {
   layer_.router = weight(router);
   for (const nb::handle pair : experts) layer_.experts.push_back(expert(pair));
@@ -45,7 +45,8 @@ ExpertsObject::ExpertsObject(nb::object router, nb::list experts, nb::object sha
   expect(layer_.router->n == count || (layer_.router->n == count + 1 && layer_.shared.down),
          "the router must have a row for each expert, and one more for the gate of a shared one");
   Router& r = layer_.routing;
-  std::tie(r.per_token, r.sigmoid, r.normalise, r.scale, r.groups, r.kept_groups, r.group_best) = routing;
+  std::tie(r.per_token, r.sigmoid, r.normalise, r.scale, r.groups, r.kept_groups, r.group_best, r.jitter,
+           r.scale_input) = routing;
   expect(r.groups > 0 && count % r.groups == 0 && r.kept_groups > 0 && r.kept_groups <= r.groups && r.group_best > 0,
          "experts must divide into groups, of which some are kept");
   expect(r.per_token > 0 && r.per_token <= count / r.groups * r.kept_groups, "a token must find as many experts as it takes");
@@ -70,7 +71,7 @@ void ExpertsObject::add(std::uintptr_t x, int num_tokens, std::uintptr_t out) {
 }
 
 void bind_experts(nb::module_& m) {
-  using Routing = std::tuple<int, bool, bool, float, int, int, int>;
+  using Routing = std::tuple<int, bool, bool, float, int, int, int, float, bool>;
   nb::class_<ExpertsObject>(m, "Experts")
       .def("__init__",
            [](ExpertsObject* self, nb::object router, nb::list experts, nb::object shared, const Routing& routing,

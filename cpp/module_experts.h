@@ -11,9 +11,10 @@ namespace kvloom {
 class ExpertsObject {
  public:
   // `experts` are pairs of (gate_up, down), `shared` is one or None. `routing` is (per_token, sigmoid, normalise, scale,
-  // groups, kept_groups, group_best).
+  // groups, kept_groups, group_best, jitter, scale_input).
   ExpertsObject(nb::object router, nb::list experts, nb::object shared,
-                const std::tuple<int, bool, bool, float, int, int, int>& routing, const FloatVector* selection_bias,
+                const std::tuple<int, bool, bool, float, int, int, int, float, bool>& routing,
+                const FloatVector* selection_bias,
                 int activation, float alpha, float limit);
 
   const ExpertsLayer& layer() const { return layer_; }

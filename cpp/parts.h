@@ -24,17 +24,22 @@ struct Part {
   PartKind kind = PartKind::kNorm;
   const PackedWeight* weight = nullptr;  // kHeads [(H + G) k_width + G v_width, hidden], kUp (gated or not), kAdd
   const PackedWeight* reader = nullptr;  // kNorm, kAttend, kUp: the product that reads what this part makes
-  Norm norm;                             // kNorm; kAdd, kExperts: of what is added, if there is one
+  Norm norm;                             // kNorm; kAdd, kExperts: of what is added. Where there is none, x as it is
   // kAppend
   Norm q_norm, k_norm;
+  bool norm_over_heads = false;  // of all heads of q, and of k, at once
+  bool norm_after_rope = false;  // of each head, when it was rotated
   float clip = 0;
+  Temperature temperature;
   int rope = -1;  // index of its rotary embedding, -1: none
   // kAttend
   float scale = 1, softcap = 0;
+  int chunk = 0;  // a query sees its own chunk of so many tokens; 0: all that the window holds
   const float* sinks = nullptr;   // [H] or null
   const float* slopes = nullptr;  // [H] or null
   // kUp
   Activation activation = Activation::kSilu;
+  float alpha = 0, limit = 0, beta = 0;  // of kXielu
   // kAdd: the product of what attention made, not of what `up` made
   bool of_attention = false;
   // kExperts

@@ -174,10 +174,10 @@ def test_sequences_that_do_not_fit_together_take_turns(whole: Path) -> None:
 
 
 def test_a_length_that_the_cache_cannot_hold_is_refused_with_the_one_that_it_can(whole: Path) -> None:
-    # two layers of two lanes of 8 + 8: 1,024 bytes a block, 4,096 for 16 tokens of all lanes, 512 of these in 2 MiB
+    # two layers of two lanes of 8 + 8, held in 16 + 16: 2,048 bytes a block, 8,192 for 16 tokens, 256 of these in 2 MiB
     config = EngineConfig(kv_cache_memory_bytes=2 << 20, max_model_len=16384)
     spec = open_checkpoint(str(whole)).config.kv_spec(16, "fp32")
-    with pytest.raises(DoesNotFitError, match=r"16384 tokens needs 4 MiB.*Lower --max-model-len to 8192") as caught:
+    with pytest.raises(DoesNotFitError, match=r"16384 tokens needs 8 MiB.*Lower --max-model-len to 4096") as caught:
         config.resolve_max_model_len(spec, 16384, 2 << 20)
     assert caught.value.exit_code == 6
 

@@ -119,6 +119,28 @@ VARIANTS = {
     "cohere2": ("Cohere2", {"logit_scale": 1.5, "num_hidden_layers": 5, "sliding_window": 9}),
     "nemotron": ("Nemotron", {}),
     "nemotron, biases": ("Nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 9, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}}}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.5, "hidden_size": 64}),
+    "phi, q and k normed": ("Phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True, "hidden_size": 64}),
+    "exaone4": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 9}),
+    "exaone4, no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 12, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}),
+    "qwen2-moe": ("Qwen2Moe", {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+                               "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]}),
+    "phimoe": ("Phimoe", {**ROUTED, "attention_bias": True, "lm_head_bias": True, **longrope(
+        short_mscale=1.2, long_mscale=1.2)}),
+    "apertus": ("Apertus", {}),
+    "llama4": ("Llama4Text", {**ROUTED, "num_hidden_layers": 4, "head_dim": 12, "intermediate_size_mlp": 60,
+                              "interleave_moe_layer_step": 2, "attention_chunk_size": 9, "floor_scale": 16,
+                              "attn_scale": 0.4}),
+    "llama4, whole context": ("Llama4Text", {**ROUTED, "head_dim": 12, "intermediate_size_mlp": 60,
+                                             "use_qk_norm": False, "attention_chunk_size": None,
+                                             "attn_temperature_tuning": False}),
     "gpt-oss": ("GptOss", {**ROUTED, "head_dim": 16, "sliding_window": 9,
                            **rope("yarn", **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False)}),
 }  # fmt: skip
@@ -131,7 +153,8 @@ def _config_of(variant):
     base = {"GPT2": GPT, "GPTBigCode": GPT, "Bloom": BLOOM, "Mpt": MPT}.get(kind, BASE)
     config = getattr(transformers, f"{kind}Config")(**{**base, **changes})
     config._attn_implementation = "eager"
-    return config, getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+    names = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM"}
+    return config, getattr(transformers, names.get(kind, f"{kind}ForCausalLM"))
 
 
 def oracle_of(variant):

@@ -41,6 +41,7 @@ CASES = {
     "qwen3": ("qwen3", {}),
     "mistral, window": ("llama", {"attention.sliding_window": 11}),
     "gemma": ("gemma", {}),
+    "olmo2": ("olmo2", {}),
     "gemma2": ("gemma2", {"attention.sliding_window": 9, "attn_logit_softcapping": 3.0,
                           "final_logit_softcapping": 8.0}),
     "phi3": ("phi3", {"attention.sliding_window": 0}),
@@ -59,7 +60,7 @@ def paired(values, num_heads):
 def gguf_name(name, family):
     """Return what a tensor of transformers is called in a GGUF file."""
     stem, _, suffix = name.rpartition(".")
-    names = GEMMA_NAMES if family == "gemma2" else NAMES
+    names = GEMMA_NAMES if family in ("gemma2", "olmo2") else NAMES
     if not stem.startswith("model.layers."):
         return f"{names[stem]}.{suffix}"
     layer, _, rest = stem.removeprefix("model.layers.").partition(".")

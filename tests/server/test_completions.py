@@ -126,9 +126,9 @@ def test_usage_tells_cached_tokens_and_kv_bytes(tiny_server):
     complete(tiny_server, prompt=prompt, cache_salt="usage")
     usage = answer(complete(tiny_server, prompt=prompt, cache_salt="usage", max_tokens=4, ignore_eos=True))["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == 36  # whole blocks of 4, and one token is left to compute
-    # 11 blocks of 4 tokens hold 40 + 3 tokens, in 4 lanes (2 layers, 2 heads) of 2 * 8 float32 numbers
-    assert usage["kv"]["bytes_peak"] == 11 * 4 * 4 * 2 * 8 * 4
-    assert usage["kv"]["bits_per_token"] == 4 * 2 * 8 * 32
+    # 11 blocks of 4 tokens hold 40 + 3 tokens, in 4 lanes (2 layers, 2 heads) of 2 * 16 numbers, for heads of 8
+    assert usage["kv"]["bytes_peak"] == 11 * 4 * 4 * 2 * 16 * 4
+    assert usage["kv"]["bits_per_token"] == 4 * 2 * 16 * 32
     assert (usage["kv"]["method"], usage["kv"]["evicted_tokens"]) == ("full", 0)
 
 

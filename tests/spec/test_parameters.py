@@ -70,6 +70,16 @@ TINY = {
     "mpt": {"vocab_size": 96, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
     "mamba": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8},
     "smollm3": {**DECODER, "pad_token_id": 0},
+    "olmo2": DECODER,
+    "olmo3": DECODER,
+    "olmoe": {**DECODER, "num_experts": 8, "num_experts_per_tok": 2},
+    "exaone4": DECODER,
+    "hunyuan_v1_dense": {**DECODER, "head_dim": 16},
+    "qwen2_moe": {**DECODER, **MOE, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+    "phimoe": {**DECODER, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
+    "apertus": {**DECODER, "pad_token_id": 0},
+    "llama4_text": {**DECODER, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 60,
+                    "interleave_moe_layer_step": 2},
 }  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_blocks_of_every_tensor_type_have_the_sizes_of_the_gguf_package():
         ({"num_hidden_layers": -2}, CheckpointError, "num_hidden_layers is -2, expected a positive integer"),
         ({"num_hidden_layers": "2"}, CheckpointError, "num_hidden_layers is '2'"),
         ({"hidden_size": None}, CheckpointError, "hidden_size is missing"),
-        ({"model_type": "phi", "hidden_size": None}, InvalidInputError, "has no hidden_size"),
+        ({"model_type": "mamba", "hidden_size": None}, InvalidInputError, "has no hidden_size"),
         ({"torch_dtype": "float12"}, InvalidInputError, "float12"),
         ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedError, "'hqq' is not understood"),
         ({"model_type": "gemma3n_text", "layer_types": ["chunked"] * 2}, InvalidInputError, "'chunked'"),

@@ -13,12 +13,14 @@ from kvloom.cache.kvcache import KVCache
 class ScoreTerms:
     """Terms that some families add to scaled scores: see `kernels.reference.attention`.
 
-    `cap` bounds them; `slopes` [H] times the distance are subtracted; `sinks` [H] join the denominator.
+    `cap` bounds them; `slopes` [H] times the distance are subtracted; `sinks` [H] join the denominator. Positions in
+    different chunks of `chunk` do not see each other.
     """
 
     cap: float | None = None
     slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    chunk: int | None = None
 
 
 NO_TERMS = ScoreTerms()

@@ -41,6 +41,10 @@ class ReferenceBackend:
             distance = None if terms.slopes is None else self._distance(layer, sequence, batch, start, end, cache)
             for first in range(start, end, QUERY_TILE):
                 last = min(first + QUERY_TILE, end)
+                begin = None  # the first slot of each query's chunk: in such lanes slots follow positions
+                if terms.chunk is not None:
+                    places = torch.from_numpy(batch.positions[first:last].astype(np.int64))
+                    begin = places // terms.chunk * terms.chunk - (int(batch.positions[end - 1]) + 1 - k.shape[1])
                 later = end - last  # newer tokens of this chunk, which these queries do not attend to
                 slots = k.shape[1] - later
                 out[first:last], _ = reference.attention(
@@ -55,6 +59,7 @@ class ReferenceBackend:
                     slopes=terms.slopes,
                     distance=None if distance is None else distance[:, first - start : last - start, :slots],
                     sinks=terms.sinks,
+                    first=None if begin is None else begin.to(q.device),
                 )
         return out
 

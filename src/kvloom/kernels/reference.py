@@ -6,11 +6,11 @@ Letters: T packed tokens, n new tokens of one sequence, S slots, H query heads, 
 import torch
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x [..., D] / rms(x) * weight [D], computed in float32 (Zhang and Sennrich 2019)."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return x [..., D] / rms(x) * weight [D] or without, computed in float32 (Zhang and Sennrich 2019)."""
     wide = x.float()
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (normal * weight.float()).to(x.dtype)
+    return (normal if weight is None else normal * weight.float()).to(x.dtype)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -57,6 +57,7 @@ def attention(
     slopes: torch.Tensor | None = None,
     distance: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the n newest tokens of one sequence over its lanes of one layer.
 
@@ -66,6 +67,7 @@ def attention(
     ln c of a merged entry that stands for c tokens. `cap` bounds the scaled scores (`softcap`), before that. `slopes`
     [H] times the distance from query to key are subtracted (ALiBi, Press et al. 2022); `distance` [G, n, S] is in
     tokens, None where slots are as far apart as their tokens. `sinks` [H] are scores that only join the denominator.
+    Query i sees no slot before `first[i]`.
     Arithmetic is float32 or wider.
     """
     n, heads, width = q.shape
@@ -73,6 +75,8 @@ def attention(
     seen = visible_slots(n, slots, window, q.device)[None] & (
         torch.arange(slots, device=q.device)[None, None, :] >= slots - held[:, None, None]
     )  # [G, n, S]
+    if first is not None:
+        seen = seen & (torch.arange(slots, device=q.device) >= first[:, None])
     group = heads // lanes
     query = q.float().view(n, lanes, group, width).permute(1, 2, 0, 3).reshape(lanes, group * n, width)
     scores = torch.bmm(query, k.float().transpose(1, 2)) * scale

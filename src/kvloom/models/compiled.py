@@ -97,19 +97,24 @@ class CompiledModel:
         decoder, weights = self._decoder, self._weights
         match part:
             case Norm():
-                norm = weights.norm(part.norm)
-                assert norm is not None
-                decoder.add_norm(norm)
+                decoder.add_norm(weights.norm(part.norm))
             case Heads():
                 decoder.add_heads(weights.product(part.product))
             case Append():
-                rope = -1 if part.rope is None else self._ropes.index(part.rope)
-                decoder.add_append(weights.norm(part.q_norm), weights.norm(part.k_norm), rope, part.clip or 0.0)
+                decoder.add_append(
+                    weights.norm(part.q_norm),
+                    weights.norm(part.k_norm),
+                    -1 if part.rope is None else self._ropes.index(part.rope),
+                    part.clip or 0.0,
+                    place="layer" if part.over_heads else "rotated" if part.after_rope else "head",
+                    temperature=part.temperature,
+                )
             case Attend():
                 slopes = torch.tensor(part.slopes) if part.slopes else None
-                decoder.add_attend(part.scale, part.softcap or 0.0, weights.vector(part.sinks), slopes)
+                sinks = weights.vector(part.sinks)
+                decoder.add_attend(part.scale, part.softcap or 0.0, sinks, slopes, part.chunk or 0)
             case Up():
-                decoder.add_up(weights.product(part.product), part.activation)
+                decoder.add_up(weights.product(part.product), part.activation, *weights.curve(part))
             case Add():
                 product, norm = weights.product(part.product), weights.norm(part.norm)
                 decoder.add_product(product, of_attention=part.of_attention, norm=norm)

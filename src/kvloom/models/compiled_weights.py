@@ -29,10 +29,12 @@ class CompiledWeights:
         table_product: str,
     ) -> None:
         self._product = product
+        self._head_dim = config.head_dim
         self._packed: dict[ProductSpec, PackedWeight] = {}
         self._tables: dict[str, PackedWeight] = {}
         self._vectors: dict[str, torch.Tensor] = {}
-        tables = {"embed": output_product, "lm_head": output_product, "positions": table_product}
+        tables = {"embed": output_product, "positions": table_product}
+        output = ["lm_head", "lm_head_bias"] if config.head_bias else ["lm_head"]
         parts = [part for index in range(config.num_layers) for part in lower_layer(config, index)]
         reader = {
             name: part for part in parts if isinstance(part, (Heads, Up, Add)) for name in _names(part.product)
@@ -48,6 +50,12 @@ class CompiledWeights:
             assert isinstance(tensor, torch.Tensor), f"{name} is in MXFP4 and of no expert"
             if name in tables:
                 self._tables[name] = PackedWeight(tensor.contiguous(), tables[name])
+            elif name in output:
+                pending[name] = tensor
+                if all(each in pending for each in output):
+                    head, *bias = (pending.pop(each) for each in output)
+                    own_bias = bias[0].float() if bias else None
+                    self._tables["lm_head"] = PackedWeight(head.contiguous(), output_product, bias=own_bias)
             elif name in reader:
                 pending[name] = tensor
                 self._pack(reader[name].product, isinstance(reader[name], Up), pending)
@@ -93,10 +101,19 @@ class CompiledWeights:
         """Return the vector of that name, None for None."""
         return None if name is None else self._vectors[name]
 
+    def curve(self, part: Up) -> tuple[tuple[float, float, float], ...]:
+        """Return alpha_p, alpha_n and beta of xIELU as one tuple, else none; its eps moves results by a millionth."""
+        if not part.curve:
+            return ()
+        above, below, slope, _ = (float(self._vectors[name]) for name in part.curve)
+        return ((above, below + slope, slope),)
+
     def norm(self, spec: NormSpec | None) -> NormWeights | None:
         """Return a norm, None for None."""
         if spec is None:
             return None
+        if spec.weight is None:
+            return NormWeights(torch.ones(self._head_dim), spec.eps)
         bias = self._vectors[f"{spec.weight}_bias"] if spec.biased else None
         return NormWeights(self._vectors[spec.weight], spec.eps, spec.centred, bias)
 

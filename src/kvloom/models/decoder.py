@@ -12,7 +12,7 @@ from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache
 from kvloom.kernels import reference
 from kvloom.models.lowering import lower_input, lower_layer, lower_output
-from kvloom.models.mlp import ACTIVATIONS, experts
+from kvloom.models.mlp import ACTIVATIONS, experts, xielu
 from kvloom.models.parts import Add, AddExperts, Append, Attend, Heads, Norm, NormSpec, ProductSpec, Up
 from kvloom.models.rope import amplitudes, cos_sin, inverse_frequencies
 from kvloom.models.whole_sequences import WholeSequences
@@ -32,6 +32,11 @@ class Memory(Protocol):
 
     def attend(self, layer: int, q: torch.Tensor, scale: float, terms: ScoreTerms) -> torch.Tensor:
         """Return attention [T, H, D] of q [T, H, D] over what is kept, the step's own tokens included."""
+
+
+def warmth(positions: torch.Tensor, period: float, scale: float) -> torch.Tensor:
+    """Return what multiplies queries at positions [T] in float32 (`models.parts.Append`)."""
+    return 1 + scale * torch.log1p(torch.floor((positions.float() + 1) / period))
 
 
 class LaneMemory:
@@ -62,6 +67,7 @@ class Decoder:
         self.device = self.embed.device
         self.lm_head = weights.get("lm_head", self.embed)
         self._input, self._output = lower_input(config), lower_output(config)
+        self._head_bias = weights["lm_head_bias"] if self._output.biased else None
         self._layers = [lower_layer(config, index) for index in range(config.num_layers)]
         # Gemma rounds sqrt(hidden) to the dtype of its embeddings before multiplying.
         self.embedding_scale = float(torch.tensor(self._input.scale, dtype=self.dtype))
@@ -76,9 +82,9 @@ class Decoder:
     def _terms_of(self, part: Attend) -> ScoreTerms:
         slopes = torch.tensor(part.slopes, device=self.device) if part.slopes else None
         sinks = None if part.sinks is None else self.weights[part.sinks]
-        if part.softcap is None and slopes is None and sinks is None:
+        if part.softcap is None and slopes is None and sinks is None and part.chunk is None:
             return NO_TERMS
-        return ScoreTerms(part.softcap, slopes, sinks)
+        return ScoreTerms(part.softcap, slopes, sinks, part.chunk)
 
     def inverse_frequencies(self, layer: int, length_class: int = 0) -> torch.Tensor | None:
         """Return theta [D / 2] of the layer's rope for texts of `length_class`, None without rope."""
@@ -127,7 +133,7 @@ class Decoder:
         for layer in range(self.config.num_layers):
             if input_observer is not None:
                 input_observer(layer, x)
-            x = self._layer(layer, x, rotations, memory, observer)
+            x = self._layer(layer, x, positions, rotations, memory, observer)
         return self._norm(x, self._output.norm)
 
     def sequence_logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -142,7 +148,13 @@ class Decoder:
         return self._logits(hidden).view(count, length, -1)
 
     def _layer(
-        self, layer: int, x: torch.Tensor, rotations: Rotations, memory: Memory, observer: QueryObserver | None
+        self,
+        layer: int,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        rotations: Rotations,
+        memory: Memory,
+        observer: QueryObserver | None,
     ) -> torch.Tensor:
         """Return the output [T, hidden] of a layer; x is its input."""
         config = self.config
@@ -158,10 +170,16 @@ class Decoder:
                 case Append():
                     if part.clip is not None:
                         q, k, v = (t.clamp(-part.clip, part.clip) for t in (q, k, v))
-                    q, k = self._norm(q, part.q_norm), self._norm(k, part.k_norm)
+                    if not part.after_rope:
+                        q = self._head_norm(q, part.q_norm, part.over_heads)
+                        k = self._head_norm(k, part.k_norm, part.over_heads)
                     if part.rope is not None:
                         turn = rotations[self._ropes.index(part.rope)]
                         q, k = (reference.apply_rope(t, *turn) for t in (q, k))
+                    if part.after_rope:
+                        q, k = self._norm(q, part.q_norm), self._norm(k, part.k_norm)
+                    if part.temperature is not None:
+                        q = q * warmth(positions, *part.temperature)[:, None, None].to(q.dtype)
                     memory.append(layer, k, v)
                     if observer is not None:
                         observer(layer, q)
@@ -169,7 +187,10 @@ class Decoder:
                     attended = memory.attend(layer, q, part.scale, self._terms[part]).flatten(1)
                 case Up():
                     first, *rest = self._products(normal, part.product)
-                    inner = ACTIVATIONS[part.activation](first)
+                    if part.curve:
+                        inner = xielu(first, *(self.weights[name] for name in part.curve))
+                    else:
+                        inner = ACTIVATIONS[part.activation](first)
                     inner = inner * rest[0] if rest else inner
                 case Add():
                     [out] = self._products(attended if part.of_attention else inner, part.product)
@@ -206,7 +227,7 @@ class Decoder:
         return self._logits(hidden)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden, self.lm_head).float()
+        logits = F.linear(hidden, self.lm_head, self._head_bias).float()
         if self._output.scale != 1.0:
             logits = logits * self._output.scale
         cap = self._output.softcap
@@ -216,11 +237,15 @@ class Decoder:
         """Return the norm of x [..., D] over its last dimension, x itself where there is none."""
         if norm is None:
             return x
-        weight = self.weights[norm.weight]
-        if not norm.centred:
+        weight = None if norm.weight is None else self.weights[norm.weight]
+        if not norm.centred or weight is None:
             return reference.rms_norm(x, weight, norm.eps)
         bias = self.weights[f"{norm.weight}_bias"] if norm.biased else None
         return reference.layer_norm(x, weight, bias, norm.eps)
+
+    def _head_norm(self, x: torch.Tensor, norm: NormSpec | None, over_heads: bool) -> torch.Tensor:
+        """Return the norm of each head of x [T, heads, D], or of all heads at once."""
+        return self._norm(x.flatten(1), norm).view_as(x) if over_heads else self._norm(x, norm)
 
     def _products(self, x: torch.Tensor, product: ProductSpec) -> list[torch.Tensor]:
         """Return x [T, in] times each matrix of the product."""

@@ -93,7 +93,7 @@ class MixtureWeights:
         experts, bias = self._experts, self._vectors.get("router_selection_bias")
         routing = Routing(
             experts.per_token, experts.sigmoid, experts.normalise, experts.scale, experts.groups, experts.kept_groups,
-            experts.group_best, bias,
+            experts.group_best, bias, experts.jitter, experts.scale_input,
         )  # fmt: skip
         pairs = list(zip(self._packed[_GATE_UP[0]], self._packed[_DOWN[0]], strict=True))
         return Experts(

@@ -15,6 +15,20 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """Activations by the name that a `DecoderConfig` has for them."""
 
+
+
+def xielu(
+    x: torch.Tensor, above: torch.Tensor, below: torch.Tensor, slope: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
+    """Return xIELU (Huang and Schlag, arXiv:2411.13010) of x, given alpha_p, alpha_n - beta, beta and eps, one each.
+
+    What goes into exp is at most eps, a negative number near 0.
+    """
+    positive = above * x * x + slope * x
+    negative = (below + slope) * (torch.expm1(torch.minimum(x, eps)) - x) + slope * x
+    return torch.where(x > 0, positive, negative).to(x.dtype)
+
+
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -29,14 +43,20 @@ def experts(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -
     share, index = route(x, weights, at, chosen)
     for expert in sorted(set(index.flatten().tolist())):
         token, place = torch.where(index == expert)
-        result = _expert(x[token], weights, at, expert, config, chosen)
-        out.index_add_(0, token, (result * share[token, place, None]).to(out.dtype))
+        by = share[token, place, None]
+        if chosen.scale_input:
+            result = _expert((x[token] * by).to(x.dtype), weights, at, expert, config, chosen)
+        else:
+            result = _expert(x[token], weights, at, expert, config, chosen) * by
+        out.index_add_(0, token, result.to(out.dtype))
     return out + _shared(x, weights, at, config) if chosen.shared_size else out
 
 
 def route(x: torch.Tensor, weights: Weights, at: str, chosen: ExpertsConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return shares [T, k] float32 and numbers [T, k] of the k experts that each token x [T, hidden] takes."""
     logits = F.linear(x, weights[at + "router"], weights.get(at + "router_bias")).float()
+    if chosen.jitter:
+        return _route_sparsely(logits, chosen)
     score = torch.sigmoid(logits) if chosen.sigmoid else torch.softmax(logits, dim=-1)
     choice = score + weights[at + "router_selection_bias"].float() if chosen.selection_bias else score
     if chosen.kept_groups < chosen.groups:
@@ -49,6 +69,18 @@ def route(x: torch.Tensor, weights: Weights, at: str, chosen: ExpertsConfig) -> 
     if chosen.normalise:
         share = share / (share.sum(-1, keepdim=True) + 1e-20)
     return share * chosen.scale, index
+
+
+def _route_sparsely(logits: torch.Tensor, chosen: ExpertsConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `route` of logits [T, E] as SparseMixer-v2 decides when it does not train (arXiv:2409.12136)."""
+    left, shares, numbers = logits, [], []
+    for _ in range(chosen.per_token):
+        peak, number = left.max(dim=-1, keepdim=True)
+        far = (peak - logits) / torch.maximum(logits.abs(), peak) > 2 * chosen.jitter
+        shares.append(torch.softmax(left.masked_fill(far, -torch.inf), dim=-1).gather(-1, number))
+        numbers.append(number)
+        left = left.scatter(-1, number, -torch.inf)
+    return torch.cat(shares, dim=-1) * chosen.scale, torch.cat(numbers, dim=-1)
 
 
 def _shared(x: torch.Tensor, weights: Weights, at: str, config: DecoderConfig) -> torch.Tensor:

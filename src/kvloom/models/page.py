@@ -39,7 +39,7 @@ def _positions(config: DecoderConfig) -> str:
         if not all(ropes):
             found.append("none on some layers")
     if any(layer.window for layer in config.layers):
-        found.append("windows")
+        found.append("chunks" if any(layer.chunked for layer in config.layers) else "windows")
     if config.sinks:
         found.append("learned sinks")
     return ", ".join(found)
@@ -50,7 +50,7 @@ def _blocks(config: DecoderConfig) -> str:
     if config.qk_norm:
         found.append("q and k normed")
     if config.sandwich_norm:
-        found.append("around each block")
+        found.append("around each block" if config.pre_norm else "after each block")
     found.append("experts" if config.experts else "gated" if config.gated else "plain")
     if config.parallel_residual:
         found.append("parallel")

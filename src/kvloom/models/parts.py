@@ -18,9 +18,9 @@ from kvloom.spec.decoder import RopeConfig
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm with the weight of that name: RMSNorm, or LayerNorm if `centred`, which may be `biased`."""
+    """A norm with the weight of that name, or none: RMSNorm, or LayerNorm if `centred`, which may be `biased`."""
 
-    weight: str
+    weight: str | None
     eps: float
     centred: bool = False
     biased: bool = False
@@ -45,9 +45,9 @@ class Embed:
 
 @dataclass(frozen=True)
 class Norm:
-    """The input of the next product = the norm of x."""
+    """The input of the next product = the norm of x, or x as it is."""
 
-    norm: NormSpec
+    norm: NormSpec | None
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,46 @@ class Heads:
 
 @dataclass(frozen=True)
 class Append:
-    """Bound q, k and v by `clip`, norm each head of q and k, turn them by `rope`; k and v go to the lanes."""
+    """Bound q, k and v by `clip`, norm each head of q and k, turn them by `rope`; k and v go to the lanes.
+
+    Norms may be `over_heads`, of all heads of q and of k at once, or come `after_rope`. With a `temperature` (period,
+    scale) queries at position p are then multiplied by 1 + scale ln(1 + floor((p + 1) / period)) (arXiv:2501.19399).
+    """
 
     clip: float | None
     q_norm: NormSpec | None
     k_norm: NormSpec | None
     rope: RopeConfig | None
+    over_heads: bool = False
+    after_rope: bool = False
+    temperature: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Attend:
     """What attention over the lanes makes of q: scores times `scale`, and the terms of `attention.backend.ScoreTerms`.
 
-    `sinks` is the name of a weight [H], None where there are none.
+    `sinks` is the name of a weight [H], None where there are none. With a `chunk`, positions p and q see each other
+    only if p // chunk is q // chunk.
     """
 
     scale: float
     softcap: float | None
     slopes: tuple[float, ...]
     sinks: str | None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
 class Up:
-    """The inside of an MLP: activation(gate) * up where the product has two matrices, else activation(up)."""
+    """The inside of an MLP: activation(gate) * up where the product has two matrices, else activation(up).
+
+    `curve` are the names of the weights of an activation that has some ("xielu": alpha_p, alpha_n - beta, beta, eps).
+    """
 
     product: ProductSpec
     activation: str
+    curve: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,11 +120,12 @@ class AddExperts:
 
 @dataclass(frozen=True)
 class Output:
-    """Logits = the product of the norm of x, times `scale`, bounded by `softcap`."""
+    """Logits = the product of the norm of x, plus a bias if `biased`, times `scale`, bounded by `softcap`."""
 
     norm: NormSpec
     scale: float
     softcap: float | None
+    biased: bool = False
 
 
 Part = Norm | Heads | Append | Attend | Up | Add | AddExperts

@@ -25,6 +25,8 @@ class WholeSequences:
         """Return causal attention [B T, H, D] of q [B T, H, D], each sequence over its own keys."""
         queries, keys, values = (x.view(self._num_sequences, -1, *x.shape[1:]) for x in (q, *self._held.pop(layer)))
         held = torch.full((keys.shape[2],), keys.shape[1], device=q.device)
+        positions = torch.arange(keys.shape[1], device=q.device)
+        first = None if terms.chunk is None else positions // terms.chunk * terms.chunk
         outputs = [
             reference.attention(
                 queries[b],
@@ -36,6 +38,7 @@ class WholeSequences:
                 cap=terms.cap,
                 slopes=terms.slopes,
                 sinks=terms.sinks,
+                first=first,
             )[0]
             for b in range(self._num_sequences)
         ]

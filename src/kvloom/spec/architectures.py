@@ -158,14 +158,6 @@ def _deepseek(config: Config) -> ModelSpec:
     return build(config, layers, hidden)
 
 
-def _phi(config: Config) -> ModelSpec:
-    hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
-    mixer = attention(config, qkv_bias=True, out_bias=True)
-    mlp = Mlp(config.number("intermediate_size"), matrices=2, up_bias=True, down_bias=True)
-    layers = [LayerSpec(mixer, mlp, norm_params=2 * hidden) for _ in range(count)]
-    return build(config, layers, hidden, other_params=2 * hidden, head_bias=True)
-
-
 def _qwen3_next(config: Config) -> ModelSpec:
     hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
     types = config.layer_types(count, ("linear_attention", "full_attention")) or [
@@ -208,6 +200,6 @@ def _mamba(config: Config) -> ModelSpec:
 
 for _name, _reader in (
     ("gemma3n_text", _gemma3n), ("gemma3n", _gemma3n), ("deepseek_v2", _deepseek),
-    ("deepseek_v3", _deepseek), ("phi", _phi), ("qwen3_next", _qwen3_next), ("mamba", _mamba),
+    ("deepseek_v3", _deepseek), ("qwen3_next", _qwen3_next), ("mamba", _mamba),
 ):  # fmt: skip
     ARCHITECTURES.register(_name, _reader)

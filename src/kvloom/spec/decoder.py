@@ -48,11 +48,15 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One decoder layer: its sliding window, its position encoding (None: none), and its kind of MLP."""
+    """One decoder layer: its sliding window, its position encoding (None: none), and its kind of MLP.
+
+    A `chunked` layer attends back to the start of its chunk of `window` positions, which a lane of that window holds.
+    """
 
     window: int | None
     rope: RopeConfig | None
     routed: bool = False
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class ExpertsConfig:
     (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). `clamp`, if given, is (alpha, limit) of gate' = min(gate, limit),
     up' = clamp(up, -limit, limit) and (up' + 1) * gate' * sigmoid(alpha * gate') in place of activation(gate) * up
     (gpt-oss). `bias` puts a bias on router and experts. Every token also passes a gated MLP of `shared_size`, if that
-    is not 0; with `shared_gate` its result is multiplied by the sigmoid of a learned logit.
+    is not 0; with `shared_gate` its result is multiplied by the sigmoid of a learned logit. With `scale_input` a score
+    multiplies what its expert reads, not its result (Llama 4). With a `jitter` an expert's multiplier is the softmax
+    over the logits near it, without those that were chosen before (Phi-3.5-MoE; SparseMixer-v2, arXiv:2409.12136).
     """
 
     count: int
@@ -83,6 +89,8 @@ class ExpertsConfig:
     group_best: int = 1
     shared_size: int = 0
     shared_gate: bool = False
+    scale_input: bool = False
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,16 +99,19 @@ class DecoderConfig:
 
     `norm` is "rms" (RMSNorm; families that store an offset weight, Gemma's `1 + w`, resolve it when they load) or
     "layer" (LayerNorm). `norm_bias` says that LayerNorms have a bias, `embed_norm` that there is one after the
-    embedding. `sandwich_norm` puts a norm after attention and MLP as well as before (Gemma 2, 3). `qk_norm` normalises
-    each head of q and k before the rotation. With `parallel_residual` attention and MLP read the same input and both
+    embedding. `sandwich_norm` puts a norm after attention and MLP as well as before (Gemma 2, 3), or only after without
+    `pre_norm` (OLMo 2). `qk_norm` normalises q and k; `qk_norm_kind` is "head" (each head, before the rotation),
+    "layer" (all heads at once, before it), "rotated" (each head, after it) or "unit" (each head after it, without
+    weights, in layers that rotate). `temperature` (period, scale) lets queries grow with their position in layers
+    that do not rotate (`models.parts.Append`). With `parallel_residual` attention and MLP read the same input and both
     are added; `shared_norm` lets both read one norm. `embedding_scale` multiplies embeddings, after it was rounded to
-    float32 and then to their dtype; `query_scale` multiplies q.k. `activation` is "silu", "gelu_tanh", "gelu" or
-    "relu2" (max(x, 0) squared); the MLP is activation(gate) * up when `gated`, else activation(up). `attention_bias`
-    puts a bias on q, k and v, `output_bias` on the projection after attention, `mlp_bias` on those of the MLP.
-    `qkv_clip` bounds q, k and v. `score_softcap` c makes scores c tanh(score / c), `logit_softcap` does the same to
-    logits, `logit_scale` multiplies them. `slopes`, one for each query head, subtract slope * distance from scores
-    (ALiBi). `sinks` are learned scores, one for each query head, that join the denominator. `learned_positions` adds a
-    row of a table to each embedding.
+    float32 and then to their dtype; `query_scale` multiplies q.k. `activation` is "silu", "gelu_tanh", "gelu",
+    "relu2" (max(x, 0) squared) or "xielu" (arXiv:2411.13010); the MLP is activation(gate) * up when `gated`, else
+    activation(up). `attention_bias` puts a bias on q, k and v, `output_bias` on the projection after attention,
+    `mlp_bias` on those of the MLP, `head_bias` on the output matrix. `qkv_clip` bounds q, k and v. `score_softcap` c
+    makes scores c tanh(score / c), `logit_softcap` does the same to logits, `logit_scale` multiplies them. `slopes`,
+    one for each query head, subtract slope * distance from scores (ALiBi). `sinks` are learned scores, one for each
+    query head, that join the denominator. `learned_positions` adds a row of a table to each embedding.
     """
 
     family: str
@@ -138,6 +149,10 @@ class DecoderConfig:
     sinks: bool = False
     learned_positions: bool = False
     experts: ExpertsConfig | None = None
+    pre_norm: bool = True
+    qk_norm_kind: str = "head"
+    head_bias: bool = False
+    temperature: tuple[float, float] | None = None
 
     @property
     def num_layers(self) -> int:

@@ -5,7 +5,7 @@ from kvloom.spec.decoder import DecoderConfig
 MAX_HEAD_DIM = 384
 """Widest head that the kernels take; blocks hold heads with zeros up to a multiple of 16."""
 
-KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
+KERNEL_ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "xielu")
 """Activations that the kernels have, by the name that a `DecoderConfig` has for them."""
 
 BLOCK_SLOTS = 16

@@ -41,7 +41,6 @@ class PackedModel:
         if self.model.decoder is not None:
             return tuple(model_reasons(self.model.decoder))
         found = [reason for layer in self.model.layers for reason in _obstacles(layer)]
-        found += ["the output head has a bias"] * self.model.head_bias
         return tuple(dict.fromkeys(found))
 
     @property
@@ -60,7 +59,7 @@ class PackedModel:
         """Bytes of all weights."""
         model = self.model
         small = sum(_small_params(layer, model.hidden_size) for layer in model.layers) + model.other_params
-        vectors = FLOAT_BYTES * (small - model.table_params + (model.vocab_size if model.head_bias else 0))
+        vectors = FLOAT_BYTES * (small - model.table_params)
         rows = -(-model.table_params // model.hidden_size)
         tables = self.tables.held_bytes(Matrix(rows, model.hidden_size)) if rows else 0
         layers = sum(self.layers.held_bytes(matrix) for matrix in self.matrices)
@@ -86,7 +85,7 @@ class PackedModel:
 
     @property
     def _head(self) -> Matrix:
-        return Matrix(self.model.vocab_size, self.model.hidden_size)
+        return Matrix(self.model.vocab_size, self.model.hidden_size, bias=self.model.head_bias)
 
 
 @lru_cache(maxsize=64)

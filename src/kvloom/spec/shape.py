@@ -26,6 +26,7 @@ def model_spec(config: DecoderConfig, name: str, dtype: str, **facts: Any) -> Mo
         "dtype": dtype,
         "other_params": norm * (2 if config.embed_norm else 1) + positions,
         "table_params": positions,
+        "head_bias": config.head_bias,
         "decoder": config,
     }
     return ModelSpec(**{**entries, **facts})
@@ -39,15 +40,23 @@ def _layer(config: DecoderConfig, layer: LayerConfig, norm: int) -> LayerSpec:
         config.head_dim,
         qkv_bias=config.attention_bias,
         out_bias=config.output_bias,
-        extra_params=(2 * config.head_dim if config.qk_norm else 0) + (config.num_heads if config.sinks else 0),
+        extra_params=_qk_norm(config, layer) + (config.num_heads if config.sinks else 0),
     )
-    return LayerSpec(attention, _mlp(config, layer), layer.window, norm_params=_num_norms(config) * norm)
+    vectors = _num_norms(config) * norm + (4 if config.activation == "xielu" else 0)
+    return LayerSpec(attention, _mlp(config, layer), layer.window, norm_params=vectors)
+
+
+def _qk_norm(config: DecoderConfig, layer: LayerConfig) -> int:
+    """Return the weights of the norms of q and k."""
+    if not config.qk_norm or config.qk_norm_kind == "unit":
+        return 0
+    heads = config.num_heads + config.num_kv_heads if config.qk_norm_kind == "layer" else 2
+    return heads * config.head_dim * (2 if config.norm == "layer" and config.norm_bias else 1)
 
 
 def _num_norms(config: DecoderConfig) -> int:
-    if config.sandwich_norm:
-        return 4
-    return 1 if config.shared_norm else 2
+    before = 0 if not config.pre_norm else 1 if config.shared_norm else 2
+    return before + (2 if config.sandwich_norm else 0)
 
 
 def _mlp(config: DecoderConfig, layer: LayerConfig) -> FeedForward:

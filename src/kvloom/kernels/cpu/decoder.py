@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
 from kvloom.kernels.cpu.attention import Lanes, LayerShape
-from kvloom.kernels.cpu.elements import ACTIVATION
+from kvloom.kernels.cpu.elements import ACTIVATION, XIELU
 from kvloom.kernels.cpu.experts import Experts
 from kvloom.kernels.cpu.linear import PackedWeight
 from kvloom.kernels.cpu.threads import follow_torch
@@ -66,8 +66,8 @@ class StepDecoder:
         """Begin the next layer; raises InvalidInputError if the last one has a part that nothing reads."""
         self._build(self._decoder.add_layer, tuple(shape))
 
-    def add_norm(self, norm: NormWeights) -> None:
-        """Normalise the residual stream for the product of the next part."""
+    def add_norm(self, norm: NormWeights | None) -> None:
+        """Normalise the residual stream for the product of the next part; without a norm, pass it on."""
         self._build(self._decoder.add_norm, _norm(norm))
 
     def add_heads(self, product: PackedWeight) -> None:
@@ -75,10 +75,26 @@ class StepDecoder:
         self._build(self._decoder.add_heads, product.packed)
 
     def add_append(
-        self, q_norm: NormWeights | None = None, k_norm: NormWeights | None = None, rope: int = -1, clip: float = 0.0
+        self,
+        q_norm: NormWeights | None = None,
+        k_norm: NormWeights | None = None,
+        rope: int = -1,
+        clip: float = 0.0,
+        *,
+        place: str = "head",
+        temperature: tuple[float, float] | None = None,
     ) -> None:
-        """Bound q, k, v by `clip` (0: not), norm heads [Dk], rotate by `rope` (-1: not), write k and v to the lanes."""
-        self._build(self._decoder.add_append, _norm(q_norm), _norm(k_norm), rope, clip)
+        """Bound q, k, v by `clip` (0: not), norm heads [Dk], rotate by `rope` (-1: not), write k and v to the lanes.
+
+        `place` is "head", "rotated" for norms after the rotation, or "layer" for norms of all heads at once
+        ([H Dk], [G Dk]). Queries at position p are multiplied by 1 + s ln(1 + floor((p + 1) / P)) for a `temperature`
+        (P, s).
+        """
+        places = ("head", "rotated", "layer")
+        self._build(
+            self._decoder.add_append, _norm(q_norm), _norm(k_norm), rope, clip, places.index(place),
+            temperature or (0.0, 0.0),
+        )  # fmt: skip
 
     def add_attend(
         self,
@@ -86,14 +102,24 @@ class StepDecoder:
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
         slopes: torch.Tensor | None = None,
+        chunk: int = 0,
     ) -> None:
-        """Attend over the lanes: scores times `scale`, capped by `softcap` (0: not), sinks [H] and ALiBi slopes [H]."""
-        vectors = (None if vector is None else _floats(vector) for vector in (sinks, slopes))
-        self._build(self._decoder.add_attend, *vectors, scale, softcap)
+        """Attend over the lanes: scores times `scale`, capped by `softcap` (0: not), sinks [H] and ALiBi slopes [H].
 
-    def add_up(self, product: PackedWeight, activation: str) -> None:
-        """Compute the inside of an MLP: activation(gate) * up of a gated product [2 I, hidden], else activation(up)."""
-        self._build(self._decoder.add_up, product.packed, ACTIVATION[activation])
+        With a `chunk`, which is then the window of the layer, tokens attend only to their own chunk of that many positions.
+        """
+        vectors = (None if vector is None else _floats(vector) for vector in (sinks, slopes))
+        self._build(self._decoder.add_attend, *vectors, scale, softcap, chunk)
+
+    def add_up(
+        self, product: PackedWeight, activation: str, curve: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    ) -> None:
+        """Compute the inside of an MLP: activation(gate) * up of a gated product [2 I, hidden], else activation(up).
+
+        "xielu" has a `curve` (alpha_p, alpha_n, beta) and no gate.
+        """
+        code = XIELU if activation == "xielu" else ACTIVATION[activation]
+        self._build(self._decoder.add_up, product.packed, code, curve)
 
     def add_product(self, product: PackedWeight, *, of_attention: bool, norm: NormWeights | None = None) -> None:
         """Add to the residual stream: product [hidden, H Dv] of attention's output, or [hidden, I] of the inside."""

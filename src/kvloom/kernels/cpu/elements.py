@@ -17,6 +17,9 @@ STORE_ELEMENT.register("int8", 3)
 ACTIVATION = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 """Code of each activation."""
 
+XIELU = 4
+"""Code of the activation of a plain MLP that has parameters."""
+
 CLAMPED_GATE = 8
 """Code of the gate that experts with a clamp have."""
 

@@ -20,6 +20,7 @@ class Routing:
     Scores are the softmax of the router's logits, or their sigmoid. Experts are chosen by score + `selection_bias` [E];
     with `groups` of neighbours, only within the `kept_groups` whose `group_best` best choices sum highest (DeepSeek-V2:
     1, DeepSeek-V3: 2). The multiplier is the score, divided by the sum over the chosen if `normalise`, times `scale`.
+    With `scale_input` it multiplies what an expert reads, not its result. `jitter` is that of `ExpertsConfig`.
     """
 
     per_token: int
@@ -30,6 +31,8 @@ class Routing:
     kept_groups: int = 1
     group_best: int = 1
     selection_bias: torch.Tensor | None = None
+    jitter: float = 0.0
+    scale_input: bool = False
 
 
 class Experts:
@@ -37,7 +40,7 @@ class Experts:
 
     `router` is a float32 `PackedWeight` [E, hidden], or [E + 1, hidden] where the last row is the logit of a sigmoid
     that multiplies the shared expert. `experts` and `shared` are pairs (gate_up, down) of one product. `clamp`, if
-    given, is (alpha, limit) of the clamped gate in place of `activation` (see `models.config.ExpertsConfig`).
+    given, is (alpha, limit) of the clamped gate in place of `activation` (see `spec.decoder.ExpertsConfig`).
     Raises `InvalidInputError` for weights that do not fit together.
     """
 
@@ -60,7 +63,7 @@ class Experts:
                 [(gate_up.packed, down.packed) for gate_up, down in experts],
                 None if shared is None else (shared[0].packed, shared[1].packed),
                 (routing.per_token, routing.sigmoid, routing.normalise, routing.scale, routing.groups,
-                 routing.kept_groups, routing.group_best),
+                 routing.kept_groups, routing.group_best, routing.jitter, routing.scale_input),
                 None if bias is None else np.ascontiguousarray(bias.float().numpy()),
                 CLAMPED_GATE if clamp is not None else ACTIVATION[activation], alpha, limit,
             )  # fmt: skip

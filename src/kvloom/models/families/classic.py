@@ -88,6 +88,13 @@ def _after_turning(part: Transform) -> Transform:
     return lambda stored, config: part(stored.t(), config)
 
 
+def _head_biased(c: DecoderConfig) -> bool:
+    return c.head_bias
+
+
+HEAD_BIAS = Weight("lm_head_bias", "lm_head.bias", "output.bias", rows_of(vocab), _head_biased)
+"""The bias of the output matrix."""
+
 _GGUF_PROJECTIONS = {"o": "attn_output", "up": "ffn_up", "down": "ffn_down"}
 
 

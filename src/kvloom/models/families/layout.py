@@ -18,7 +18,9 @@ _HEADS: dict[str, Callable[[DecoderConfig], int]] = {
     "k": lambda c: c.num_kv_heads,
     "k_bias": lambda c: c.num_kv_heads,
     "q_norm": lambda c: 1,
+    "q_norm_bias": lambda c: 1,
     "k_norm": lambda c: 1,
+    "k_norm_bias": lambda c: 1,
 }
 
 

@@ -6,8 +6,10 @@ from typing import Any
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.registry import Registry, nearest
 from kvloom.spec.families.alibi import BLOOM, MPT
+from kvloom.spec.families.apertus import APERTUS
 from kvloom.spec.families.cohere import COHERE, COHERE2
 from kvloom.spec.families.ernie import ERNIE
+from kvloom.spec.families.exaone4 import EXAONE4
 from kvloom.spec.families.falcon import FALCON
 from kvloom.spec.families.family import FamilyConfig
 from kvloom.spec.families.gemma import GEMMA
@@ -18,12 +20,17 @@ from kvloom.spec.families.gpt2 import GPT2, GPT_BIGCODE
 from kvloom.spec.families.gpt_neox import GPT_NEOX
 from kvloom.spec.families.gpt_oss import GPT_OSS
 from kvloom.spec.families.granite import GRANITE, GRANITE_MOE
+from kvloom.spec.families.hunyuan import HUNYUAN
 from kvloom.spec.families.llama import LLAMA
+from kvloom.spec.families.llama4 import LLAMA4
 from kvloom.spec.families.mistral import MISTRAL
 from kvloom.spec.families.nemotron import NEMOTRON
+from kvloom.spec.families.olmo import OLMO2, OLMO3, OLMOE
+from kvloom.spec.families.phi import PHI
 from kvloom.spec.families.phi3 import PHI3
+from kvloom.spec.families.phimoe import PHIMOE
 from kvloom.spec.families.qwen import QWEN2, QWEN3
-from kvloom.spec.families.routed import MIXTRAL, QWEN3_MOE
+from kvloom.spec.families.routed import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from kvloom.spec.families.seed_oss import SEED_OSS
 from kvloom.spec.families.smollm3 import SMOLLM3
 from kvloom.spec.families.starcoder2 import STARCODER2
@@ -32,7 +39,7 @@ FAMILY_CONFIGS: Registry[FamilyConfig] = Registry("model family")
 for _family in (
     LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GEMMA2, GEMMA3, PHI3, GLM, GPT_NEOX, GPT2, GPT_BIGCODE, FALCON,
     BLOOM, MPT, MIXTRAL, QWEN3_MOE, GPT_OSS, GEMMA, GLM4, SEED_OSS, ERNIE, GRANITE, GRANITE_MOE, STARCODER2,
-    COHERE, COHERE2, NEMOTRON,
+    COHERE, COHERE2, NEMOTRON, OLMO2, OLMO3, OLMOE, PHI, EXAONE4, HUNYUAN, QWEN2_MOE, PHIMOE, APERTUS, LLAMA4,
 ):  # fmt: skip
     FAMILY_CONFIGS.register(_family.name, _family)
 

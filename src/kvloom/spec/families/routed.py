@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral and Qwen3-MoE."""
+"""Mixtures of experts: Mixtral, Qwen2-MoE and Qwen3-MoE."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -7,10 +7,11 @@ from typing import Any
 from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.family import GGUF_EXPERT_KEYS, FamilyConfig
-from kvloom.spec.families.skeleton import all_windowed, nothing_implied, skeleton
+from kvloom.spec.families.skeleton import all_windowed, layer_windows, nothing_implied, skeleton
 
 
-def _checked(reader: ConfigReader, experts: ExpertsConfig) -> ExpertsConfig:
+def checked(reader: ConfigReader, experts: ExpertsConfig) -> ExpertsConfig:
+    """Return `experts`; that a token takes more of them than there are is a fault, which goes to `reader`."""
     if experts.per_token > experts.count:
         reader.wrong("num_experts_per_tok", f"at most {experts.count}, the number of experts", experts.per_token)
     return experts
@@ -19,7 +20,7 @@ def _checked(reader: ConfigReader, experts: ExpertsConfig) -> ExpertsConfig:
 def _mixtral(reader: ConfigReader) -> DecoderConfig:
     count = reader.integer("num_local_experts", reader.get("num_experts") or 8)
     experts = ExpertsConfig(count, reader.integer("num_experts_per_tok"), reader.integer("intermediate_size"))
-    config = skeleton(reader, "mixtral", all_windowed(reader), experts=_checked(reader, experts))
+    config = skeleton(reader, "mixtral", all_windowed(reader), experts=checked(reader, experts))
     return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
 
 
@@ -34,7 +35,35 @@ def _qwen3_moe(reader: ConfigReader) -> DecoderConfig:
         reader.integer("moe_intermediate_size"),
         normalise=reader.flag("norm_topk_prob"),
     )
-    config = skeleton(reader, "qwen3_moe", windows, qk_norm=True, experts=_checked(reader, experts))
+    config = skeleton(reader, "qwen3_moe", windows, qk_norm=True, experts=checked(reader, experts))
+    return _in_some_layers(reader, config)
+
+
+def _qwen2_moe(reader: ConfigReader) -> DecoderConfig:
+    """Every other layer below `max_window_layers` has a window, and only if `use_sliding_window`."""
+    first, windowed = reader.get("max_window_layers"), reader.flag("use_sliding_window")
+    windows = layer_windows(reader, lambda i: windowed and i % 2 == 0 and i < first)
+    experts = ExpertsConfig(
+        reader.integer("num_local_experts", reader.get("num_experts") or 60),
+        reader.integer("num_experts_per_tok"),
+        reader.integer("moe_intermediate_size"),
+        normalise=reader.flag("norm_topk_prob"),
+        shared_size=reader.integer("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+    config = skeleton(
+        reader,
+        "qwen2_moe",
+        windows,
+        attention_bias=reader.flag("qkv_bias"),
+        output_bias=False,
+        experts=checked(reader, experts),
+    )
+    return _in_some_layers(reader, config)
+
+
+def _in_some_layers(reader: ConfigReader, config: DecoderConfig) -> DecoderConfig:
+    """Return `config` with experts in every layer that `decoder_sparse_step` names and `mlp_only_layers` does not."""
     step, dense = reader.integer("decoder_sparse_step"), reader.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         reader.wrong("mlp_only_layers", "a list of layers", dense)
@@ -104,4 +133,33 @@ QWEN3_MOE = FamilyConfig(
     from_gguf=_normalised,
     gguf_config_keys={**GGUF_EXPERT_KEYS, "expert_feed_forward_length": "moe_intermediate_size"},
     gguf_experts=True,
+)
+
+
+QWEN2_MOE = FamilyConfig(
+    name="qwen2_moe",
+    architectures=("Qwen2MoeForCausalLM",),
+    model_types=("qwen2_moe",),
+    gguf_architecture=None,
+    defaults={
+        **_DEFAULTS,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "decoder_sparse_step": 1,
+        "qkv_bias": True,
+    },
+    configure=_qwen2_moe,
+    from_gguf=nothing_implied,
 )

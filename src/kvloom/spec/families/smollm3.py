@@ -8,10 +8,10 @@ from kvloom.spec.families.family import FamilyConfig
 from kvloom.spec.families.skeleton import layer_windows, nothing_implied, skeleton
 
 
-def _rotates(reader: ConfigReader) -> list[bool]:
+def rotates(reader: ConfigReader) -> list[bool]:
     """Return for each layer whether it has a rotary embedding: 1 in `no_rope_layers` means that it has one."""
     count = reader.integer("num_hidden_layers")
-    given = reader.get("no_rope_layers")
+    given = reader.get("no_rope_layers") or None
     if given is None:
         interval = reader.integer("no_rope_layer_interval")
         return [(i + 1) % interval != 0 for i in range(count)]
@@ -22,10 +22,10 @@ def _rotates(reader: ConfigReader) -> list[bool]:
 
 
 def _configure(reader: ConfigReader) -> DecoderConfig:
-    rotates = _rotates(reader)
+    turned = rotates(reader)
     windowed = reader.flag("use_sliding_window") and reader.get("sliding_window") is not None
-    config = skeleton(reader, "smollm3", layer_windows(reader, lambda i: windowed and not rotates[i]))
-    pairs = zip(config.layers, rotates, strict=True)
+    config = skeleton(reader, "smollm3", layer_windows(reader, lambda i: windowed and not turned[i]))
+    pairs = zip(config.layers, turned, strict=True)
     return replace(config, layers=tuple(layer if yes else replace(layer, rope=None) for layer, yes in pairs))
 
 
