@@ -11,12 +11,18 @@ from gguf import GGMLQuantizationType as Quant
 
 from harness.families import VARIANTS, expected_logits, oracle_of
 from harness.gguf_families import write
-from harness.tiny_model import cache_of, feed, random_tokens
+from harness.tiny_model import batch_of, cache_of, feed, random_tokens
 from harness.tolerances import LOGITS_FLOAT32
+from kvloom.cache.kvcache import KVCache
 from kvloom.errors import CheckpointError, UnsupportedError
 from kvloom.models.checkpoint import open_checkpoint
+from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
+from kvloom.models.loader import load_model
+from kvloom.models.model import StepWanted
+from kvloom.models.mxfp4 import Mxfp4Weight
 from kvloom.spec.families import family_of_gguf
+from kvloom.spec.store import NATIVE_STORE, SLAB_BYTES
 
 ARCHITECTURES = {
     "gpt2": "gpt2", "gpt2, untied": "gpt2", "gpt-bigcode": "starcoder", "gpt-neox": "gptneox",
@@ -125,6 +131,31 @@ def test_experts_in_mxfp4_have_the_values_of_the_gguf_package(tmp_path, monkeypa
             name = tensor.name.removeprefix("blk.2.ffn_").removesuffix("_exps.weight")
             part = found[f"layers.2.experts_{name}"]
             assert torch.equal(part, whole.reshape(part.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_keep_experts_of_gguf_files_in_four_bits(dtype, tmp_path, monkeypatch):
+    pytest.importorskip("kvloom.kernels.cpu._ext", reason="the CPU kernels are not built")
+    kind, changes = VARIANTS["gpt-oss"]
+    monkeypatch.setitem(VARIANTS, "gpt-oss", (kind, {**changes, "hidden_size": 64, "intermediate_size": 96}))
+    path = write(tmp_path / "tiny.gguf", "gpt-oss", oracle_of("gpt-oss"), Quant.MXFP4)
+    checkpoint = open_checkpoint(str(path))
+    kept = load_model(checkpoint, dtype, block_size=16, backend="cpu")
+    decoded = CompiledModel(checkpoint.config, checkpoint.tensors(dtype), dtype)
+    weights = checkpoint.config.num_layers * 5 * 3 * 64 * 96
+    assert decoded.num_bytes - kept.num_bytes == weights * (8 * dtype.itemsize - 4.25) / 8
+    stored = [weight for name, weight in checkpoint.packed_tensors(dtype) if name == "layers.2.experts_down"]
+    assert [type(weight) for weight in stored] == [Mxfp4Weight]
+    store = NATIVE_STORE[str(dtype).removeprefix("torch.")]
+    cache = KVCache(checkpoint.config.kv_spec(16, store), 4 * SLAB_BYTES, 2, dtype, layout="cpu")
+    tokens, sequence = random_tokens(40, 131), cache.lanes.open()
+    assert cache.lanes.extend(sequence, 40)
+    found = kept.step(batch_of([(sequence, 0, tokens)]), cache, StepWanted(np.arange(40, dtype=np.int32))).logits
+    definition = Decoder(checkpoint.config, dict(checkpoint.tensors(torch.float32)))
+    eager = cache_of(definition)
+    expected = feed(definition, eager, eager.lanes.open(), tokens)
+    limit = LOGITS_FLOAT32 if dtype == torch.float32 else 0.2 * expected.std()
+    assert (found - expected).abs().max() < limit
 
 
 def test_experts_decide_between_two_families_of_one_architecture():

@@ -64,15 +64,25 @@ class Checkpoint:
 
     def packed_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Mxfp4Weight]]:
         """Return what `tensors` does, borrowed, but those stored in MXFP4 as `Mxfp4Weight` [experts, out, in]."""
-        from kvloom.models.mxfp4 import Mxfp4Tensors
-
         self.check()
         for name, layer, weight in self.family.expected(self.config):
             [source, *others] = weight.sources(self.config, layer, self.is_gguf)
-            stored = None
-            if isinstance(self._file, Mxfp4Tensors) and not others:
-                stored = self._file.stored(self._stored_names[source])
-            yield name, self._read(layer, weight, dtype, True) if stored is None else stored.rows(*weight.mxfp4_rows)
+            stored = None if others else self._in_mxfp4(weight, self._stored_names[source])
+            yield name, self._read(layer, weight, dtype, True) if stored is None else stored
+
+    def _in_mxfp4(self, weight: Weight, stored: str) -> Mxfp4Weight | None:
+        """Return a weight of experts that is stored in MXFP4, None if it is another."""
+        from kvloom.models.mxfp4 import Mxfp4Tensors
+
+        if isinstance(self._file, Mxfp4Tensors):
+            found = self._file.stored(stored)
+            return None if found is None else found.rows(*weight.mxfp4_rows)
+        if not self.is_gguf or len(weight.shape(self.config)) != 3:
+            return None
+        from kvloom.models.gguf_file import GGUFFile
+
+        assert isinstance(self._file, GGUFFile)
+        return self._file.stored(stored)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer and chat template of the model; raises `CheckpointError`, `UnsupportedError`."""

@@ -17,6 +17,8 @@ from kvloom.spec.gguf_header import GGUFHeader, GGUFTensor
 if TYPE_CHECKING:
     import torch
 
+    from kvloom.models.mxfp4 import Mxfp4Weight
+
 QUANT_TYPES = frozenset(
     GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
@@ -73,6 +75,27 @@ class GGUFFile:
         for start, values in self._decoded(tensor):
             out[start : start + values.size] = torch.from_numpy(values)
         return out.view(tensor.shape)
+
+    def stored(self, name: str) -> Mxfp4Weight | None:
+        """Return a tensor [..., out, in] that is stored in MXFP4 as it is; None if it is not.
+
+        A block here is a byte of exponent and 16 of codes, whose low halves hold the first 16 values.
+        """
+        from kvloom.models.mxfp4 import Mxfp4Weight
+
+        tensor = self.header.tensors[name]
+        if tensor.type_name != "MXFP4":
+            return None
+        import torch
+
+        raw = np.empty(tensor.num_bytes, np.uint8)
+        self._file.seek(tensor.offset)
+        self._fill(raw)
+        blocks = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // 32, 17)
+        codes = np.empty((*blocks.shape[:-1], 16), np.uint8)
+        codes[..., :8] = (blocks[..., 1::2] & 15) | (blocks[..., 2::2] & 15) << 4
+        codes[..., 8:] = blocks[..., 1::2] >> 4 | (blocks[..., 2::2] & 0xF0)
+        return Mxfp4Weight(torch.from_numpy(codes), torch.from_numpy(blocks[..., 0].copy()))
 
     def _decoded(self, tensor: GGUFTensor) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float32]]]]:
         """Yield (first element, float32 values) in pieces, each good until the next. Blocks are independent of rows."""

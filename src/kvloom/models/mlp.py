@@ -16,7 +16,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activations by the name that a `DecoderConfig` has for them."""
 
 
-
 def xielu(
     x: torch.Tensor, above: torch.Tensor, below: torch.Tensor, slope: torch.Tensor, eps: torch.Tensor
 ) -> torch.Tensor:

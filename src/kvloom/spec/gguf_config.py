@@ -136,7 +136,7 @@ def _llama3_scaling(file: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def spec_of_gguf(header: GGUFHeader, name: str) -> ModelSpec:
-    """Return the shape of the model in a GGUF file; its weights count as dequantised to bfloat16, as they run.
+    """Return the shape of the model in a GGUF file; its weights count as they run: in bfloat16, or experts in MXFP4.
 
     Raises `UnsupportedError` for an architecture that is not understood, and as `config_of_gguf` does.
     """
@@ -148,8 +148,11 @@ def spec_of_gguf(header: GGUFHeader, name: str) -> ModelSpec:
         family = family_of_gguf(arch, bool(header.metadata.get(f"{arch}.expert_count")))
         config, refused = family.shape(config_of_gguf(header, family))
         spec = model_spec(config, name, "bfloat16", source=str(header.path), refused=refused)
-    note = f"the file stores {header.num_bytes} bytes of weights; they run dequantised"
-    num_bytes = header.num_elements * DTYPE_BYTES[spec.dtype]
+    kept = [tensor for tensor in header.tensors.values() if tensor.type_name == "MXFP4" and len(tensor.shape) == 3]
+    ending = ", but for experts in MXFP4" if kept else ""
+    note = f"the file stores {header.num_bytes} bytes of weights; they run dequantised{ending}"
+    dense = header.num_elements - sum(math.prod(tensor.shape) for tensor in kept)
+    num_bytes = dense * DTYPE_BYTES[spec.dtype] + sum(tensor.num_bytes for tensor in kept)
     return replace(spec, weight_bytes=num_bytes, file_bytes=header.num_bytes, notes=(*spec.notes, note))
 
 

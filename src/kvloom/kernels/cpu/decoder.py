@@ -106,7 +106,7 @@ class StepDecoder:
     ) -> None:
         """Attend over the lanes: scores times `scale`, capped by `softcap` (0: not), sinks [H] and ALiBi slopes [H].
 
-        With a `chunk`, which is then the window of the layer, tokens attend only to their own chunk of that many positions.
+        With a `chunk`, which is then the window of the layer, tokens attend to their own chunk of so many positions.
         """
         vectors = (None if vector is None else _floats(vector) for vector in (sinks, slopes))
         self._build(self._decoder.add_attend, *vectors, scale, softcap, chunk)
