@@ -1,4 +1,4 @@
-"""`kvloom chat` keeps the conversation, and Ctrl-C stops an answer without tearing it."""
+"""`kvloom chat` keeps the conversation, and Ctrl-C stops an answer between two tokens."""
 
 import io
 import signal

@@ -1,4 +1,4 @@
-"""Prefixes are computed once, by whoever comes first, and shared without a trace in the answers."""
+"""Prefixes are computed once, by the first request, and sharing them does not change answers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Who runs when, and what is left when something goes wrong: nothing."""
+"""Order of service, and release of all resources after errors."""
 
 import pytest
 

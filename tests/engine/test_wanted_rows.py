@@ -1,4 +1,4 @@
-"""The last layer computes what somebody waits for: logits are the same whoever else is asked for."""
+"""The last layer computes wanted rows only: logits do not depend on the other wanted rows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Dense attention over explicit lists of (k, v, position): the oracle for whatever the paged cache does to lanes.
+"""Dense attention over explicit lists of (k, v, position): the oracle for all operations of the paged cache on lanes.
 
 Nothing here knows blocks, slots or stores. A query at position p sees the entries of its lane with position <= p, and
 with position > p - window where the layer has a window. Arithmetic is float64.

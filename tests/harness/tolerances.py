@@ -1,4 +1,4 @@
-"""How far two computations of the same number may lie apart, and why. Every comparison that is not exact asks here."""
+"""Tolerances between two computations of the same number, with their reasons, for all inexact comparisons."""
 
 ATTENTION_FLOAT32 = 2e-5
 """Output of attention in float32 against float64 loops: sums of up to a few hundred products of size one."""

@@ -1,4 +1,4 @@
-"""transformers' models read piece by piece: its argument for the cache has one name up to 5.23 and another since."""
+"""Forward passes of transformers with a cache, whose argument has another name since 5.24."""
 
 import inspect
 from typing import Any

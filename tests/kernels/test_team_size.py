@@ -1,4 +1,4 @@
-"""How many threads take part in a call, by what the threads of the calls before lost."""
+"""The number of threads of a call, from the time that threads of earlier calls lost."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The kernels' threads beside everybody else's: as many as asked for, asleep when idle, unharmed by forks."""
+"""The kernels' threads beside those of other libraries: their number, sleep when idle, and forks."""
 
 import os
 import subprocess

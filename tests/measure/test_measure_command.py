@@ -1,4 +1,4 @@
-"""`kvloom measure` as its users meet it: the table, the file, Ctrl-C, and what the planner then promises."""
+"""`kvloom measure` from the command line: the table, the file, Ctrl-C, and the planner's recommendation."""
 
 import json
 import shlex

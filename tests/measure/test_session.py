@@ -1,4 +1,4 @@
-"""Sessions: what is measured in which order, kept in a file, and gone on with."""
+"""Sessions: the order of measurements, the file of results, and continuation from it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A GGUF file is read exactly, or refused; damage never gets further than the header."""
+"""A GGUF file is read exactly, or refused; damage is detected in the header."""
 
 import gguf
 import numpy as np

@@ -1,4 +1,4 @@
-"""A fetched model is whole and checked, or not there; an interrupted fetch leaves nothing in the way."""
+"""A fetched model is complete and checked, or absent; the next fetch works after an interrupted one."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""`kvloom plan` as its users meet it: flags, text, JSON, errors and what it does not import."""
+"""`kvloom plan` from the command line: flags, text, JSON, errors and imports."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What an engine says as it starts: the planner's figures, true of the engine that says them."""
+"""The figures that an engine logs at its start: the planner's, and correct for that engine."""
 
 import json
 import os

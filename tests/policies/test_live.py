@@ -1,4 +1,4 @@
-"""Policies with everything else live: preemption, samples, prefixes, refusals, and what is reported."""
+"""Policies together with preemption, samples, prefixes, refusals and reports."""
 
 import json
 from itertools import pairwise

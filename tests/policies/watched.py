@@ -1,4 +1,4 @@
-"""An engine whose cache is watched: every compaction and every attention is compared with lists that remember all."""
+"""An engine whose cache is checked: every compaction and attention is compared with lists of all tokens."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Who is let in: keys, queue, concurrency; and what becomes of those who leave or do not read."""
+"""Admission: keys, queue, concurrency; clients that disconnect or do not read."""
 
 import json
 import threading

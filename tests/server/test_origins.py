@@ -1,4 +1,4 @@
-"""Browsers: by which names a server is asked for, and what pages of other origins can do to it, which is nothing."""
+"""Browsers: host names that a server accepts, and protection against pages of other origins."""
 
 import pytest
 

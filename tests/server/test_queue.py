@@ -1,4 +1,4 @@
-"""The places of the queue, and refusals that wait for nobody: not for other bodies, not for the rest of their own."""
+"""Places of the queue, and refusals that wait neither for other bodies nor for the rest of their own."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""Streams of events while nothing is said, and entries of bodies that nobody knows."""
+"""Streams of events without tokens, and unknown entries of bodies."""
 
 import asyncio
 

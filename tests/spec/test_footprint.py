@@ -1,4 +1,4 @@
-"""KV bytes under policies, against a walk over explicit lanes that knows none of the closed forms."""
+"""KV bytes under policies, against a walk over explicit lanes that uses none of the closed forms."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Lanes under the knife in the middle of a generation: compacted, encoded, shared. Dense attention is the oracle."""
+"""Attention over lanes that are compacted, encoded or shared during a generation, against dense attention."""
 
 import numpy as np
 import pytest
