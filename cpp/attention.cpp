@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504089f;
 
-// One task's arguments for the kernel, and the memory they live in.
+// One task's arguments for the kernel, and their memory.
 struct Rows {
   int num_rows;
   char* queries;
@@ -100,7 +100,7 @@ AttendArgs prepare(const Kernels& kernel, const AttentionCall& call, const Task&
   return args;
 }
 
-// Tasks that a thread takes at a time: many, for neighbours often lie side by side in memory, and few towards the end,
+// Tasks that a thread claims at a time: many, because neighbours are often adjacent in memory, and few towards the end,
 // so that all threads end together.
 struct Claims {
   int count, many, few, num_many;
@@ -115,7 +115,7 @@ struct Claims {
   }
 };
 
-// Normalise one row and hand it to whoever wants it.
+// Divide one row by its denominator and write it to every output of the call.
 void finish_row(const Kernels& kernel, const AttentionCall& call, int token, int head, float peak, float total,
                 float* sum) {
   const int width = call.shape.v_width;
@@ -198,7 +198,7 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   const int count = static_cast<int>(plan.tasks.size());
   const bool grow = workspace.partial.size() < static_cast<std::size_t>(plan.partial_floats);
   if (plan.partial_floats) {
-    team.barrier();  // all have looked at the size
+    team.barrier();  // all have read the size
     if (grow) {
       if (team.id() == 0) workspace.partial.resize(static_cast<std::size_t>(plan.partial_floats));
       team.barrier();
@@ -207,7 +207,7 @@ void attention(Team& team, const AttentionCall& call, Workspace& workspace) {
   const std::size_t row_bytes = Rows::bytes(std::max(kBlockRows, std::max(heads, kSplitRows)), width);
   char* memory = team.scratch(row_bytes + static_cast<std::size_t>(plan.own_floats) * 4 + 64);
   float* own = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(memory) + row_bytes + 63) & ~std::uintptr_t{63});
-  // Whole contexts take up to a millisecond each: the last ones must not be one thread's. Runs of parts are short.
+  // Whole contexts take up to a millisecond each, so no thread may claim several of the last ones. Runs of parts are short.
   const bool short_tasks = plan.own_floats || !plan.splits.empty();
   const Claims claims(count, short_tasks ? team.size() : count);
   int claim = team.next(), index = claims.begin(claim);
@@ -321,7 +321,7 @@ void append(Team& team, const AppendCall& call) {
   team.share(call.batch.num_tokens * per_token, &begin, &end);
   int seq = 0;
   float own_head[1024], own_values[1024];  // as wide as a block's
-  const bool wide = call.element == Element::kFloat;  // worked on where it lies
+  const bool wide = call.element == Element::kFloat;  // processed in place
   for (int item = begin; item < end; ++item) {
     const int t = item / per_token, j = item % per_token;
     while (call.batch.cu_seqlens[seq + 1] <= t) ++seq;

@@ -88,7 +88,7 @@ struct AttentionCall {
   float* lse = nullptr;  // [T, H] natural, sinks included
 };
 
-// Memory that a call's partial results live in; grows and stays.
+// Memory of a call's partial results; it grows and is kept between calls.
 struct Workspace {
   std::vector<float, HugeAllocator<float>> partial;
 };

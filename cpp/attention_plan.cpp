@@ -6,10 +6,10 @@ namespace kvloom {
 
 namespace {
 
-constexpr int kRunsPerThread = 8;  // so many runs at least, where there are as many parts
+constexpr int kRunsPerThread = 8;  // at least so many runs, where there are as many parts
 constexpr int kLongestRun = 16;
 
-// Most parts of a run: long runs start seldom, short ones share the work out evenly.
+// Most parts of a run: long runs have fewer starts, short ones balance the threads.
 int run_length(const AttentionCall& call, int num_threads) {
   const LayerShape& shape = call.shape;
   int slots = 0;
@@ -32,7 +32,7 @@ AttentionPlan attention_plan(const AttentionCall& call, int num_threads) {
       const int n = call.batch.count(b);
       const int in_step = call.batch.step_count(b);
       const bool split = in_step * heads <= kSplitRows || (in_step <= kShortStep && heads <= kSplitRows);
-      // What several groups of rows read one after another stays in a cache.
+      // K and V that several groups of rows read one after another stay in a cache.
       const int longest = n > tokens_at_once(heads) ? 1 : run;
       if (n == 0 || split != (pass == 1)) continue;
       const int row = call.batch.seq_rows[b];

@@ -1,4 +1,4 @@
-// How the work of one attention call is cut up, the same whatever threads there are but for the length of runs.
+// The tasks of one attention call. Only the length of runs depends on the number of threads.
 //
 //   context of one sequence and KV head   |  part  |  part  |  part  |  part  |  part |
 //   tasks                                 |           run            |      run       |
@@ -25,8 +25,8 @@ constexpr int kBlockRows = 96;     // rows of one prefill task
 // of consecutive parts of a split one.
 struct Task {
   int seq, kv_head, q0, q1, begin, end;
-  int num_parts;           // that it joins itself, 0: it has no parts, or others have some of the same context
-  std::ptrdiff_t partial;  // of a part that others join: where the result of its first one lies, in floats; else -1
+  int num_parts;           // parts that the task joins; 0: none, or other tasks have parts of the same context
+  std::ptrdiff_t partial;  // if joined elsewhere: offset of the result of its first part, in floats; else -1
   bool split = true;       // of a context that is split where it is longer than a part
 };
 
@@ -46,12 +46,12 @@ struct AttentionPlan {
 // Tokens whose rows go to the kernel together where a context is split.
 inline int tokens_at_once(int heads) { return std::max(1, kTileRows / heads); }
 
-// How the results of a part lie: [rows] peaks, [rows] totals, then [rows, width] sums on a cache line of their own, so
-// that no vector of them lies across two.
+// Layout of the results of a part: [rows] peaks, [rows] totals, then [rows, width] sums from a new cache line on, so that
+// no vector of them crosses two lines.
 inline std::ptrdiff_t part_sums(int rows) { return (static_cast<std::ptrdiff_t>(rows) * 2 + 15) / 16 * 16; }
 inline std::ptrdiff_t part_floats(int rows, int width) { return part_sums(rows) + static_cast<std::ptrdiff_t>(rows) * width; }
 
-// Every thread of a call makes the same one.
+// Every thread of a call computes the same plan.
 AttentionPlan attention_plan(const AttentionCall& call, int num_threads);
 
 // The runs of slots of one lane that have one store, asked for in ascending order.

@@ -14,12 +14,12 @@ namespace kvloom {
 
 namespace {
 
-// What one thread knows on its way through the parts of a layer.
+// State of one thread while it executes the parts of a layer.
 struct Flow {
   std::size_t layer;
   int part = 0;
   const Stretch* stretch;
-  Tiles input = {};  // what the last kNorm made
+  Tiles input = {};  // output of the last kNorm
 };
 
 class Step {
@@ -45,7 +45,7 @@ class Step {
   }
 
  private:
-  static_assert(Stretches::kTokens + kBlockRows <= Stretches::kUncut);  // which so is the longest stretch
+  static_assert(Stretches::kTokens + kBlockRows <= Stretches::kUncut);  // so kUncut is the longest stretch
   // Rows of one prefill task, and so of any piece of a sequence but its last.
   static int query_block(const LayerShape& shape) {
     return std::max(1, kBlockRows * shape.num_kv_heads / std::max(1, shape.num_heads));
@@ -95,13 +95,13 @@ class Step {
     return table;
   }
 
-  // Inputs of a product over the rows of a stretch: the same memory, cut up in the same way, for each.
+  // Inputs of a product over the rows of a stretch: the same memory with the same tiles for each.
   Tiles tiles(StepMemory::Inputs& inputs, const PackedWeight& reader, const Flow& flow) {
     return inputs.tiles(reader.product, stretches_.longest(), flow.stretch->batch.num_tokens, reader.k);
   }
 
-  // One layer over one stretch, whose keys and values go to the lanes before it looks at them; earlier stretches of the
-  // same layer are there already, and nobody looks at later ones.
+  // One layer over one stretch. Its keys and values are written to the lanes before it attends to them. Those of earlier
+  // stretches of the layer are already there, and later ones are not visible.
   void layer(Team& team, std::size_t index, int s) {
     const DecoderLayer& layer = model_.layers[index];
     Flow flow = {index, layer.first, &stretches_[s]};
@@ -141,7 +141,7 @@ class Step {
     }
   }
 
-  // A single row is cheaper to norm twice than to wait for; a batch is shared.
+  // Each thread norms a single row itself, which is cheaper than a barrier; a batch is shared.
   void norm(Team& team, const Part& part, Flow& flow) {
     const bool single = num_tokens_ == 1;
     flow.input = single ? memory_.own(team.id(), part.reader->product, part.reader->k)
@@ -216,7 +216,7 @@ class Step {
     team.barrier();
   }
 
-  // Move the rows of a stretch that somebody waits for to its front: the residual stream and the queries.
+  // Move the wanted rows of a stretch to its front: the residual stream and the queries.
   void keep_wanted(Team& team, int s, const LayerShape& shape) {
     if (team.id() == 0) {
       float* q = memory_.qkv.data();

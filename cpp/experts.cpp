@@ -36,7 +36,7 @@ Tiles tiles_in(Product product, int rows, int k, ExpertsMemory::Buffer<char>& da
   return tiles;
 }
 
-// Tiles of one product and width, one behind the other in a buffer that is made once all are known.
+// Tiles of one product and width, one after the other in a buffer that is allocated once all are known.
 class TileRun {
  public:
   Tiles add(Product product, int rows, int k) {
@@ -80,7 +80,7 @@ void scale_row(const Kernels& kernel, const Tiles& tiles, int t, float by) {
     kernel.scaled(element, tiles.row(t, s), by, element, tiles.row(t, s), static_cast<std::size_t>(tiles.slice_elements));
 }
 
-// Tiles of a block that stays in the second-level cache while panels pass by.
+// Tiles of a block that stays in the second-level cache during the loop over panels.
 int tiles_per_block(const Tiles& tiles) {
   const int count = tiles.num_tiles();
   const int most = std::clamp(static_cast<int>((400u << 10) / tiles.tile_bytes()), 6, 32);
@@ -162,7 +162,7 @@ class Mixture {
     }
   }
 
-  // List the tokens of each expert that anyone chose, in ascending order, and give them tiles.
+  // List the tokens of each chosen expert in ascending order, and allocate their tiles.
   void group(const Tiles& rows) {
     const int entries = num_tokens_ * (per_token_ + (layer_.shared.down ? 1 : 0));
     memory_.token.resize(static_cast<std::size_t>(entries));
@@ -257,7 +257,7 @@ class Mixture {
     });
   }
 
-  // Sums of groups of activations, which int4 needs: per thread, cheaper to work out again than to wait for.
+  // Sums of groups of activations, which int4 needs. Each thread computes them, which is cheaper than a barrier.
   const float* sums(const PackedWeight& weight, const Tiles& tiles, int tile_begin, int tile_end) {
     if (!is_int4(weight.product)) return nullptr;
     const std::size_t floats = static_cast<std::size_t>(tile_end - tile_begin) * weight.panel_rows() * kTileRows;

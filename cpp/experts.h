@@ -15,7 +15,7 @@
 
 namespace kvloom {
 
-// Which experts a token takes, and by what their results are multiplied. Scores are softmax or sigmoid of the logits.
+// The experts of a token and the factors of their results. Scores are softmax or sigmoid of the logits.
 // Experts are chosen by score + selection_bias; with groups, only of the `kept_groups` ones of E / `groups` neighbours
 // whose `group_best` best choices sum highest. The multiplier is the score, divided by the sum over the chosen (+ 1e-20)
 // if `normalise`, times `scale`; with `scale_input` it multiplies what the expert reads. With a `jitter`, each multiplier
@@ -50,10 +50,10 @@ struct ExpertsLayer {
   bool shared_gate() const { return router->n > static_cast<int>(experts.size()); }
 };
 
-// Choose `per_token` of `num_experts` by logits [num_experts]: numbers in ascending order and what multiplies each.
+// Choose `per_token` of `num_experts` by logits [num_experts]: numbers in ascending order and the factor of each.
 void choose_experts(const Router& router, const float* logits, int num_experts, int32_t* chosen, float* share);
 
-// Buffers of a call, which grow with the batch, and what was read.
+// Buffers of a call, which grow with the batch, and counters of reads.
 struct ExpertsMemory {
   template <class T> using Buffer = std::vector<T, HugeAllocator<T>>;
   // Tokens of one expert: entries [first, first + inner.num_rows) of `token` and `share`.

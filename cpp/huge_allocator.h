@@ -1,6 +1,6 @@
-// An allocator of standard containers whose large blocks lie on huge pages where the system has them: a buffer that
-// grows to megabytes in the first long prompt then costs a few page faults and not thousands. What a container adds by
-// `resize` is not initialised.
+// An allocator of standard containers that puts large blocks on huge pages where the system has them. So a buffer that
+// grows to megabytes in the first long prompt costs a few page faults instead of thousands. Elements that `resize` adds
+// are not initialised.
 #pragma once
 
 #include <cstddef>
@@ -31,15 +31,15 @@ template <class T> struct HugeAllocator {
     return static_cast<T*>(p);
   }
   void deallocate(T* p, std::size_t) { std::free(p); }
-  // Elements are left as they are: pages are touched by the thread that first writes to them, not all by one.
+  // Elements are not written here, so that each page is first touched by the thread that uses it.
   template <class U> void construct(U* p) { ::new (static_cast<void*>(p)) U; }
 
   friend bool operator==(const HugeAllocator&, const HugeAllocator&) { return true; }
   friend bool operator!=(const HugeAllocator&, const HugeAllocator&) { return false; }
 };
 
-// Have the system make the pages of `buffer` now, as a first write would; what is in them stays. Where it cannot, they
-// are made as they are written.
+// Make the system commit the pages of `buffer` now, as a first write would; their content stays. Where the system cannot,
+// pages are committed when they are written.
 template <class Buffer> void make_pages(Buffer& buffer) {
 #if defined(__linux__)
   constexpr std::size_t kPage = 4096;

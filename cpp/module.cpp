@@ -1,4 +1,4 @@
-// Python's view: pointers and arrays in, nothing of torch. The package around it checks shapes and dtypes.
+// The Python interface: it takes pointers and arrays, without torch. The Python package checks shapes and dtypes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -93,7 +93,7 @@ void attention_op(const LanesObject& lanes, const IntVector& cu_seqlens, const I
                   std::ptrdiff_t out_stride, std::uintptr_t lse, std::uintptr_t bias, std::ptrdiff_t bias_seq_stride,
                   std::ptrdiff_t bias_lane_stride) {
   static thread_local Workspace own;
-  Workspace& workspace = own;  // the workers must see the caller's
+  Workspace& workspace = own;  // workers must use the caller's instance
   AttentionCall call;
   call.lanes = lanes.table;
   call.batch = batch_of(lanes, cu_seqlens, seq_rows);

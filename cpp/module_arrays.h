@@ -1,4 +1,4 @@
-// Objects that Python holds: packed weights and the lane table, with the arrays that they point into.
+// Objects owned by Python: packed weights and the lane table, with the arrays that they point into.
 #pragma once
 
 #include <nanobind/nanobind.h>

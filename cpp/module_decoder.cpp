@@ -1,4 +1,4 @@
-// Python's view of the decoder: built part by part, then stepped.
+// The Python interface of the decoder: parts are added one by one, then steps run.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -25,7 +25,7 @@ void expect(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-// A norm as Python says it: weight, bias or None, whether it is a LayerNorm, epsilon.
+// A norm as Python passes it: weight, bias or None, whether it is a LayerNorm, epsilon.
 using NormTuple = std::tuple<FloatVector, std::optional<FloatVector>, bool, float>;
 
 class DecoderObject {
@@ -266,8 +266,8 @@ class DecoderObject {
   static bool made_to_be_read(PartKind kind) {
     return kind == PartKind::kNorm || kind == PartKind::kAttend || kind == PartKind::kUp;
   }
-  // The product `w` reads what the last part of `kind` in the layer made, which nobody else has read; returns the weight of
-  // that part. A norm stands right before its reader: rows that nobody wants are dropped between other parts.
+  // The product `w` reads the output of the last part of `kind` in the layer, which must have no other reader; returns the
+  // weight of that part. A norm must precede its reader directly, because unwanted rows are dropped between other parts.
   const PackedWeight* read_by(PartKind kind, const PackedWeight* w) {
     if (kind == PartKind::kNorm) expect_last(kind);
     for (int i = static_cast<int>(model_.parts.size()) - 1; !model_.layers.empty() && i >= model_.layers.back().first; --i) {
@@ -308,7 +308,7 @@ class DecoderObject {
   }
 
   DecoderModel model_;
-  int unread_ = 0;  // parts of the last layer that make the input of a product that is not there yet
+  int unread_ = 0;  // parts of the last layer whose output no product reads yet
   StepMemory memory_;
   std::deque<std::vector<float>> vectors_;
   std::vector<nb::object> owners_;

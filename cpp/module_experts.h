@@ -1,4 +1,4 @@
-// A mixture of experts that Python holds, with the weights that it points to.
+// A mixture of experts owned by Python, with the weights that it points to.
 #pragma once
 
 #include <vector>

@@ -1,12 +1,12 @@
-// What a decoder's layers are made of: a flat list of fused parts, each a small struct, that a step goes through in order.
+// The parts of a decoder's layers: a flat list of fused parts, each a small struct, which a step executes in order.
 //
 //   one after the other   norm heads append attend add   norm up add
 //   in parallel           norm heads append attend       norm up     add add
 //   with experts          norm heads append attend add   experts
 //
-// `norm` makes the input of the product behind it from the residual stream, `heads` makes q, k and v of it, `append`
-// writes k and v to the lanes, `attend` and `up` make the input of the product of the `add` that reads them, and `add`
-// adds that product to the stream. `experts` adds a mixture of experts of the norm of the stream. Another order of the same parts is another kind of layer.
+// From the residual stream `norm` computes the input of the next product, `heads` q, k and v; `append` writes k and v to the
+// lanes; `attend` and `up` compute the input of a later `add`, which adds its product to the stream. `experts` adds a mixture
+// of experts of the norm of the stream. Another order of the same parts is another kind of layer.
 #pragma once
 
 #include <vector>
@@ -40,7 +40,7 @@ struct Part {
   // kUp
   Activation activation = Activation::kSilu;
   float alpha = 0, limit = 0, beta = 0;  // of kXielu
-  // kAdd: the product of what attention made, not of what `up` made
+  // kAdd: true for the product of attention's output, false for that of `up`
   bool of_attention = false;
   // kExperts
   const ExpertsLayer* experts = nullptr;

@@ -1,4 +1,4 @@
-// Memory that steps work in: it persists between them and grows with the batch.
+// Memory of steps: it persists between them and grows with the batch.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,7 @@ struct StepMemory {
     Buffer<float> scale;
 
     void reserve(Product product, int rows, int k);
-    // Of `rows` rows in memory for `longest`, which is cut up in the same way whatever `rows` are.
+    // Tiles of `rows` rows in memory for `longest`; the tiling does not depend on `rows`.
     Tiles tiles(Product product, int longest, int rows, int k);
   };
 
@@ -30,17 +30,17 @@ struct StepMemory {
   ExpertsMemory experts;
 
   // Make room for steps of `model` over `num_tokens` tokens, of which `longest` at a time, with `num_logits` rows of
-  // logits that nobody else keeps.
+  // logits that the caller does not keep.
   void reserve(const DecoderModel& model, int num_tokens, int longest, int num_output_rows, int num_logits,
                int num_threads);
   // The input of a product over a batch of one, in memory of that thread alone.
   Tiles own(int thread, Product product, int k);
-  // Have the pages of what `reserve` made.
+  // Commit the pages of the buffers that `reserve` allocated.
   void make_pages();
 };
 
-// What lies between the last element of rows [begin, end) and the end of their last slice meets zero weights; it must be
-// finite.
+// Padding between the last element of rows [begin, end) and the end of their last slice is multiplied by zero weights; it
+// must be finite.
 void clear_padding(const Tiles& tiles, int begin, int end);
 
 }  // namespace kvloom

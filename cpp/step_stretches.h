@@ -1,5 +1,5 @@
-// A long step, cut into stretches of tokens that every layer takes one after another: what lies between two operations
-// then stays in the caches, and the memory for it does not grow with the step.
+// A long step, cut into stretches of tokens that every layer processes one after another. So intermediate results stay in
+// the caches, and their memory does not grow with the step.
 //
 //   tokens     | sequence 0 ............................. | sequence 1 .... | 2 | 3 ....... |
 //   stretches  |           |           |           |                |                       |
@@ -15,13 +15,13 @@
 
 namespace kvloom {
 
-// What a batch of part of a step points to.
+// The arrays of a batch that is a part of a step.
 struct BatchPart {
   std::vector<int32_t> cu_seqlens = {0}, seq_rows, later, in_step;
 
-  // Sequence `b` of `whole` with its tokens [begin, end) only, counted as those of `whole` are.
+  // Add sequence `b` of `whole` with its tokens [begin, end) only, which are indices in `whole`.
   void add(const Batch& whole, int b, int begin, int end);
-  Batch batch() const;  // good until the next `add`
+  Batch batch() const;  // valid until the next `add`
 };
 
 struct Stretch {
@@ -31,7 +31,7 @@ struct Stretch {
 
 class Stretches {
  public:
-  static constexpr int kTokens = 512;                    // of a stretch, about
+  static constexpr int kTokens = 512;                    // about so many tokens a stretch
   static constexpr int kUncut = kTokens + kTokens / 2;  // tokens of the longest step that is one stretch
 
   // Sequences are cut at multiples of `block` tokens from their first in the step. `batch` must outlive this.

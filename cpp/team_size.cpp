@@ -6,9 +6,9 @@ namespace kvloom {
 
 namespace {
 
-// A whole thread's time would be the share to lose; threads that spin for a while before they sleep hide some of it.
+// A thread without a core loses its whole time (share 1). Spinning before a sleep hides some of it, so the limit is lower.
 constexpr double kShare = 0.75;
-constexpr double kMostDebt = 0.05;       // hosts take cores away for some milliseconds now and then
+constexpr double kMostDebt = 0.05;       // seconds; a host may preempt a core for some milliseconds at times
 constexpr double kMostOnTrial = 0.005;   // about a time slice
 constexpr double kProof = 0.1;
 constexpr double kFirstPause = 0.1, kLongestPause = 2;

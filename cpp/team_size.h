@@ -1,12 +1,12 @@
-// How many threads a call gets beside others that want the cores.
+// The number of threads of a call while other processes use the cores.
 #pragma once
 
 namespace kvloom {
 
-// Threads that work in step wait for the one that is not running, so a team as large as the machine is slower beside a
-// busy process than one that leaves it a core. After each call the team hears how long its threads were not running,
-// and gives up its last place if they fill hardly more cores than one thread fewer would. A while later it tries again,
-// and each time in vain it waits twice as long until the next. Times are seconds of one clock.
+// At a barrier threads wait for one that is not running. So beside a busy process a team of as many threads as cores is
+// slower than one with a thread fewer. After each call the time is recorded in which its threads were not running. If they
+// use hardly more cores than one thread fewer would, the team drops a thread. It tries the larger team again after a pause,
+// which doubles after each failure. Times are seconds of one clock.
 class TeamSize {
  public:
   explicit TeamSize(int most) : most_(most), size_(most) {}
@@ -18,8 +18,8 @@ class TeamSize {
 
  private:
   int most_, size_;
-  double debt_ = 0;      // time off beyond what a smaller team would cost
-  double proving_ = 0;   // time of calls that a team just enlarged has to go on without shrinking
+  double debt_ = 0;      // time off beyond the cost of a smaller team
+  double proving_ = 0;   // remaining time of calls after which an enlarged team counts as successful
   double pause_ = 0;     // from the last reduction to the next try
   double next_try_ = 0;
 };

@@ -16,7 +16,7 @@ namespace kvloom {
 namespace {
 
 constexpr int kPauses = 4000;  // some tens of microseconds: longer than the gap between two steps of a decode loop
-constexpr double kWaking = 200e-6;  // a free core lets a thread begin sooner; whoever takes one away keeps it longer
+constexpr double kWaking = 200e-6;  // on a free core a thread begins sooner; a process that took the core keeps it longer
 constexpr int kMostThreads = 0xffff;
 
 inline void pause() {
@@ -73,7 +73,7 @@ void release_openmp_threads() {
   using Pause = int (*)(int);
   constexpr int kSoft = 1;  // omp_pause_soft: settings stay
   static std::atomic<Pause> found{nullptr};
-  if (forked) return;  // a team that the parent had would be waited for without end
+  if (forked) return;  // the runtime would wait for ever for the parent's team
   Pause pause = found.load(std::memory_order_relaxed);
   if (!pause) {
     pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
@@ -100,7 +100,7 @@ template <class Ready> void ThreadPool::wait(Ready ready) {
     if (ready()) return;
     pause();
   }
-  // No yielding here: a busy neighbour would have the core for a whole time slice.
+  // No yield here: another process would get the core for a whole time slice.
   std::unique_lock<std::mutex> lock(sleep_);
   sleepers_.fetch_add(1);
   wake_.wait(lock, ready);
@@ -113,7 +113,7 @@ void ThreadPool::notify() {
   wake_.notify_all();
 }
 
-// Let the workers of a team of `team` go on.
+// Start the workers of a team of `team` threads.
 void ThreadPool::begin(int team) {
   const std::uint64_t last = round_.load();
   round_.store(round_of((last >> 16) + 1, team));

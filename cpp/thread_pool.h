@@ -17,12 +17,12 @@ namespace kvloom {
 
 class ThreadPool;
 
-// What a function that runs on all threads sees of its team.
+// The team of threads, as passed to a function that runs on all of them.
 class Team {
  public:
   int id() const { return id_; }
   int size() const { return size_; }
-  // Wait until every thread has come here. The work counter is zero afterwards.
+  // Wait until every thread has arrived. The work counter is zero afterwards.
   void barrier();
   // Claim the next number of the current phase, from 0; each number is given once.
   int next();
@@ -41,18 +41,18 @@ class Team {
   int id_, size_;
 };
 
-// Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool costs
-// nothing and a neighbour's threads get the cores. Beside a busy neighbour the team of a short call is smaller than the
-// pool, and the other workers sleep. Calls from several threads run one after another. A fork waits until the call in
-// progress is done; the child starts its own workers on the first call.
+// Persistent workers. A waiting thread spins for some microseconds, then sleeps in the kernel, so an idle pool uses no
+// core. Beside a busy process the team of a short call is smaller than the pool, and the other workers sleep. Calls from
+// several threads run one after another. A fork waits until the call in progress is done; the child starts its own workers
+// on the first call.
 class ThreadPool {
  public:
   static ThreadPool& instance();
   int size() const { return size_; }
   void resize(int num_threads);  // takes effect at the next run; at least 1
-  // `before` is given the number of threads that will run, and runs alone: what is as large as the team is made there.
-  // A `short_call` may get a smaller team beside a busy neighbour. It should have many barriers and be over in
-  // milliseconds: in a long one the neighbour may be gone long before the end.
+  // `before` gets the number of threads that will run, and runs alone; it allocates memory that depends on the team.
+  // A `short_call` may get a smaller team beside a busy process. It should have many barriers and take milliseconds: in a
+  // longer one the other process may end long before the call.
   void run(const std::function<void(Team&)>& function, const std::function<void(int)>& before = nullptr,
            bool short_call = false);
 
@@ -103,8 +103,8 @@ int default_num_threads();
 // Cores that a control group mounted at `root` (/sys/fs/cgroup) grants, rounded up; 0 without a quota.
 int quota_threads(const std::string& root);
 
-// Other libraries' OpenMP threads spin for milliseconds after each parallel region and keep ours from the cores. Ask
-// their runtime, where one is loaded, to let the calling thread's team go; its next region makes a new one.
+// OpenMP threads of other libraries spin for milliseconds after each parallel region and occupy the cores. Make their
+// runtime, where one is loaded, release the calling thread's team; its next region creates a new one.
 void release_openmp_threads();
 
 }  // namespace kvloom

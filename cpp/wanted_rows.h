@@ -1,5 +1,5 @@
-// The tokens of a step whose outputs somebody waits for. Of all others the last layer has to make keys and values only:
-// a prompt's step ends with one row of queries, attention and MLP there.
+// The tokens of a step whose outputs are wanted. For all others the last layer computes keys and values only: in a
+// prompt's last layer, queries, attention and MLP have one row.
 //
 //   tokens          | prompt ............................ x | prompt, first chunk ... | d | d |
 //   behind the keys                                       x                             d   d
@@ -17,13 +17,13 @@ namespace kvloom {
 class WantedRows {
  public:
   WantedRows(const StepCall& call, const Stretches& stretches);
-  // Whether there is anything to leave out.
+  // Whether any row is left out.
   bool fewer() const { return !kept_.empty(); }
-  // What is left of stretch `i`: its rows, moved to the front of the stretch.
+  // The kept rows of stretch `i`, moved to the front of the stretch.
   const Stretch& operator[](int i) const { return kept_[static_cast<std::size_t>(i)]; }
-  // Where its rows were, counted from the first of the stretch; ascending.
+  // Former indices of its rows within the stretch; ascending.
   const std::vector<int>& sources(int i) const { return sources_[static_cast<std::size_t>(i)]; }
-  // Where token `t` of the step lies once all stretches are through.
+  // Row of token `t` of the step after all stretches.
   int row_of(int t) const { return fewer() ? moved_[static_cast<std::size_t>(t)] : t; }
 
  private:

@@ -193,7 +193,7 @@ Tiles tiles_shape(Product product, int num_rows, int k) {
 void linear(Team& team, const LinearArgs& args) {
   const Kernels& kernel = kernels();
   const int panels = args.weight->num_panels, tiles = args.x->num_tiles();
-  // Sums of groups of activations, per thread: cheaper to work out again than to wait for.
+  // Sums of groups of activations. Each thread computes them, which is cheaper than a barrier.
   const std::size_t sums_per_tile = is_int4(args.weight->product) ? args.weight->panel_rows() * kTileRows : 0;
   float* sums = nullptr;
   auto sum_up = [&](int tile_begin, int tile_end) {
@@ -209,7 +209,7 @@ void linear(Team& team, const LinearArgs& args) {
     kernel.linear(args, begin, end, 0, tiles, sums);
     return;
   }
-  // Bound by arithmetic: blocks of rows that stay in the second-level cache while panels pass by.
+  // Bound by arithmetic: blocks of rows that stay in the second-level cache during the loop over panels.
   const std::size_t tile_bytes = args.x->tile_bytes();
   int per_block = static_cast<int>((400u << 10) / tile_bytes);
   per_block = per_block < 6 ? 6 : per_block > 32 ? 32 : per_block;
@@ -217,7 +217,7 @@ void linear(Team& team, const LinearArgs& args) {
   per_block = (tiles + blocks - 1) / blocks;
   const int chunk = panels / (team.size() * 4) > 8 ? 8 : panels / (team.size() * 4) < 1 ? 1 : panels / (team.size() * 4);
   const int chunks = (panels + chunk - 1) / chunk;
-  int summed = -1;  // the block whose sums are at hand
+  int summed = -1;  // the block whose sums are computed
   for (int task; (task = team.next()) < blocks * chunks;) {
     const int block = task / chunks, first = task % chunks * chunk;
     const int last = first + chunk < panels ? first + chunk : panels;

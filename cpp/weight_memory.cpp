@@ -10,7 +10,7 @@ namespace kvloom {
 
 namespace {
 
-constexpr std::size_t kRegionBytes = std::size_t{256} << 20;  // address space; pages are had when they are written
+constexpr std::size_t kRegionBytes = std::size_t{256} << 20;  // address space; pages are committed when they are written
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kGuard = 64 << 10;  // kernels prefetch past the end of a weight
 

@@ -1,5 +1,5 @@
-// Attention of any number of query rows over a lane or a run of its parts; and the key mass that a log-sum-exp makes of
-// the same scores.
+// Attention of any number of query rows over a lane or a run of its parts, and the key mass of the same scores by their
+// log-sum-exp.
 #pragma once
 
 #include "attend_few.h"

@@ -1,14 +1,14 @@
 // Attention of 1 to 12 query rows, the whole of decode, over a run of parts of one lane with one store. A unit is 16
-// slots. Keys of a unit are followed by the values of the one before, so that the processor always has independent work
-// at hand, and memory is read nearly in the order in which a block lies; nothing stops where a part ends, only its
-// result goes elsewhere:
+// slots. Keys of a unit are followed by the values of the one before. So the processor always has independent work, and
+// memory is read almost in the order of a block. The pipeline does not stop where a part ends; only the results of parts
+// are separate:
 //
 //   keys 0 | keys 1, values 0 | keys 2, values 1 | ... | values n-1 | keys 0 of the run that this thread reads next
 //
-// Every line that is used asks memory for one that is used `ahead` units later, some 8 KiB: less is late, more finds no
-// room. Where that unit is the block in memory behind the one before it, the keys ask for all of it, in order: the
-// processor then sees a line and reads ahead. Longer strips with several groups side by side need fewer instructions and
-// are slower out of memory: more places at a time are read, each too briefly for that.
+// With every line that is used, the line `ahead` units later is prefetched, some 8 KiB: a shorter distance is late, a
+// longer one exceeds the buffers. Where that unit follows the one before it in memory, all of it is prefetched with the
+// keys, in order, which the hardware prefetcher detects. Longer strips with several groups side by side need fewer
+// instructions but are slower from memory, because they read more places at a time, each too briefly for the prefetcher.
 #pragma once
 
 #include "strip.h"
@@ -25,7 +25,7 @@ template <class K, class V, int Rows> struct FewRows {
   static constexpr size_t kKeyUnit = K::kPer * K::kBBytes;  // bytes of a column in one row of B
   static constexpr size_t kValueUnit = V::kPer * V::kBBytes;
   static constexpr size_t kKeyLine = kGroup * kKeyUnit, kValueLine = kGroup * kValueUnit;
-  static constexpr int kKeyStep = K::kPer * K::kABytes;  // bytes of a row of A that meet one row of B
+  static constexpr int kKeyStep = K::kPer * K::kABytes;  // bytes of a row of A that are multiplied by one row of B
   static constexpr int kValueStep = V::kPer * V::kABytes;
   static constexpr int kValueRows = kGroup / V::kPer;
   static constexpr bool kKeyScaled = K::kBBytes == 1, kValueScaled = V::kBBytes == 1;

@@ -151,7 +151,7 @@ class ManyRows {
       for (int r0 = 0; r0 < args_.num_rows; r0 += kMaxRows) {
         row0_ = r0;
         rows_ = args_.num_rows - r0 < kMaxRows ? args_.num_rows - r0 : kMaxRows;
-        const Strip seen = seen_part(args_, strip, r0, rows_);  // near the diagonal much of a strip is nobody's
+        const Strip seen = seen_part(args_, strip, r0, rows_);  // near the diagonal no row sees much of a strip
         if (seen.begin >= seen.end) continue;
 #define KVLOOM_TILE(K, V) tile<K, V>(seen)
         KVLOOM_BY_STORE(seen.store, args_.compute, KVLOOM_TILE)
@@ -262,7 +262,7 @@ class ManyRows {
     if (!careful<Kind>(seen, {seen.begin, low, seen.store}, false)) return false;
     float shift[kMaxRows];
     for (int r = 0; r < kMaxRows; ++r) {
-      shift[r] = r < rows_ ? args_.peak[row0_ + r] : -kMinusInf;  // rows beyond the last are nobody's
+      shift[r] = r < rows_ ? args_.peak[row0_ + r] : -kMinusInf;  // rows beyond the last are ignored
       if (shift[r] == kMinusInf) return false;
     }
     vf top = vset(kMinusInf);

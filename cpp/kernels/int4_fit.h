@@ -1,4 +1,4 @@
-// Four-bit codes of up to 32 weights, and the scale and offset that fit them best.
+// Four-bit codes of up to 32 weights, with the best scale and offset.
 #pragma once
 
 #include "linear.h"

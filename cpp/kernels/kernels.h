@@ -8,13 +8,13 @@
 
 namespace kvloom {
 
-// How a linear layer keeps its weight and in which numbers it multiplies.
+// Weight format and compute dtype of a linear layer.
 enum class Product : int {
   kFloat = 0,     // float32 weight and activations
   kBf16 = 1,      // bf16 weight and activations, float32 sums
   kInt8 = 2,      // int8 weight (a scale per output), bf16 activations
   kInt8Float = 3, // int8 weight (a scale per output), float32 activations
-  kInt8Int8 = 4,  // int8 weight, activations quantised per row when they arrive; exact int32 sums
+  kInt8Int8 = 4,  // int8 weight, activations quantised per row when they are packed; exact int32 sums
   kHalf = 5,      // IEEE half weight, float32 activations
   kInt4 = 6,      // int4 weight (a scale and an offset per output and 32 inputs), bf16 activations
   kInt4Float = 7, // the same, float32 activations
@@ -164,7 +164,7 @@ struct EncodeArgs {
 
 struct AttendArgs {
   Lane lane;
-  Element compute;        // kFloat or kBf16: the numbers that queries and probabilities are multiplied in
+  Element compute;        // kFloat or kBf16: compute dtype of queries and probabilities
   const char* queries;    // [ceil(rows / 12)][12][1600 bytes], scaled
   int num_rows;
   const int32_t* first;   // [rows] visible slots are [first, last) per row
@@ -182,7 +182,7 @@ struct AttendArgs {
   float* sum;             // [rows, v_width] out
   int part_slots;         // 0, or: slots from every multiple of it on have a result of their own, a power of two >= 256,
   ptrdiff_t part_stride;  // that many floats behind the one before
-  const AttendArgs* upcoming;  // what this thread reads next (only lane and slots are looked at), or null
+  const AttendArgs* upcoming;  // arguments of this thread's next call (only lane and slots are used), or null
 };
 
 struct MassArgs {

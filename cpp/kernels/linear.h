@@ -1,4 +1,4 @@
-// Linear layers over packed weights: y[t, n] = sum_k x[t, k] w[n, k] (+ bias), finished in registers' reach.
+// Linear layers over packed weights: y[t, n] = sum_k x[t, k] w[n, k] (+ bias), finished while the sums are in cache.
 #pragma once
 
 #include "kernels.h"
@@ -139,7 +139,7 @@ static void pack_row(const Tiles& tiles, int t, const float* x) {
       for (int i = 0; i < n; ++i)
         row[i] = (char)(uint8_t)(128 + (int)__builtin_rintf(x[begin + i] * inverse));
     }
-    // Codes of padded weights are zero, so any padding of the activations multiplies away; it must only be finite.
+    // Codes of padded weights are zero, so the padding of the activations has no effect; it must be finite.
     memset(row + n * bytes, 0, (size_t)(tiles.slice_elements - n) * bytes);
   }
 }
@@ -220,8 +220,8 @@ static inline void finish_tile(const LinearArgs& args, int p, int t0, int rows, 
   }
 }
 
-// Ask for the lines that `finish_tile` writes next, and reads if it adds to them: rows lie too far apart for the
-// processor to see them coming.
+// Prefetch the lines that `finish_tile` writes next, and reads if it adds to them: rows are too far apart for the
+// hardware prefetcher.
 static inline void ask_for_results(const LinearArgs& args, int p, int t0, int rows) {
   const int width = args.weight->gated ? 16 : kPanelColumns, column = p * width;
   char* at;
@@ -245,7 +245,7 @@ static inline void ask_for_results(const LinearArgs& args, int p, int t0, int ro
 }
 
 constexpr int kMaxSlices = 64;
-constexpr size_t kStreamAhead = 9216;  // bytes between the row in use and the row being fetched, in a single pass
+constexpr size_t kStreamAhead = 9216;  // bytes between the row in use and the prefetched row, in a single pass
 
 template <class Kind>
 static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end) {
@@ -286,7 +286,7 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
   }
 }
 
-// A row of a panel in four bits holds its own scales, so that all of a panel is one stream.
+// A row of a four-bit panel holds its own scales, so that a panel is one stream.
 template <class Kind>
 static void linear_of_int4(const LinearArgs& args, int panel_begin, int panel_end, int tile_begin, int tile_end,
                            const float* sums) {

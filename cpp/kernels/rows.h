@@ -97,7 +97,7 @@ static int argmax(const float* x, int n) {
   return 0;
 }
 
-// Read `bytes` once, as a kernel would; the sum keeps the loads alive.
+// Read `bytes` once, as a kernel would; the sum keeps the compiler from removing the loads.
 static double read_probe(const char* p, size_t bytes) {
   vi total = vseti(0), second = vseti(0);
   for (size_t i = 0; i + 256 <= bytes; i += 256) {
@@ -126,7 +126,7 @@ template <class Kind> static double flops_of(long iterations) {
   Columns columns = {column, nullptr, 1, 256, 0, 0};
   int rows = 12;
   for (long i = 0; i < iterations; ++i) {
-    // Nothing about the product is known beforehand, so that it is the one of linear layers, and every sum counts as used.
+    // Hides the operands from the compiler, so that it generates the product of linear layers and keeps every sum.
     __asm__ volatile("" : "+r"(rows) : "r"(&columns), "r"(c) : "memory");
     product<Kind, 2>(rows, a, 0, columns, c, 32, false);
   }

@@ -1,4 +1,4 @@
-// A strip of slots of one lane: where its bytes lie, and what is done to its scores before the softmax.
+// A strip of slots of one lane: the addresses of its bytes, and the scaling and masking of its scores.
 //
 //   slots   | freed |begin ...            context              ... lane_end| unwritten
 //   strips          [   64   ][   64   ][   64   ][   64   ][  rest ]
@@ -82,7 +82,7 @@ static inline const char* without_unwritten(const AttendArgs& args, const char* 
   return copy;
 }
 
-// Bring the raw scores of one row to units of log 2, and -inf where the row does not see.
+// Convert the raw scores of one row to units of log 2, and set them to -inf where the row does not attend.
 static inline void finish_scores(const AttendArgs& args, const Strip& strip, int row, float* s) {
   const int n = strip.end - strip.begin;
   if (k_side(strip.store).scaled)

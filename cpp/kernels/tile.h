@@ -1,6 +1,6 @@
 // Register-tile products: C[m, n] (+)= sum_k A[m, k] * B[k, n] for up to 12 rows and 16 or 32 columns.
 //
-// A tile is row-major with a fixed row stride of kRowBytes, so that all rows are reached by constant offsets.
+// A tile is row-major with a fixed row stride of kRowBytes, so that all rows have constant offsets.
 // B comes in rows of `kPer` consecutive k for 16 columns: [k / kPer][16][kPer]. That one layout holds packed weights
 // (32-column panels), keys (columns are tokens) and values (k are tokens), so decode, prefill and linear layers share
 // this file. Each output is summed over k in one fixed order: it depends on neither the number of rows nor threads.
@@ -12,7 +12,7 @@ namespace KVLOOM_ISA {
 
 constexpr int kMaxRows = 12;
 constexpr size_t kSliceBytes = 1536;  // bytes of k per row of an A tile
-constexpr size_t kRowBytes = 1600;    // an odd number of cache lines: rows never fall into one cache set
+constexpr size_t kRowBytes = 1600;    // an odd number of cache lines, so rows are in different cache sets
 
 struct WeightBf16 {  // pairs of bf16, both sides
   static constexpr int kPer = 2, kABytes = 2, kBBytes = 2;
@@ -26,7 +26,7 @@ struct HalfByF32 {  // B in IEEE half, A in float
 struct Bf16ByF32 {  // B in bf16 pairs, A in float
   static constexpr int kPer = 2, kABytes = 4, kBBytes = 2;
 };
-struct Int8ByBf16 {  // B in quads of int8, A in bf16; scales are the caller's
+struct Int8ByBf16 {  // B in quads of int8, A in bf16; the caller applies scales
   static constexpr int kPer = 4, kABytes = 2, kBBytes = 1;
 };
 struct Int8ByF32 {
@@ -101,7 +101,7 @@ template <> struct Dot<Int8ByBf16> {
   struct A { vi x0, x1; };
   struct B { vi x0, x1; };
   static inline A a(const char* p) { return {vseti(unit_at(p)), vseti(unit_at(p + 4))}; }
-  static inline vi pair(vf low, vf high) {  // integers up to 127 are exact in bf16: the upper halves are all there is
+  static inline vi pair(vf low, vf high) {  // integers up to 127 are exact in bf16: the lower halves are zero
     return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16),
                                    _mm512_castps_si512(high));
   }
@@ -164,7 +164,7 @@ template <> struct Dot<Int8ByUint8> {
   }
 };
 
-// Where the columns of B lie. `column[s * NV + v]` is the first row of segment s for 16-column group v; consecutive
+// Addresses of the columns of B. `column[s * NV + v]` is the first row of segment s for 16-column group v; consecutive
 // rows are `row_bytes` apart. `ahead` has the same shape: rows to prefetch while these are used, or null.
 struct Columns {
   const char* const* column;

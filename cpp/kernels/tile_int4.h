@@ -1,10 +1,10 @@
-// Register-tile products of panels in four bits, int4 and MXFP4: C[m, n] = sum_g (scale[g, n] sum_k A[m, k] code[k, n] + offset[g, n] sum_k A[m, k]),
-// k over the 32 inputs of group g.
+// Register-tile products of panels in four bits, int4 and MXFP4:
+// C[m, n] = sum_g (scale[g, n] sum_k A[m, k] code[k, n] + offset[g, n] sum_k A[m, k]), k over the 32 inputs of group g.
 //
 //   panel | group 0: codes of 32 x 32, 32 scales, 32 offsets | group 1 | ...
 //
-// MXFP4's rows have no offsets and one byte a scale. Codes are multiplied as the numbers that they are and summed by themselves in every group; scales and offsets meet
-// these sums once a group. Groups are added in order: a result depends on neither the number of rows nor threads.
+// MXFP4's rows have no offsets and one byte a scale. Codes are multiplied as they are and summed in each group; scales and
+// offsets are applied once a group. Groups are added in order: a result depends on neither the number of rows nor threads.
 #pragma once
 
 #include "kernels.h"
@@ -60,7 +60,7 @@ template <class Kind> struct Pairs {
 };
 #if defined(KVLOOM_BF16)
 template <> struct Pairs<Int4ByBf16> : Dot<WeightBf16> {
-  // Small integers are exact in bf16. A lookup sees five bits of each half: the table holds everything twice.
+  // Small integers are exact in bf16. A lookup uses five bits of each half, so the table holds each value twice.
   template <int J> static inline B b(vi codes) {
     const vi table = _mm512_set_epi16(
         (short)0xbf80, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0,
@@ -142,7 +142,7 @@ static inline void int4_tile(const char* a, size_t a_segment, const Int4Panel& p
         }
         ahead += ahead_bytes;
       }
-      // What is not held would be copied to the stack at every group, were it not for this.
+      // Without this barrier the compiler copies sums that are not held to the stack at every group.
       if (!kHeld) __asm__ volatile("" : : "r"(c) : "memory");
       const uint16_t* scale = (const uint16_t*)(data + kInt4CodeBytes) + column;
       const uint8_t* exponent = (const uint8_t*)(data + kInt4CodeBytes) + column;

@@ -80,7 +80,7 @@ static inline vf vhigh(vi a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _m
 template <int J> static inline vf vbyte(vi a) {  // signed byte J of every 32-bit lane
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(J == 3 ? a : _mm512_slli_epi32(a, 24 - 8 * J), 24));
 }
-template <int J> static inline vf vnibble(vi a) {  // signed four bits from bit 4 J of every 32-bit lane; looked up by them
+template <int J> static inline vf vnibble(vi a) {  // signed four bits from bit 4 J of every 32-bit lane, by table lookup
   const vf table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return _mm512_permutexvar_ps(J == 0 ? a : _mm512_srli_epi32(a, 4 * J), table);
 }
@@ -156,7 +156,7 @@ template <int J> static inline vf vbyte(vi a) {
 template <int J> static inline vf vnibble(vi a) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(J == 7 ? a : _mm256_slli_epi32(a, 28 - 4 * J), 28));
 }
-template <int J> static inline vf ve2m1(vi a) {  // a lookup sees three bits; the sign is moved to its place
+template <int J> static inline vf ve2m1(vi a) {  // a lookup uses three bits; the sign is shifted to its bit
   const vf table = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
   const vi sign = _mm256_and_si256(J == 7 ? a : _mm256_slli_epi32(a, 28 - 4 * J), _mm256_set1_epi32((int)0x80000000u));
   return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, J == 0 ? a : _mm256_srli_epi32(a, 4 * J)), _mm256_castsi256_ps(sign));
@@ -270,8 +270,8 @@ static inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 // 2^x for x <= 127, relative error below 3e-7; zero far below -126 (at once below it, except by AVX-512).
 static inline vf vexp2(vf x) {
 #if defined(KVLOOM_AVX512)
-  // Degree 5 on [0, 1), the least largest relative error; the scaling takes the integer below x by itself. Of -inf the
-  // former is 0 and the latter makes 0.
+  // Degree 5 on [0, 1), minimax in the relative error; the scaling instruction takes the floor of x itself. For -inf the
+  // reduced argument is 0 and the scaling gives 0.
   vf f = _mm512_reduce_ps(x, 1);  // x less that integer
   vf r = vset(1.877573861e-3f);
   r = vfma(r, f, vset(8.989346901e-3f));
