@@ -161,9 +161,9 @@ def converse(server, text="hello", **fields):
     return call(server, "POST", "/v1/chat/completions", fields)
 
 
-def open_stream(server, path="/v1/completions", prompt="prompt", **fields):
-    """Begin a streamed answer on a bare socket and return the socket; `prompt` is the name of the field for it."""
-    body = json.dumps({prompt: "hello", "stream": True, "temperature": 0, "ignore_eos": True, **fields}).encode()
+def open_stream(server, path="/v1/completions", field="prompt", **fields):
+    """Begin a streamed answer on a bare socket and return the socket; `field` is what its prompt is called."""
+    body = json.dumps({field: "hello", "stream": True, "temperature": 0, "ignore_eos": True, **fields}).encode()
     sock = socket.create_connection(("127.0.0.1", server.port))
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
     sock.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)

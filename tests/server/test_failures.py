@@ -60,8 +60,8 @@ def test_a_request_without_finite_logits_fails_alone_and_is_told_why(tiny_folder
 MESSAGES = [{"role": "user", "content": "hello"}]
 STREAMS = [
     ("/v1/completions", {"max_tokens": 200}, b"data: [DONE]"),
-    ("/v1/responses", {"prompt": "input", "max_output_tokens": 200}, b"event: response.failed"),
-    ("/v1/messages", {"prompt": "system", "messages": MESSAGES, "max_tokens": 200}, b"event: error"),
+    ("/v1/responses", {"field": "input", "max_output_tokens": 200}, b"event: response.failed"),
+    ("/v1/messages", {"field": "system", "messages": MESSAGES, "max_tokens": 200}, b"event: error"),
 ]
 """Route, fields, and what the last event of a stream that failed has in it."""
 

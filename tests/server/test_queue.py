@@ -43,7 +43,7 @@ def test_a_place_that_cannot_be_widened_stays_as_it_is():
 def pool_held(server):
     """Keep the threads that parse and tokenise busy."""
     gate = threading.Event()
-    busy = [server.service._pool.submit(gate.wait, 60) for _ in range(server.service._pool._max_workers)]
+    busy = [server.service.workers.pool.submit(gate.wait, 60) for _ in range(server.service.workers.pool._max_workers)]
     try:
         yield
     finally:

@@ -124,7 +124,7 @@ def test_a_strict_function_leaves_text_free_and_keeps_its_calls(calling_server):
 
     def check(form):
         return processors(
-            service.limits.params(Body({}), n=1, max_tokens=1, logprobs=None).__class__(structured_outputs=form)
+            service.intake.limits.params(Body({}), n=1, max_tokens=1, logprobs=None).__class__(structured_outputs=form)
         )
 
     form = offered_tools(Body({"tools": [tool(strict=True)]}), "tools <tool_call>").form(check, [])

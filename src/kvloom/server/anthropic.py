@@ -35,7 +35,7 @@ class AnthropicJob:
 
     def __init__(self, service: Service, context: Context, body: Body, place: Place) -> None:
         self.context = context
-        self.model = service.check_model(body)
+        self.model = service.intake.check_model(body)
         self.stream = bool(body.get("stream", False))
         self.dialogue = Dialogue(service, context, conversation_of(body), place)
         self.parts = Parts()
@@ -146,7 +146,7 @@ async def count_tokens(request: Request, service: Service) -> ASGIApp:
     """Answer POST /v1/messages/count_tokens: how many tokens the prompt of a conversation has."""
     body = await service.read_body(await service.receive_body(request), COUNT_TOKENS)
     adopt(context_of(request), body, service.config)
-    service.check_model(body)
+    service.intake.check_model(body)
 
     def count() -> int:
         conversation = conversation_of(body)
@@ -154,4 +154,4 @@ async def count_tokens(request: Request, service: Service) -> ASGIApp:
         note_unused(conversation, service.tokenizer.chat_template)
         return len(conversation_ids(service, conversation, None if tools is None else tools.offered))
 
-    return json_response({"input_tokens": await unless_gone(request.receive, service.offload(count))})
+    return json_response({"input_tokens": await unless_gone(request.receive, service.workers.offload(count))})

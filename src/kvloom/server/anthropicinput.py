@@ -72,9 +72,7 @@ def _messages(message: dict[str, Any], path: str, warnings: list[str]) -> Iterat
             calls.append({"id": block["id"], "type": "function", "function": function})
         elif kind == "tool_result":
             if block.get("is_error"):
-                warnings.append(
-                    f"{place}.is_error has no effect: templates have no place for it; say so in the text"
-                )
+                warnings.append(f"{place}.is_error has no effect: templates have no place for it; say so in the text")
             if texts:
                 raise bad_field("messages", f"{place} is a tool_result behind text; results come first in a message")
             results += 1

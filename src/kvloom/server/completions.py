@@ -65,7 +65,7 @@ class CompletionJob:
         self.place = place
         self.context = context
         self.body = body
-        self.model = service.check_model(body)
+        self.model = service.intake.check_model(body)
         self.created = int(time.time())
         self.n: int = body.get("n", 1)
         self.best_of: int = body.get("best_of", self.n)
@@ -101,7 +101,7 @@ class CompletionJob:
             self.own_prompt_logprobs = False
         else:
             self.own_prompt_logprobs = "prompt_logprobs" in self.body
-        return self.service.limits.params(
+        return self.service.intake.limits.params(
             self.body,
             n=self.best_of,
             max_tokens=max_tokens,
@@ -120,8 +120,8 @@ class CompletionJob:
             )
         self.place.widen(len(prompts))
         await self.service.prepare(self.params)
-        encoded = await self.service.offload(lambda: [self._encoded(prompt) for prompt in prompts])
-        return self.service.tickets(self.context, self.body, encoded, self.params, self.policy)
+        encoded = await self.service.workers.offload(lambda: [self._encoded(prompt) for prompt in prompts])
+        return self.service.intake.tickets(self.context, self.body, encoded, self.params, self.policy)
 
     def _prompts(self) -> list[str] | list[list[int]]:
         given = self.body.get("prompt")
@@ -137,10 +137,10 @@ class CompletionJob:
             ids = self.service.tokenizer.encode(text, self.body.get("add_special_tokens", True))
         else:
             ids = list(prompt)
-        ids = self.service.truncated(ids, self.body, self.params)
+        ids = self.service.intake.truncated(ids, self.body, self.params)
         if not ids:
             raise bad_field("prompt", "the prompt is empty; give at least one token")
-        self.service.check_prompt(ids, self.params, self.policy)
+        self.service.intake.check_prompt(ids, self.params, self.policy)
         if self.echo and (text is None or "truncate_prompt_tokens" in self.body):
             text = self.service.tokenizer.decode(ids, self.params.skip_special_tokens)
         return ids, text
@@ -164,7 +164,7 @@ class CompletionJob:
         finally:
             self.service.release(tickets)
         num_tokens = sum(len(choice.token_ids) for choice in choices.values()) + sum(map(len, prompts.values()))
-        return await self.service.build(lambda: self._whole(tickets, choices, prompts, usage), num_tokens)
+        return await self.service.workers.build(lambda: self._whole(tickets, choices, prompts, usage), num_tokens)
 
     def _whole(
         self,
@@ -240,7 +240,7 @@ class CompletionJob:
                     write = partial(self._events, head, extra, update, choices, tickets[update.place])
                     new = sum(not choices[update.place, index].echoed for index in update.deltas)
                     num_tokens = update.num_tokens + new * len(update.prompt_logprobs or ())
-                    for written in await self.service.build(write, num_tokens):
+                    for written in await self.service.workers.build(write, num_tokens):
                         yield written
         finally:
             self.service.release(tickets)

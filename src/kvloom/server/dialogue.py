@@ -61,7 +61,7 @@ class Dialogue:
         if max_tokens == 0:
             raise bad_field("max_tokens", "max_tokens is 0; ask for at least 1 token")
         max_tokens = None if max_tokens == -1 else max_tokens
-        params = self.service.limits.params(self.body, n=self.n, max_tokens=max_tokens, logprobs=self.logprobs)
+        params = self.service.intake.limits.params(self.body, n=self.n, max_tokens=max_tokens, logprobs=self.logprobs)
         if self.tools is not None and params.structured_outputs is not None:
             raise bad_field("tools", "an answer of a given form holds no calls; send tool_choice 'none' or ask no form")
         return params
@@ -71,11 +71,11 @@ class Dialogue:
     async def tickets(self) -> list[Ticket]:
         """Return the checked ticket of the conversation; template and tokenisation run in the pool."""
         if self.tools is not None and self.tools.bound:
-            form = await self.service.compiling(self._form_of_calls)
+            form = await self.service.workers.compiling(self._form_of_calls)
             self.params = replace(self.params, structured_outputs=form)
         await self.service.prepare(self.params)
-        ids = await self.service.offload(self._encoded)
-        return self.service.tickets(self.context, self.body, [(ids, None)], self.params, self.policy)
+        ids = await self.service.workers.offload(self._encoded)
+        return self.service.intake.tickets(self.context, self.body, [(ids, None)], self.params, self.policy)
 
     def _encoded(self) -> list[int]:
         """Return the conversation's token ids, checked against the model; for a thread of the pool."""
@@ -83,10 +83,10 @@ class Dialogue:
         ids = conversation_ids(self.service, self.body, offered)
         if self.tools is not None and self.tools.forced:  # the answer begins inside a call
             ids += self.service.tokenizer.encode(f"{BEGIN}\n", add_special_tokens=False)
-        ids = self.service.truncated(ids, self.body, self.params)
+        ids = self.service.intake.truncated(ids, self.body, self.params)
         if not ids:
             raise bad_field("messages", "the conversation comes to no token at all")
-        self.service.check_prompt(ids, self.params, self.policy)
+        self.service.intake.check_prompt(ids, self.params, self.policy)
         return ids
 
     def _form_of_calls(self) -> StructuredOutputsParams:
@@ -121,7 +121,7 @@ class Dialogue:
             return write(turn)
 
         num_tokens = sum(len(delta.token_ids) for delta in whole) + len(turn.prompt_logprobs or ())
-        return await self.service.build(written, num_tokens)
+        return await self.service.workers.build(written, num_tokens)
 
     async def events(self, turn: Turn, write: Callable[[Turn, Update], list[bytes]]) -> AsyncGenerator[bytes, None]:
         """Yield what `write` makes of each update, in any thread; closing the generator aborts what is left."""
@@ -133,7 +133,7 @@ class Dialogue:
                 for update in updates:
                     turn.usage.count(update)
                     reasons |= {delta.finish_reason for delta in update.deltas.values() if delta.finish_reason}
-                    for written in await self.service.build(partial(write, turn, update), update.num_tokens):
+                    for written in await self.service.workers.build(partial(write, turn, update), update.num_tokens):
                         yield written
         finally:
             self.service.release(tickets)

@@ -38,7 +38,7 @@ async def models(request: Request, service: Service) -> ASGIApp:
 
 async def model(request: Request, service: Service) -> ASGIApp:
     """Answer GET /v1/models/{model}."""
-    name = service.check_model(Body({"model": request.path_params["model"]}))
+    name = service.intake.check_model(Body({"model": request.path_params["model"]}))
     return json_response(_model(service, name))
 
 
@@ -59,7 +59,7 @@ async def tokenize(request: Request, service: Service) -> ASGIApp:
     body = await _body(request, service, TOKENIZE)
     if ("prompt" in body) == ("messages" in body):
         raise bad_field("prompt", "give either 'prompt' or 'messages'")
-    service.check_model(body)
+    service.intake.check_model(body)
 
     def encode() -> bytes:
         if "messages" in body:
@@ -72,7 +72,7 @@ async def tokenize(request: Request, service: Service) -> ASGIApp:
             answer["token_strs"] = [service.tokenizer.id_to_token(token) for token in ids]
         return encode_large_json(answer)
 
-    return encoded_response(await unless_gone(request.receive, service.offload(encode)))
+    return encoded_response(await unless_gone(request.receive, service.workers.offload(encode)))
 
 
 async def tokenizer_info(request: Request, service: Service) -> ASGIApp:
@@ -95,12 +95,12 @@ async def tokenizer_info(request: Request, service: Service) -> ASGIApp:
 async def detokenize(request: Request, service: Service) -> ASGIApp:
     """Answer POST /detokenize: token ids to text, control tokens included."""
     body = await _body(request, service, DETOKENIZE)
-    service.check_model(body)
+    service.intake.check_model(body)
     ids: list[int] = body.get("tokens")
     vocabulary = service.engine.runner.model.config.vocab_size
     if any(token >= vocabulary for token in ids):
         raise bad_field("tokens", f"tokens holds {max(ids)}; this model has ids 0 to {vocabulary - 1}")
-    text = await unless_gone(request.receive, service.offload(lambda: service.tokenizer.decode(ids, False)))
+    text = await unless_gone(request.receive, service.workers.offload(lambda: service.tokenizer.decode(ids, False)))
     return json_response({"prompt": text})
 
 

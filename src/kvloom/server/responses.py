@@ -31,7 +31,7 @@ class ResponsesJob:
     def __init__(self, service: Service, context: Context, body: Body, place: Place) -> None:
         self.context = context
         self.body = body
-        self.model = service.check_model(body)
+        self.model = service.intake.check_model(body)
         self.created = int(time.time())
         self.stream = bool(body.get("stream", False))
         self.dialect = Dialect(Refusal.body, self._failure)

@@ -5,16 +5,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TypeVar
 
 from kvloom.engine.engine import Engine
 from kvloom.engine.enginethread import EngineThread
 from kvloom.engine.params import SamplingParams
 from kvloom.errors import KvloomError
-from kvloom.server.answer import Update
 from kvloom.server.enginestats import EngineStats, read_stats
 from kvloom.server.metrics import ServerMetrics
+from kvloom.server.postbox import Postbox
 from kvloom.server.refusal import Refusal, refusal_of
 from kvloom.server.ticket import Ledger, Ticket
 
@@ -27,16 +26,6 @@ STATS_INTERVAL = 0.5
 
 FAILURES_BEFORE_PROBE = 3
 MAX_IDLE_STEPS = 100
-
-DEAD = "the engine has stopped after an error; restart the server"
-
-
-@dataclass(frozen=True)
-class _Mail:
-    """Updates for one feed."""
-
-    ticket: Ticket
-    update: Update
 
 
 class ServingThread(EngineThread):
@@ -53,9 +42,8 @@ class ServingThread(EngineThread):
         self.alive = True
         self.error: BaseException | None = None
         self.stats: EngineStats = read_stats(engine)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._ledgers: dict[str, Ledger] = {}
-        self._mail: list[_Mail] = []
+        self._post = Postbox()
         self._failures = 0
         self._idle_steps = 0
         self._counted = 0.0
@@ -64,13 +52,13 @@ class ServingThread(EngineThread):
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to run; updates are delivered on `loop`."""
-        self._loop = loop
+        self._post.loop = loop
         self._thread.start()
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Hand over the prompts of one body; raises `Refusal` 503 when the engine is dead."""
         if not self.alive:
-            raise Refusal(503, DEAD, code="engine_dead")
+            raise _dead()
         self._put(lambda: self._admit(tickets))
 
     def abort(self, tickets: Sequence[Ticket]) -> None:
@@ -85,7 +73,7 @@ class ServingThread(EngineThread):
         """Run `function` between two steps and return its future result, `Refusal` 503 when the engine is dead."""
         if not self.alive:
             done: Future[T] = Future()
-            done.set_exception(Refusal(503, DEAD, code="engine_dead"))
+            done.set_exception(_dead())
             return done
         return super().call(function)
 
@@ -95,8 +83,11 @@ class ServingThread(EngineThread):
         return self.engine.has_work
 
     def _finish_round(self) -> None:
-        self._count()
-        self._post()
+        now = time.monotonic()
+        if now - self._counted >= STATS_INTERVAL or not self.engine.has_work:
+            self._counted = now
+            self.stats = read_stats(self.engine)
+        self._post.deliver()
 
     def _end(self) -> None:
         for request_id in list(self._ledgers):
@@ -105,7 +96,7 @@ class ServingThread(EngineThread):
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         """Queue all of `tickets` in the engine, or none and report why."""
         if not self.alive:
-            self._tell(tickets[0], self._obituary(tickets[0]))
+            self._post.refuse(tickets[0], _dead())
             return
         added: list[Ticket] = []
         for ticket in tickets:
@@ -121,7 +112,7 @@ class ServingThread(EngineThread):
                 )
             except KvloomError as error:
                 self._abort(added)
-                self._tell(ticket, Update(ticket.place, error=refusal_of(error)))
+                self._post.refuse(ticket, refusal_of(error))
                 return
             ticket.request.timing.arrived = ticket.arrived
             self._ledgers[ticket.request_id] = Ledger(ticket, ticket.request)
@@ -157,14 +148,14 @@ class ServingThread(EngineThread):
             if request.finished:
                 del self._ledgers[request.request_id]
                 if request.error is None:
-                    self._tell(ledger.ticket, ledger.update(self.engine, ended=True))
+                    self._post.tell(ledger.ticket, ledger.update(self.engine, ended=True))
                 else:
                     refusal = Refusal(500, str(request.error), code="request_failed")
-                    self._tell(ledger.ticket, Update(ledger.ticket.place, error=refusal))
+                    self._post.refuse(ledger.ticket, refusal)
                 reason = request.sequences[0].finish_reason or "stop"
                 self.metrics.ended(request, reason, self.engine.kv_usage(request))
             elif ledger.ticket.streaming:
-                self._tell(ledger.ticket, ledger.update(self.engine, ended=False))
+                self._post.tell(ledger.ticket, ledger.update(self.engine, ended=False))
 
     def _fail_step(self, error: Exception) -> None:
         """Fail the requests that the engine aborted, and test whether it can continue."""
@@ -177,59 +168,39 @@ class ServingThread(EngineThread):
         self._fail(gone, Refusal(500, message, code="step_failed"), "error")
         self.engine.cache.check_invariants()
         if self._failures >= FAILURES_BEFORE_PROBE:
-            self._probe()
+            _probe(self.engine)
             self._failures = 0
 
     def _fail(self, ledgers: list[Ledger], refusal: Refusal, reason: str) -> None:
         for ledger in ledgers:
             self.engine.abort(ledger.ticket.request_id)
             del self._ledgers[ledger.ticket.request_id]
-            self._tell(ledger.ticket, Update(ledger.ticket.place, error=refusal))
+            self._post.refuse(ledger.ticket, refusal)
             self.metrics.ended(ledger.request, reason, self.engine.kv_usage(ledger.request))
-
-    def _probe(self) -> None:
-        """Generate one token; raises whatever the engine raises."""
-        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-        request = self.engine.add([0], params, request_id="probe")
-        while not request.finished:
-            self.engine.step()
 
     def _die(self, error: BaseException) -> None:
         self.error = error
         self.alive = False
         logger.critical("the engine is dead", exc_info=error)
         for ledger in self._ledgers.values():
-            self._tell(ledger.ticket, self._obituary(ledger.ticket))
+            self._post.refuse(ledger.ticket, _dead())
         self._ledgers.clear()
-        self._post()
+        self._post.deliver()
         while True:  # commands that were queued before `alive` fell, and any that raced with it
             command = self._commands.get()
             if command is None:
                 return
             command()
-            self._post()
-
-    def _obituary(self, ticket: Ticket) -> Update:
-        return Update(ticket.place, error=Refusal(503, DEAD, code="engine_dead"))
-
-    # ---- updates --------------------------------------------------------------------------------------------------
-
-    def _tell(self, ticket: Ticket, update: Update) -> None:
-        self._mail.append(_Mail(ticket, update))
-
-    def _post(self) -> None:
-        """Deliver the updates of this round on the event loop, in one call."""
-        if self._mail and self._loop is not None and not self._loop.is_closed():
-            mail, self._mail = self._mail, []
-            self._loop.call_soon_threadsafe(_deliver, mail)
-
-    def _count(self) -> None:
-        now = time.monotonic()
-        if now - self._counted >= STATS_INTERVAL or not self.engine.has_work:
-            self._counted = now
-            self.stats = read_stats(self.engine)
+            self._post.deliver()
 
 
-def _deliver(mail: list[_Mail]) -> None:
-    for item in mail:
-        item.ticket.feed.put(item.update)
+def _probe(engine: Engine) -> None:
+    """Generate one token; raises whatever the engine raises."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+    request = engine.add([0], params, request_id="probe")
+    while not request.finished:
+        engine.step()
+
+
+def _dead() -> Refusal:
+    return Refusal(503, "the engine has stopped after an error; restart the server", code="engine_dead")
