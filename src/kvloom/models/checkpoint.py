@@ -1,4 +1,4 @@
-"""Checkpoint: everything that a model's files say, under one roof: config, canonical weights, generation defaults."""
+"""Checkpoint: the contents of a model's files: config, canonical weights, generation defaults."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Checkpoint:
     def tensors(self, dtype: torch.dtype, *, borrowed: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Return an iterator over (canonical name, tensor), one CPU tensor at a time, fresh or `borrowed`.
 
-        Borrowed ones may lie in the mapped files: they are to be read soon and neither kept nor changed.
+        Borrowed ones may lie in the mapped files: the caller must read them at once and neither keep nor change them.
 
         Matrices are [out, in] in `dtype`; weights of norms hold what the norm multiplies with, in float32. The names
         are those of `family.expected(config)`. Before the first tensor is read, every missing, unexpected, misshapen
@@ -63,7 +63,7 @@ class Checkpoint:
         return ((name, self._read(layer, weight, dtype, borrowed)) for name, layer, weight in expected)
 
     def packed_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Mxfp4Weight]]:
-        """Return what `tensors` does, borrowed, but those stored in MXFP4 as `Mxfp4Weight` [experts, out, in]."""
+        """Return the same as `tensors`, borrowed, but those stored in MXFP4 as `Mxfp4Weight` [experts, out, in]."""
         self.check()
         for name, layer, weight in self.family.expected(self.config):
             [source, *others] = weight.sources(self.config, layer, self.is_gguf)
@@ -98,8 +98,8 @@ class Checkpoint:
     def check(self, tokenizer: Tokenizer | None = None) -> None:
         """Raise `CheckpointError` naming every tensor that is missing, unexpected, misshapen or of an unknown type.
 
-        With `tokenizer`, also every token that the model's vocabulary has no room for. A vocabulary that is larger than
-        the tokenizer's is nothing unusual.
+        With `tokenizer`, also every token outside the model's vocabulary. A vocabulary larger than the tokenizer's is
+        usual.
         """
         faults = self._strange_tokens(tokenizer)
         wanted: set[str] = set()
@@ -118,7 +118,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {what} ({len(faults)} faults): {'; '.join(faults)}")
 
     def _strange_tokens(self, tokenizer: Tokenizer | None) -> list[str]:
-        """Return what is wrong with token ids that config and tokenizer name."""
+        """Return the faults of token ids in config and tokenizer."""
         size = self.config.vocab_size
         ends = [token for token in self.config.eos_token_ids if token >= size]
         faults = [f"the config ends texts with token {token}, but there are {size}" for token in ends]
@@ -131,7 +131,7 @@ class Checkpoint:
     def _fault_of(
         self, source: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], unreadable: Mapping[str, str]
     ) -> str | None:
-        """Return what is wrong with the stored tensor `source`, which should have `shape`; None for nothing."""
+        """Return the fault of the stored tensor `source`, which should have `shape`; None if there is none."""
         stored = self._stored_names.get(source)
         if stored is None:
             return f"{source} is missing"
@@ -250,7 +250,7 @@ def _merged_eos(config: DecoderConfig, generation_config: dict[str, Any], path: 
 
 
 def _text_names(file: TensorFile, family: Family) -> dict[str, str]:
-    """Return the name in the file of each tensor of the text model, without what wraps it or never matters."""
+    """Return the name in the file of each tensor of the text model, without prefixes and ignored tensors."""
     names: dict[str, str] = {}
     for stored in file.shapes:
         if stored.startswith(family.ignored) or stored.endswith(_HARMLESS_SUFFIXES):
@@ -267,7 +267,7 @@ def _text_names(file: TensorFile, family: Family) -> dict[str, str]:
 def _resolve_tie(config: DecoderConfig, family: Family, file: TensorFile, names: dict[str, str]) -> DecoderConfig:
     """Drop a copy of the embeddings stored as output matrix; where the two differ, they are not tied.
 
-    Some checkpoints declare tied embeddings and yet hold both; their values decide, as they do in transformers.
+    Some checkpoints declare tied embeddings and yet contain both; their values decide, as in transformers.
     """
     import torch
 

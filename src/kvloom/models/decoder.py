@@ -1,4 +1,4 @@
-"""Decoder: the definition of every model, which executes the parts of its layers one by one in torch."""
+"""Decoder: the reference decoder, which executes the parts of every model's layers one by one in torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -25,13 +25,13 @@ Rotations = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Memory(Protocol):
-    """Where keys and values of earlier tokens are, and those of this step go."""
+    """Storage of keys and values: holds those of earlier tokens and takes those of the step."""
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keep k and v [T, G, D] of the step's tokens."""
 
     def attend(self, layer: int, q: torch.Tensor, scale: float, terms: ScoreTerms) -> torch.Tensor:
-        """Return attention [T, H, D] of q [T, H, D] over what is kept, the step's own tokens included."""
+        """Return attention [T, H, D] of q [T, H, D] over the kept tokens, the step's own included."""
 
 
 def warmth(positions: torch.Tensor, period: float, scale: float) -> torch.Tensor:
@@ -56,7 +56,7 @@ class LaneMemory:
 
 
 class Decoder:
-    """Weights in, logits out. K and V go to the cache through the attention backend and live nowhere else."""
+    """Computes logits from weights. K and V are stored in the cache by the attention backend and nowhere else."""
 
     def __init__(self, config: DecoderConfig, weights: Mapping[str, torch.Tensor]) -> None:
         """Take the canonical `weights` of `config`: matrices [out, in], norm weights [D] in float32."""
@@ -111,7 +111,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Return the final hidden states [T, hidden], normalised, of the batch; mutates its lanes in `cache`.
 
-        `input_observer` is shown the input [T, hidden] of each layer.
+        `input_observer` is called with the input [T, hidden] of each layer.
         """
         ids = torch.from_numpy(batch.token_ids).to(self.device, torch.int64)
         positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
@@ -139,7 +139,7 @@ class Decoder:
     def sequence_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, T, vocab] in float32 of sequences ids [B, T] int64 from their start, without any cache.
 
-        Gradients reach every weight that asks for one. Rotary embeddings are those of short texts.
+        Gradients flow to every weight that requires one. Rotary embeddings are those of short texts.
         """
         count, length = ids.shape
         positions = torch.arange(length, device=self.device).repeat(count)
@@ -158,7 +158,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Return the output [T, hidden] of a layer; x is its input."""
         config = self.config
-        normal = attended = inner = q = k = v = x  # each is made by the part before the one that reads it
+        normal = attended = inner = q = k = v = x  # each is computed by the part before the one that reads it
         for part in self._layers[layer]:
             match part:
                 case Norm():
@@ -209,7 +209,7 @@ class Decoder:
         return self._norm(x, self._input.norm)
 
     def _rotations(self, positions: torch.Tensor, batch: AttentionBatch | None = None) -> Rotations:
-        """Return cosines and sines [T, D / 2] of every rope; each sequence is rotated by what its length asks for."""
+        """Return cosines and sines [T, D / 2] of every rope, for the length class of each sequence."""
         found: Rotations = []
         for rope, amplitude in zip(self._ropes, self._amplitude, strict=True):
             if rope.depends_on_length and batch is not None and batch.length_class is not None:

@@ -1,4 +1,4 @@
-"""GGUFFile: the tensors of a GGUF file, decoded piece by piece as they are asked for."""
+"""GGUFFile: the tensors of a GGUF file, decoded in pieces when they are read."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ QUANT_TYPES = frozenset(
 """Tensor types that can be read."""
 
 _CHUNK_ELEMENTS = 1 << 18
-"""Elements that are read and decoded at once: few enough for what is in between to stay in the processor's caches."""
+"""Elements that are read and decoded at once: few enough for intermediate values to fit the caches."""
 
 
 class GGUFFile:
-    """A GGUF file as a `TensorFile`; `header` says what is in it (see `GGUFHeader` for what is refused).
+    """A GGUF file as a `TensorFile` with its `header` (`GGUFHeader` says what is refused).
 
-    Bytes of tensors are read when they are asked for, piece by piece, which leaves nothing of the file in memory beside
-    the weights. Only one thread at a time may read.
+    Bytes of tensors are read in pieces by `read`, so that no part of the file stays in memory beside the weights. Only
+    one thread at a time may read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +98,7 @@ class GGUFFile:
         return Mxfp4Weight(torch.from_numpy(codes), torch.from_numpy(blocks[..., 0].copy()))
 
     def _decoded(self, tensor: GGUFTensor) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float32]]]]:
-        """Yield (first element, float32 values) in pieces, each good until the next. Blocks are independent of rows."""
+        """Yield (first element, float32 values) in pieces, each valid until the next. Blocks may span rows."""
         quant_type = GGMLQuantizationType[tensor.type_name]
         block, block_bytes = GGML_QUANT_SIZES[quant_type]
         num_blocks = tensor.num_bytes // block_bytes

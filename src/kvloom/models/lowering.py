@@ -23,7 +23,7 @@ CURVES = {"xielu": ("act_p", "act_n", "act_beta", "act_eps")}
 
 
 def lower_input(config: DecoderConfig) -> Embed:
-    """Return what makes the input of the first layer."""
+    """Return the part that computes the input of the first layer."""
     norm = _norm(config, "embed_norm") if config.embed_norm else None
     return Embed(config.embedding_scale, config.learned_positions, norm)
 
@@ -68,7 +68,7 @@ def lower_layer(config: DecoderConfig, index: int) -> tuple[Part, ...]:
 
 
 def lower_output(config: DecoderConfig) -> Output:
-    """Return what makes logits of the output of the last layer."""
+    """Return the part that computes logits from the output of the last layer."""
     return Output(_norm(config, "final_norm"), config.logit_scale, config.logit_softcap, config.head_bias)
 
 

@@ -1,14 +1,14 @@
-"""The fused parts that every decoder is made of; `lowering` makes a short flat list of them for each layer. Torch-free.
+"""The fused parts of every decoder; `lowering` makes a short flat list of them for each layer. Torch-free.
 
-The residual stream x [T, hidden] goes from part to part. A `Norm` makes the input of the product behind it, `Heads`
-makes q, k and v of that input, `Append` writes k and v to the lanes, `Attend` and `Up` make what a later `Add`
-multiplies and adds to x. Attention and MLP one after the other, or in parallel, are two orders of the same parts::
+The parts change the residual stream x [T, hidden]. A `Norm` computes the input of the next product, `Heads` computes q,
+k and v from that input, `Append` writes k and v to the lanes, `Attend` and `Up` compute the input of a later `Add`,
+which multiplies it and adds to x. Attention and MLP one after the other, or in parallel, are two orders of the parts::
 
     Norm Heads Append Attend Add   Norm Up Add
     Norm Heads Append Attend       Norm Up     Add Add
 
-An executor goes through the list; what it cannot execute is its whole list of limits. Weights are named as a family
-names them; the bias of a weight is `NAME_bias`.
+An executor iterates over the list; the parts that it cannot execute are its only limits. Weights have the names of the
+family; the bias of a weight is `NAME_bias`.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Append:
 
 @dataclass(frozen=True)
 class Attend:
-    """What attention over the lanes makes of q: scores times `scale`, and the terms of `attention.backend.ScoreTerms`.
+    """Attention of q over the lanes: scores times `scale`, with the terms of `attention.backend.ScoreTerms`.
 
     `sinks` is the name of a weight [H], None where there are none. With a `chunk`, positions p and q see each other
     only if p // chunk is q // chunk.
@@ -129,4 +129,4 @@ class Output:
 
 
 Part = Norm | Heads | Append | Attend | Up | Add | AddExperts
-"""What a layer is made of."""
+"""A part of a layer."""

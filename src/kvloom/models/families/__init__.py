@@ -1,4 +1,4 @@
-"""Model families: what their weights are called and how they are stored, as data."""
+"""Model families: names and storage of their weights, as data."""
 
 from kvloom.models.families.alibi import BLOOM, MPT
 from kvloom.models.families.apertus import APERTUS
