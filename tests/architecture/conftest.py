@@ -1,4 +1,4 @@
-"""What the architecture tests look at: the source tree of this checkout."""
+"""Fixtures of the architecture tests: the files and modules of this checkout."""
 
 import ast
 from dataclasses import dataclass
@@ -8,6 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src"
+TEXT = {".py", ".md", ".toml", ".cpp", ".cc", ".h", ".hpp", ".cu", ".txt", ".yaml", ".yml", ".sh", ".html", ".js"}
+FOLDERS = ("src", "tests", "docs", "benchmarks", ".ci")
+FILES = ("README.md", "CHANGELOG.md", "pyproject.toml", "CMakeLists.txt")
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,13 @@ def root() -> Path:
 def modules() -> tuple[Module, ...]:
     """All modules of the package."""
     return read_modules()
+
+
+@pytest.fixture(scope="session")
+def texts(root: Path) -> tuple[Path, ...]:
+    """Every text file that the project keeps in its known places."""
+    found = [root / name for name in FILES]
+    for folder in (root / name for name in FOLDERS):
+        found += [path for path in folder.rglob("*") if path.suffix in TEXT or path.parent.name == ".ci"]
+    ignored = {"__pycache__", "venv"}
+    return tuple(path for path in found if path.is_file() and not ignored & set(path.parts))

@@ -1,4 +1,4 @@
-"""How a file looks: short, named for one thing, documented, quiet on import, and free of its author's machine."""
+"""Properties of files: length, name, documentation, no side effects on import, no paths of a machine."""
 
 import ast
 import re
@@ -7,8 +7,6 @@ import pytest
 
 MAX_LINES = 400
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
-TEXT = {".py", ".md", ".toml", ".cpp", ".cc", ".h", ".hpp", ".cu", ".txt", ".yaml", ".yml", ".sh", ".html", ".js"}
-PLACES = ("src", "tests", "docs", "benchmarks", ".ci", "README.md", "CHANGELOG.md", "pyproject.toml", "CMakeLists.txt")
 MACHINE = re.compile(
     r"""(?<![\w.}])/(?:home|root|work|opt|Users|mnt|srv)/[\w.]  # a folder of somebody's machine
     |(?<![\w.}])/tmp/\w  # tests have tmp_path
@@ -18,28 +16,19 @@ MACHINE = re.compile(
 )
 
 
-def files(root):
-    """Return every text file that the project keeps in its known places."""
-    found = []
-    for place in (root / name for name in PLACES):
-        inside = place.rglob("*") if place.is_dir() else [place] if place.exists() else []
-        found += [path for path in inside if path.is_file() and (path.suffix in TEXT or path.parent.name == ".ci")]
-    return [path for path in found if "__pycache__" not in path.parts and "venv" not in path.parts]
-
-
-def test_no_source_file_is_longer_than_the_limit(root):
+def test_no_source_file_is_longer_than_the_limit(root, texts):
     code = {".py", ".cpp", ".cc", ".h", ".hpp", ".cu"}
-    sizes = {str(p.relative_to(root)): len(p.read_text().splitlines()) for p in files(root) if p.suffix in code}
+    sizes = {str(p.relative_to(root)): len(p.read_text().splitlines()) for p in texts if p.suffix in code}
     assert {path: lines for path, lines in sizes.items() if lines > MAX_LINES} == {}
 
 
-def test_no_file_has_a_name_that_says_nothing(root):
-    assert [str(p.relative_to(root)) for p in files(root) if EMPTY_NAMES & {p.stem, p.parent.name}] == []
+def test_no_file_has_a_name_that_says_nothing(root, texts):
+    assert [str(p.relative_to(root)) for p in texts if EMPTY_NAMES & {p.stem, p.parent.name}] == []
 
 
-def test_no_file_names_a_machine_or_the_host_of_a_registry(root):
+def test_no_file_names_a_machine_or_the_host_of_a_registry(root, texts):
     found = []
-    for path in files(root):
+    for path in texts:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if path.name != "test_file_habits.py" and MACHINE.search(line):
                 found.append(f"{path.relative_to(root)}:{number}: {line.strip()}")

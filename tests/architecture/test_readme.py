@@ -1,4 +1,4 @@
-"""What README.md tells a newcomer to type is there, and is what continuous integration types."""
+"""The commands in README.md exist, and continuous integration runs the same ones."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""What must start in a fraction of a second never imports torch."""
+"""Modules that must start in a fraction of a second do not import torch."""
 
 import subprocess
 import sys

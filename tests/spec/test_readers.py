@@ -121,7 +121,7 @@ def test_a_gguf_file_of_latent_attention_is_planned(tmp_path):
              "expert_feed_forward_length": 16, "leading_dense_block_count": 1}  # fmt: skip
     write_gguf(tmp_path / "m.gguf", arch="deepseek2", **facts)
     spec = spec_of_gguf(GGUFHeader(tmp_path / "m.gguf"), "m")
-    assert spec.kv_spec(16, "bf16").bytes_per_token == 2 * 32 * 2  # 16 + 4 elements, in whole steps of 16
+    assert spec.kv_spec(16, "bf16").bytes_per_token == 2 * 32 * 2  # 16 + 4 elements, in multiples of 16
     assert spec.decoder is None
 
 

@@ -16,7 +16,7 @@ from kvloom.units import GIB, format_bytes
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 BACKENDS = ("auto", "cpu", "eager")
-"""cpu: whole steps in C++ over packed weights; eager: torch, operation by operation; auto: cpu where it can."""
+"""cpu: fused steps in C++ over packed weights; eager: the reference decoder in torch; auto: cpu where it can."""
 
 MAX_KV_BYTES_BY_DEFAULT = 4 * GIB
 
