@@ -1,4 +1,4 @@
-"""EngineConfig: how an engine is set up, and what "auto" comes to on this machine. Torch-free."""
+"""EngineConfig: the options of an engine, and the resolution of "auto" on this machine. Torch-free."""
 
 import os
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ def processor_has_bfloat16() -> bool:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory that can be had without swapping: MemAvailable where the kernel says it, else free pages."""
+    """Return the memory available without swapping: MemAvailable where the kernel reports it, else free pages."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""Engine: one step at a time over everything that waits or runs."""
+"""Engine: runs steps over all waiting and running requests."""
 
 import time
 from collections.abc import Callable
@@ -134,7 +134,7 @@ class Engine:
     ) -> Request:
         """Queue a request under `kv_policy`, None for the engine's own policy.
 
-        Raises `InvalidInputError`, `UnsupportedError` or `DoesNotFitError`, and then leaves nothing behind.
+        Raises `InvalidInputError`, `UnsupportedError` or `DoesNotFitError`; the engine is then unchanged.
         """
         self.admission.check_options(request_id, cache_salt, priority)
         name = request_id if request_id is not None else f"request-{self.num_arrived}"
@@ -192,7 +192,7 @@ class Engine:
         return self.admission.check_request(prompt, params, forced, kv_policy)
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now and free its blocks; returns what it had, or None when there is no such request."""
+        """End a request now and free its blocks; returns its output so far, or None when there is no such request."""
         request = self.requests.pop(request_id, None)
         if request is None:
             return None
@@ -207,8 +207,8 @@ class Engine:
         Where the kernels compute the model, torch keeps to one thread.
 
         A request for which no token can be chosen, or whose cache method fails, ends with `finish_reason` "error" and
-        its `error` set; the others go on. When the step itself fails, the requests of this step are aborted, their
-        blocks are free, and it raises.
+        its `error` set; the others continue. When the step itself fails, the requests of this step are aborted, their
+        blocks are freed, and it raises.
         """
         with one_torch_thread(not self.runner.model.computes_in_torch):
             return self._step()
@@ -262,7 +262,7 @@ class Engine:
         return self.sampler.draw([forward.output.greedy[row] for row in numbers], logits, rows)
 
     def _branch(self, draws: list[Draw], forward: Forward) -> list[Draw]:
-        """Fork requests whose prompt is done and let beams go on; returns the draws of the new sequences.
+        """Fork requests whose prompt is done and advance beams; returns the draws of the new sequences.
 
         This comes after evictions, so that a prompt is evicted once for all its sequences. A beam that was preempted in
         this step offers its tokens when it is computed again.
@@ -311,7 +311,7 @@ class Engine:
         return output_of(request, self._bits)
 
     def kv_usage(self, request: Request) -> KVUsage:
-        """Return what a request holds of the cache, and held at most, without a copy of its tokens."""
+        """Return a request's present and peak usage of the cache, without a copy of its tokens."""
         self._note_bytes(request)
         return kv_usage_of(request, self._bits)
 
