@@ -163,7 +163,7 @@ def main() -> None:
             return Roofline(Question(spec, device, context, options.new + 1, batch, dtype=options.dtype))
 
         roof = decode_roof(device)
-        moved = roof.weight_bytes(batch) + batch * roof.kv_read_bytes(context, options.new // 2)
+        moved = roof.reads.weight_bytes(batch) + batch * roof.reads.kv_read_bytes(context, options.new // 2)
         show(f"decode, {context} x {batch}", lambda d, of=decode_roof: of(d).tpot().value or 0.0, times, moved,
              {"context": context, "batch": batch})  # fmt: skip
     for length, times in prefills:
@@ -172,7 +172,7 @@ def main() -> None:
             return Roofline(Question(spec, device, length, 1, dtype=options.dtype))
 
         show(f"prefill, {length}", lambda d, of=prefill_roof: of(d).ttft().value or 0.0, times,
-             prefill_roof(device).weight_bytes(1), {"prompt": length})  # fmt: skip
+             prefill_roof(device).reads.weight_bytes(1), {"prompt": length})  # fmt: skip
     print(
         json.dumps(
             {

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvloom.plan.memory import LONGEST_STRETCH
+from kvloom.plan.process import LONGEST_STRETCH
 from kvloom.plan.source import find_model
 from kvloom.spec.footprint import held_bytes, request_footprint
 from kvloom.spec.policy import PolicySpec

@@ -16,10 +16,12 @@ from kvloom.plan.answer import Plan
 from kvloom.plan.compare import COMPARISONS, compare
 from kvloom.plan.explain import TOPICS, explain
 from kvloom.plan.measured import read_measurements
-from kvloom.plan.memory import Memory, device_params
+from kvloom.plan.memory import Memory
+from kvloom.plan.operations import causal_pairs
+from kvloom.plan.process import device_params
 from kvloom.plan.question import Question
 from kvloom.plan.recommend import parse_loss, recommend
-from kvloom.plan.roofline import Roofline, causal_pairs
+from kvloom.plan.roofline import Roofline
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
 from kvloom.spec.format import SERVED_STORES
 from kvloom.spec.hardware import find_device
@@ -35,9 +37,10 @@ def ask(model="llama-3-8b", device="h100", prompt=3584, output=512, **facts):
 
 def test_weights_and_kv_of_llama_3_8b_are_those_of_its_shape():
     memory = Memory(ask(users=32))
-    assert memory.weights.value == 2 * 8_030_261_248
+    assert memory.process.weights.value == 2 * 8_030_261_248
     assert memory.kv.value == 32 * 4096 * 131_072
-    assert (memory.weights.label, memory.kv.label, memory.activations.label) == ("exact", "exact", "assumed")
+    labels = memory.process.weights.label, memory.kv.label, memory.process.activations.label
+    assert labels == ("exact", "exact", "assumed")
 
 
 def test_the_kv_of_one_request_is_exact_alone_and_a_bound_beside_others():
@@ -52,16 +55,17 @@ def test_the_kv_of_one_request_is_exact_alone_and_a_bound_beside_others():
 
 def test_the_total_is_the_sum_of_its_parts():
     memory = Memory(ask(users=8))
-    parts = (memory.weights, memory.activations, memory.runtime, memory.tokenizer, memory.kv)
+    process = memory.process
+    parts = (process.weights, process.activations, process.runtime, process.tokenizer, memory.kv)
     assert memory.total.value == sum(part.value for part in parts)
 
 
 def test_on_a_cpu_the_total_is_that_of_loading_where_running_takes_less():
     short, long = (Memory(ask("gemma-3-270m", "cpu:8GiB", prompt=n)) for n in (10, 100_000))
-    idle = sum(part.value for part in (short.runtime, short.tokenizer, short.weights))
-    assert short.total.value == idle + short.loading.value
-    assert short.loading.value == 2 * 2 * 262_144 * 640 - short.weights.value + (32 << 20)
-    assert long.total.value == idle + long.activations.value + long.kv.value
+    idle = sum(part.value for part in (short.process.runtime, short.process.tokenizer, short.process.weights))
+    assert short.total.value == idle + short.process.loading.value
+    assert short.process.loading.value == 2 * 2 * 262_144 * 640 - short.process.weights.value + (32 << 20)
+    assert long.total.value == idle + long.process.activations.value + long.kv.value
 
 
 @pytest.mark.parametrize("model", ["llama-3-8b", "gemma-3-1b", "deepseek-v2-lite", "qwen3-next-80b-a3b"])
@@ -116,16 +120,16 @@ def test_causal_pairs_are_counted_as_by_hand():
 def test_decode_of_llama_3_8b_reads_all_weights_but_the_embedding_and_every_key_and_value():
     roof = Roofline(ask(prompt=4095, output=1))
     model = catalogue_spec("llama-3-8b")
-    assert roof.weight_bytes(1) == 2 * (model.num_params - model.embedding_params - 65 * 4096)
-    assert roof.kv_read_bytes(4096, 0) == 4096 * 131_072
-    assert roof.decode_flops(4096, 0) == roof.weight_bytes(1) + 32 * 2 * 32 * 4096 * 256
+    assert roof.reads.weight_bytes(1) == 2 * (model.num_params - model.embedding_params - 65 * 4096)
+    assert roof.reads.kv_read_bytes(4096, 0) == 4096 * 131_072
+    assert roof.operations.decode_flops(4096, 0) == roof.reads.weight_bytes(1) + 32 * 2 * 32 * 4096 * 256
 
 
 def test_times_are_bytes_over_bandwidth_and_operations_over_peak():
     roof = Roofline(ask())
-    moved = roof.weight_bytes(1) + sum(roof.kv_read_bytes(3584, made) for made in range(1, 512)) / 511
+    moved = roof.reads.weight_bytes(1) + sum(roof.reads.kv_read_bytes(3584, made) for made in range(1, 512)) / 511
     assert roof.tpot().value == pytest.approx(moved / 3.35e12)
-    assert roof.ttft().value == pytest.approx(roof.prefill_flops(3584) / 989.4e12)
+    assert roof.ttft().value == pytest.approx(roof.operations.prefill_flops(3584) / 989.4e12)
 
 
 def test_of_the_last_layer_a_prompt_needs_its_last_token_alone():
@@ -133,32 +137,33 @@ def test_of_the_last_layer_a_prompt_needs_its_last_token_alone():
     layer = (model.layer_matrix_params) // 32
     heads = 2 * 32 * 256  # operations a query and key
     expected = 2 * (layer * (31 * 1000 + 1) + model.head_params) + heads * (31 * 1000 * 1001 // 2 + 1000)
-    assert Roofline(ask(prompt=1000)).prefill_flops(1000) == expected
+    assert Roofline(ask(prompt=1000)).operations.prefill_flops(1000) == expected
 
 
 def test_decode_turns_from_weights_to_kv_where_both_reads_are_equal():
     asked = ask(users=32)
     roof, context = Roofline(asked), Roofline(asked).kv_bound_context
-    assert 32 * roof.kv_read_bytes(context - 1, 0) <= roof.weight_bytes(32) < 32 * roof.kv_read_bytes(context, 0)
+    reads = roof.reads
+    assert 32 * reads.kv_read_bytes(context - 1, 0) <= reads.weight_bytes(32) < 32 * reads.kv_read_bytes(context, 0)
 
 
 def test_a_mixture_reads_at_least_one_tokens_experts_and_more_when_tokens_disagree():
     roof = Roofline(ask("mixtral-8x7b", "h200", users=16))
     model = catalogue_spec("mixtral-8x7b")
     idle = 32 * 6 * 3 * 4096 * 14336
-    assert roof.weight_bytes(16) == 2 * (model.num_params - idle - 32000 * 4096 - 65 * 4096)
-    assert roof.weight_bytes(16) < roof.weight_bytes(16, expected=True) < 2 * model.num_params
+    assert roof.reads.weight_bytes(16) == 2 * (model.num_params - idle - 32000 * 4096 - 65 * 4096)
+    assert roof.reads.weight_bytes(16) < roof.reads.weight_bytes(16, expected=True) < 2 * model.num_params
 
 
 def test_shared_layers_are_read_by_every_reader_but_stored_once():
     roof = Roofline(ask("gemma-3n-e4b", "h100", prompt=100, output=1))
-    assert roof.kv_read_bytes(100, 0) == 35 * 2 * 100 * 2 * 256 * 2
+    assert roof.reads.kv_read_bytes(100, 0) == 35 * 2 * 100 * 2 * 256 * 2
 
 
 def test_a_store_shrinks_what_is_read_and_eviction_too():
-    full = Roofline(ask()).kv_read_bytes(4096, 0)
-    assert Roofline(ask(policy=PolicySpec.parse("int8"))).kv_read_bytes(4096, 0) == full * 132 / 256
-    assert Roofline(ask(policy=PolicySpec.parse("snapkv(budget=1024)"))).kv_read_bytes(4096, 0) == full / 4
+    full = Roofline(ask()).reads.kv_read_bytes(4096, 0)
+    assert Roofline(ask(policy=PolicySpec.parse("int8"))).reads.kv_read_bytes(4096, 0) == full * 132 / 256
+    assert Roofline(ask(policy=PolicySpec.parse("snapkv(budget=1024)"))).reads.kv_read_bytes(4096, 0) == full / 4
 
 
 @settings(deadline=None, max_examples=25)
@@ -360,7 +365,7 @@ def test_the_table_says_what_fits():
 
 def test_a_hypothetical_model_is_labelled_assumed():
     asked = Question(Hypothesis(layers=4, heads=8, head_dim=64).build(), find_device("h100"), 100, 10)
-    assert Memory(asked).weights.label == "assumed"
+    assert Memory(asked).process.weights.label == "assumed"
     assert Memory(asked).kv.value == 112 * 4 * 8 * 64 * 2 * 2
 
 
@@ -390,6 +395,6 @@ def test_native_fp8_weights_are_multiplied_at_the_peak_of_fp8():
     plain = ask("llama-3-8b", "h100")
     stored = replace(plain, model=replace(plain.model, weight_format=WeightFormat("fp8", 8.0, "layers")))
     peaks = dict(plain.device.peaks)
-    assert (Roofline(plain).peak, Roofline(stored).peak) == (peaks["bfloat16"], peaks["float8_e4m3fn"])
+    assert (Roofline(plain).rates.peak, Roofline(stored).rates.peak) == (peaks["bfloat16"], peaks["float8_e4m3fn"])
     assert Roofline(stored).ttft().value == pytest.approx(Roofline(plain).ttft().value * 989.4 / 1978.9)
-    assert Roofline(replace(stored, device=find_device("a100-80"))).peak == 312e12  # which has no FP8
+    assert Roofline(replace(stored, device=find_device("a100-80"))).rates.peak == 312e12  # which has no FP8

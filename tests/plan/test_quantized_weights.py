@@ -67,8 +67,8 @@ def test_planned_weights_are_those_of_the_engine(variant, dtype, quantization, f
     checkpoint, kind = open_checkpoint(folder), getattr(torch, dtype)
     model = CompiledModel(checkpoint.config, checkpoint.tensors(kind), kind, quantization)
     asked = Question(find_model(folder), find_device("cpu"), 90, 10, dtype=dtype, quantization=quantization)
-    assert Memory(asked).weights.value == model.num_bytes
-    assert Memory(asked).weights.label == Roofline(asked).weights_label == "exact"
+    assert Memory(asked).process.weights.value == model.num_bytes
+    assert Memory(asked).process.weights.label == Roofline(asked).reads.weights_label == "exact"
     assert serve_refusals(asked) == []
 
 
@@ -118,13 +118,13 @@ def test_planned_weights_of_a_real_model_are_those_of_the_engine(request, path, 
     asked = Question(find_model(str(path)), find_device("cpu:16GiB"), 90, 10, quantization=quantization)
     llm = LLM(str(path), dtype=asked.dtype, quantization=quantization, kv_cache_memory_bytes=64 << 20, populate=False)
     held = llm.engine.runner.model.num_bytes
-    print(f"{asked.model.name} {quantization}: planned {Memory(asked).weights.value:,}, held {held:,}")
-    assert (Memory(asked).weights.value, Memory(asked).weights.label) == (held, "exact")
+    print(f"{asked.model.name} {quantization}: planned {Memory(asked).process.weights.value:,}, held {held:,}")
+    assert (Memory(asked).process.weights.value, Memory(asked).process.weights.label) == (held, "exact")
 
 
 @pytest.mark.parametrize("quantization, held", [("int8", 135_439_104), ("w8a8", 164_176_128), ("int4", 95_003_904)])
 def test_weights_of_smollm2_are_those_of_its_shape(quantization, held):
-    assert Memory(ask(quantization=quantization)).weights.value == held
+    assert Memory(ask(quantization=quantization)).process.weights.value == held
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_an_unknown_quantization_names_the_nearest():
 )  # fmt: skip
 def test_weights_that_no_kernel_runs_are_estimated_and_have_no_command(model, words):
     asked = ask(model, "cpu:900GiB", 900, 100, quantization="int8")
-    weights = Memory(asked).weights
-    assert (weights.label, Roofline(asked).weights_label) == ("assumed", "assumed")
+    weights = Memory(asked).process.weights
+    assert (weights.label, Roofline(asked).reads.weights_label) == ("assumed", "assumed")
     assert "do not run this model" in weights.note
     assert words in "; ".join(serve_refusals(asked))
     assert recommend(asked, model, 0.01, None).command == ""
@@ -163,19 +163,19 @@ def test_a_step_reads_no_more_than_is_held_and_no_less_than_its_bits(model, quan
     layers, vocabulary = asked.packed.layers, asked.packed.vocabulary
     params = asked.model.layer_matrix_params, asked.model.head_params
     least = (params[0] * layers.bits + params[1] * vocabulary.bits) / 8
-    assert least <= Roofline(asked).weight_bytes(1) <= min(1.02 * least, Memory(asked).weights.value)
+    assert least <= Roofline(asked).reads.weight_bytes(1) <= min(1.02 * least, Memory(asked).process.weights.value)
 
 
 def test_loading_counts_the_embedding_beside_its_packed_copy():
     memory = Memory(ask("gemma-3-270m", quantization="int4"))
     rows = 262_144
     packed = rows * (640 + 4)
-    assert memory.loading.value == rows * 640 * 2 + packed - memory.weights.value + (32 << 20)
+    assert memory.process.loading.value == rows * 640 * 2 + packed - memory.process.weights.value + (32 << 20)
 
 
 def test_loading_a_large_model_counts_the_last_gate_and_up():
     memory = Memory(ask("llama-3-8b", "cpu:64GiB", quantization="int8"))
-    assert memory.loading.value == 2 * 2 * (2 * 14336 * 4096) + (32 << 20)
+    assert memory.process.loading.value == 2 * 2 * (2 * 14336 * 4096) + (32 << 20)
 
 
 def test_fewer_bits_leave_room_for_more_users_and_take_less_time():
@@ -199,21 +199,21 @@ def on(peaks, **facts):
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_weights_alone_in_few_bits_multiply_at_the_peak_of_the_dtype(quantization):
     time = Roofline(on({"bfloat16": 1e12, "w8a8": 4e12}, quantization=quantization)).ttft()
-    assert (time.label, time.value) == ("measured", Roofline(ask()).prefill_flops(3584) / 1e12)
+    assert (time.label, time.value) == ("measured", Roofline(ask()).operations.prefill_flops(3584) / 1e12)
 
 
 def test_activations_in_8_bits_multiply_at_their_own_peak_where_it_is_known():
     time = Roofline(on({"bfloat16": 1e12, "w8a8": 4e12}, quantization="w8a8")).ttft()
-    assert (time.label, time.value) == ("measured", Roofline(ask()).prefill_flops(3584) / 4e12)
+    assert (time.label, time.value) == ("measured", Roofline(ask()).operations.prefill_flops(3584) / 4e12)
 
 
 def test_where_it_is_not_known_that_of_the_dtype_stands_in_and_is_assumed():
     asked = on({"bfloat16": 1e12}, quantization="w8a8")
     time = Roofline(asked).ttft()
-    assert (time.label, time.value) == ("assumed", Roofline(ask()).prefill_flops(3584) / 1e12)
-    assert time.low == Roofline(asked).weight_bytes(1) / 1e11
+    assert (time.label, time.value) == ("assumed", Roofline(ask()).operations.prefill_flops(3584) / 1e12)
+    assert time.low == Roofline(asked).reads.weight_bytes(1) / 1e11
     assert "8-bit activations is not known" in time.note
-    assert Roofline(asked).speed_label == "assumed"
+    assert Roofline(asked).rates.speed_label == "assumed"
     assert "2 ms to 1" in show(replace(time, low=0.002, value=1.5))
     assert "that of bfloat16 stands in" in " ".join(explain(asked, "intensity").lines)
     assert Roofline(asked).tpot().label == "measured"  # bandwidth decides it

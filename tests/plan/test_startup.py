@@ -39,8 +39,8 @@ def test_a_loaded_model_is_planned_as_its_files_are(variant, tmp_path):
     asked = Question(planned, find_device("cpu"), 300, 20, 4, dtype="float32")
     again = Question(loaded, asked.device, 300, 20, 4, dtype="float32")
     assert again.whole_kv == asked.whole_kv
-    assert Memory(again).activations == Memory(asked).activations
-    assert Memory(again).weights.value == pytest.approx(Memory(asked).weights.value, rel=0.01)
+    assert Memory(again).process.activations == Memory(asked).process.activations
+    assert Memory(again).process.weights.value == pytest.approx(Memory(asked).process.weights.value, rel=0.01)
 
 
 @pytest.fixture(params=[None, "streaming(sinks=4,window=60)", "snapkv(budget=64)"])

@@ -65,14 +65,14 @@ class Plan:
         """Bytes by purpose, on one device unless the name says otherwise."""
         memory, asked = self.memory, self.question
         found = {
-            "weights": memory.weights,
+            "weights": memory.process.weights,
             "kv_per_token": per_token(asked, asked.policy.store),
             "kv_per_request": memory.kv_of_request,
             "kv_total": memory.kv,
-            "activations": memory.activations,
-            "runtime": memory.runtime,
-            "tokenizer": memory.tokenizer,
-            "loading": memory.loading,
+            "activations": memory.process.activations,
+            "runtime": memory.process.runtime,
+            "tokenizer": memory.process.tokenizer,
+            "loading": memory.process.loading,
             "total": memory.total,
             "usable": memory.usable,
         }
@@ -99,23 +99,24 @@ class Plan:
     @cached_property
     def speeds(self) -> dict[str, Figure]:
         """Lower bounds of time, the bytes and operations behind them, and measured times where there are any."""
-        roof, asked = self.roofline, self.question
+        asked, roof = self.question, self.roofline
+        reads, operations, made = roof.reads, roof.operations, max(0, asked.output - 1)
         tpot = roof.tpot()
         found = {
             "ttft_lower_bound": roof.ttft(),
             "tpot_lower_bound": tpot,
-            "decode_weight_bytes": Figure(roof.weight_bytes(asked.users), "bytes", roof.weights_label,
+            "decode_weight_bytes": Figure(reads.weight_bytes(asked.users), "bytes", reads.weights_label,
                                           "read per step and device"),
-            "decode_kv_bytes": Figure(asked.users * roof.kv_read_bytes(asked.prompt, max(0, asked.output - 1)), "bytes",
+            "decode_kv_bytes": Figure(asked.users * reads.kv_read_bytes(asked.prompt, made), "bytes",
                                       "exact", "read per step and device at the full context"),
-            "decode_flops": Figure(asked.users * roof.decode_flops(asked.prompt, max(0, asked.output - 1)), "FLOP",
+            "decode_flops": Figure(asked.users * operations.decode_flops(asked.prompt, made), "FLOP",
                                    "exact", "per step, all devices"),
-            "prefill_flops": Figure(roof.prefill_flops(asked.prompt), "FLOP", "exact", "per prompt, all devices"),
+            "prefill_flops": Figure(operations.prefill_flops(asked.prompt), "FLOP", "exact", "per prompt, all devices"),
             "kv_bound_context": Figure(roof.kv_bound_context, "tokens", "exact",
                                        "from here on a step reads more KV than weights" if roof.kv_bound_context
                                        else "never: weights always outweigh the KV"),
         }
-        if roof.weight_bytes(asked.users, expected=True) != roof.weight_bytes(asked.users):
+        if reads.weight_bytes(asked.users, expected=True) != reads.weight_bytes(asked.users):
             found["tpot_uniform_routing"] = Figure(roof.tpot(expected=True).value, "s", "assumed",
                                                    "were experts chosen uniformly at random")
         if tpot.value:
@@ -178,7 +179,7 @@ class Plan:
             },
             "device": {
                 "name": device.name, "memory_bytes": device.memory_bytes, "bandwidth": device.bandwidth,
-                "peak": self.roofline.peak, "source": device.source, "as_of": device.as_of,
+                "peak": self.roofline.rates.peak, "source": device.source, "as_of": device.as_of,
                 "label": "measured" if device.measured else "assumed",
             },
             "fits": self.memory.fits,

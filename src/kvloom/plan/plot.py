@@ -56,7 +56,7 @@ def draw(asked: Question, policies: list[PolicySpec], path: Path) -> None:
     usable = memory.usable.value
     if usable is not None:
         axes.axhline(usable / GIB, color="black", linestyle="--", linewidth=1, label=f"usable on {asked.device.name}")
-    axes.axhspan(0, (memory.weights.value or 0) / GIB, color="0.9", label="weights")
+    axes.axhspan(0, (memory.process.weights.value or 0) / GIB, color="0.9", label="weights")
     axes.axvline(asked.context, color="0.5", linestyle=":", linewidth=1, label=f"{asked.context:,} tokens, as asked")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda tokens, position: f"{tokens:,.0f}")

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from kvloom.plan.memory import Memory
+from kvloom.plan.memory import Memory, footprint_of
+from kvloom.plan.process import Process
 from kvloom.plan.question import Question
 from kvloom.spec.search import largest
 from kvloom.spec.slabs import longest_request, sure_bytes
@@ -19,12 +20,12 @@ def start_figures(asked: Question, arena_bytes: int) -> dict[str, Any]:
     `asked.users` is the most that run at once, and `asked.context` the longest request. `requests_that_fit` says by
     their tokens (an eighth of them output) how many requests fit in the arena together, each at its peak.
     """
-    memory, kv = Memory(asked), asked.whole_kv
+    process, kv = Process(asked), asked.whole_kv
     assert kv is not None, "a model that runs has keys and values"
     room = sure_bytes(kv, arena_bytes)
     parts = {
-        "weight_bytes": memory.weights, "activation_bytes": memory.activations, "tokenizer_bytes": memory.tokenizer,
-        "runtime_bytes": memory.runtime, "loading_bytes": memory.loading,
+        "weight_bytes": process.weights, "activation_bytes": process.activations, "tokenizer_bytes": process.tokenizer,
+        "runtime_bytes": process.runtime, "loading_bytes": process.loading,
     }  # fmt: skip
     facts = {name: int(figure.value or 0) for name, figure in parts.items()}
     running = facts["activation_bytes"] + arena_bytes
@@ -49,7 +50,7 @@ def _longest(asked: Question, arena_bytes: int, room: int) -> int:
     assert kv is not None
     if not asked.policy.evicts:
         return min(most, longest_request(kv, arena_bytes, asked.chunk))
-    return largest(lambda tokens: Memory.footprint_of(_split(asked, tokens)).peak.high <= room, 1, most) or 0
+    return largest(lambda tokens: footprint_of(_split(asked, tokens)).peak.high <= room, 1, most) or 0
 
 
 def _split(asked: Question, tokens: int) -> Question:

@@ -8,6 +8,7 @@ import torch
 
 from kvloom.errors import MethodError
 from kvloom.kernels import reference
+from kvloom.policies.declared import Declared, undeclared
 from kvloom.spec.needs import NOTHING, Needs
 
 
@@ -95,60 +96,21 @@ class ScoreContext:
         """V [G, S, Dv], float32."""
         return self._content[1]
 
-    def _undeclared(self, what: str, need: str) -> MethodError:
-        return MethodError(f"{self.method} reads {what}, which it did not declare; add {need} to its needs")
-
-    def _shown(self, value: torch.Tensor | None, what: str, need: str) -> torch.Tensor:
-        if value is None:
-            raise self._undeclared(what, need)
-        return value
-
-    @property
-    def queries(self) -> torch.Tensor:
-        """Newest queries [w, H, D], float32."""
-        return self._shown(self.gathered.queries, "queries", "Needs(queries=...)")
-
-    @property
-    def query_positions(self) -> torch.Tensor:
-        """Positions [w] of `queries`."""
-        return self._shown(self.gathered.query_positions, "query_positions", "Needs(queries=...)")
-
-    @property
-    def key_mass(self) -> torch.Tensor:
-        """Attention [G, S] summed over the queries so far, mean over the query group."""
-        return self._shown(self.gathered.key_mass, "key_mass", "Needs(key_mass=True)")
-
-    @property
-    def near_mass(self) -> torch.Tensor:
-        """The part [G, S] of `key_mass` that came from prompt queries close by."""
-        return self._shown(self.gathered.near_mass, "near_mass", "Needs(near=...)")
+    queries = Declared[torch.Tensor]("Needs(queries=...)")
+    query_positions = Declared[torch.Tensor]("Needs(queries=...)")
+    key_mass = Declared[torch.Tensor]("Needs(key_mass=True)")
+    near_mass = Declared[torch.Tensor]("Needs(near=...)")
+    replay = Declared[torch.Tensor]("Needs(replay=...)")
+    special = Declared[torch.Tensor]("Needs(token_kinds=True)")
+    punctuation = Declared[torch.Tensor]("Needs(token_kinds=True)")
+    output_weight = Declared[torch.Tensor]("Needs(output_weights=True)")
 
     @property
     def query_moments(self) -> QueryMoments | None:
         """Moments of the prompt's queries; None when all of them were left out."""
         if not self.needs.query_moments:
-            raise self._undeclared("query_moments", "Needs(query_moments=True)")
+            raise undeclared(self.method, "query_moments", "Needs(query_moments=True)")
         return self.gathered.query_moments
-
-    @property
-    def output_weight(self) -> torch.Tensor:
-        """W_O [hidden, H * Dv], float32."""
-        return self._shown(self.gathered.output_weight, "output_weight", "Needs(output_weights=True)")
-
-    @property
-    def replay(self) -> torch.Tensor:
-        """Most attention [G, S] that any query of a replay paid."""
-        return self._shown(self.gathered.replay, "replay", "Needs(replay=...)")
-
-    @property
-    def special(self) -> torch.Tensor:
-        """Which tokens [G, S] are special, bool."""
-        return self._shown(self.gathered.special, "special", "Needs(token_kinds=True)")
-
-    @property
-    def punctuation(self) -> torch.Tensor:
-        """Which tokens [G, S] are punctuation, bool."""
-        return self._shown(self.gathered.punctuation, "punctuation", "Needs(token_kinds=True)")
 
     @property
     def num_lanes(self) -> int:

@@ -2,8 +2,8 @@
 
 from kvloom.plan.explain.explanation import Explanation, count
 from kvloom.plan.figure import Figure
+from kvloom.plan.operations import Operations, causal_pairs
 from kvloom.plan.question import Question
-from kvloom.plan.roofline import Roofline, causal_pairs
 from kvloom.spec.layer import Attention, Latent
 
 
@@ -16,7 +16,7 @@ def generation(asked: Question) -> Explanation:
     prompt, output = asked.prompt, max(1, asked.output)
     steps = range(prompt, prompt + output)
     without, cached = sum(steps), prompt + output - 1
-    model, roof = asked.model, Roofline(asked)
+    model, work = asked.model, Operations(asked)
     pairs: dict[tuple[object, int | None], int] = {}
     for layer in model.layers:
         pairs[(layer.mixer, layer.window)] = pairs.get((layer.mixer, layer.window), 0) + 1
@@ -26,7 +26,7 @@ def generation(asked: Question) -> Explanation:
         if isinstance(mixer, Attention):
             each = mixer.attention_flops(1)
         heavy += number * each * sum(causal_pairs(t, window) for t in steps) if each else 0.0
-    light = roof.prefill_flops(prompt) + sum(roof.decode_flops(prompt, made) for made in range(1, output))
+    light = work.prefill_flops(prompt) + sum(work.decode_flops(prompt, made) for made in range(1, output))
     long = prompt + output
     triangle = long * (long + 1) // 2
     return Explanation(

@@ -12,11 +12,11 @@ def intensity(asked: Question) -> Explanation:
     """Return operations per byte of a decode step over the batch, beside the operations per byte of the device."""
     mixers = attending(asked, "intensity")
     roof = Roofline(asked)
-    ridge, turn = roof.ridge, roof.compute_bound_batch
+    ridge, turn = roof.rates.ridge, roof.compute_bound_batch
     rows = []
     for batch in BATCHES:
-        weights = roof.weight_bytes(batch)
-        kv = batch * roof.kv_read_bytes(asked.prompt, max(0, asked.output - 1))
+        weights = roof.reads.weight_bytes(batch)
+        kv = batch * roof.reads.kv_read_bytes(asked.prompt, max(0, asked.output - 1))
         time = roof.tpot(batch).value
         bound = "-" if ridge is None else "bandwidth" if roof.intensity(batch) < ridge else "arithmetic"
         rows.append((str(batch), f"{roof.intensity(batch):.1f}", f"{kv / (kv + weights):.0%}", bound,
@@ -35,9 +35,11 @@ def intensity(asked: Question) -> Explanation:
     if ridge is None:
         lines.append("The speed of this device is not known, so the batch from which arithmetic is the limit is not.")
     else:
-        figures["ridge"] = Figure(ridge, "FLOP/byte", roof.speed_label, f"peak over bandwidth of {asked.device.name}")
+        figures["ridge"] = Figure(
+            ridge, "FLOP/byte", roof.rates.speed_label, f"peak over bandwidth of {asked.device.name}"
+        )
         lines.append(f"{asked.device.name} does {ridge:.0f} operations in the time of one byte.")
-        if roof.peak_stands_in:
+        if roof.rates.peak_stands_in:
             lines.append(f"Its peak for 8-bit activations is not known; that of {asked.dtype} is used.")
         if turn is None:
             lines.append(f"At {asked.context} tokens no batch is bound by arithmetic: reading K and V keeps decode "
@@ -45,7 +47,7 @@ def intensity(asked: Question) -> Explanation:
                          "memory.")
         else:
             lines.append(f"At {asked.context} tokens decode is bound by arithmetic from a batch of {turn} on.")
-            figures["compute_bound_batch"] = Figure(turn, "requests", roof.speed_label)
+            figures["compute_bound_batch"] = Figure(turn, "requests", roof.rates.speed_label)
     where = roof.kv_bound_context
     if where is not None:
         lines.append(f"With {asked.users} users a step reads more K and V than weights from {where:,} tokens of "
