@@ -7,7 +7,9 @@ import torch
 import transformers
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -35,7 +37,7 @@ class Mixture:
         """Return what transformers makes of x [T, hidden]."""
         with torch.no_grad():
             out = self.block(x[None])
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        return (out[0] if isinstance(out, tuple) else out).view_as(x)
 
 
 def _mixtral() -> tuple[torch.nn.Module, ExpertsConfig]:
@@ -76,12 +78,29 @@ def _gpt_oss() -> tuple[torch.nn.Module, ExpertsConfig]:
     return GptOssMLP(config), ExpertsConfig(8, 4, WIDE, bias=True, clamp=(1.702, 7.0))
 
 
+def _phimoe() -> tuple[torch.nn.Module, ExpertsConfig]:
+    config = transformers.PhimoeConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDE, num_local_experts=8, num_experts_per_tok=2, router_jitter_noise=0.1
+    )
+    return PhimoeSparseMoeBlock(config), ExpertsConfig(8, 2, WIDE, jitter=0.1)
+
+
+def _llama4() -> tuple[torch.nn.Module, ExpertsConfig]:
+    config = transformers.Llama4TextConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDE, num_local_experts=8, num_experts_per_tok=2
+    )
+    experts = ExpertsConfig(8, 2, WIDE, normalise=False, sigmoid=True, shared_size=WIDE, scale_input=True)
+    return Llama4TextMoe(config), experts
+
+
 MIXTURES: dict[str, Callable[[], tuple[torch.nn.Module, ExpertsConfig]]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2,
     "qwen3_moe": _qwen3,
     "deepseek_v3": _deepseek,
     "gpt_oss": _gpt_oss,
+    "phimoe": _phimoe,
+    "llama4": _llama4,
 }
 
 
@@ -103,16 +122,17 @@ def mixture_of(name: str) -> Mixture:
 
 
 def _ours(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    transposed = "experts.gate_up_proj_bias" in state  # gpt-oss: [E, in, out], gate and up in turn
     gate_up, down = state["experts.gate_up_proj"], state["experts.down_proj"]
-    ours = {"router": state["router.weight" if transposed else "gate.weight"]}
-    if transposed:
+    ours = {"router": state["router.weight" if "router.weight" in state else "gate.weight"]}
+    if "experts.gate_up_proj_bias" in state:  # gpt-oss: [E, in, out], gate and up in turn
         biases = state["experts.gate_up_proj_bias"]
         ours |= {"router_bias": state["router.bias"], "experts_down_bias": state["experts.down_proj_bias"]}
         ours |= {"experts_gate_bias": biases[:, ::2], "experts_up_bias": biases[:, 1::2]}
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         gate, up = gate_up[:, ::2], gate_up[:, 1::2]
     else:
+        if gate_up.shape[1] == HIDDEN:  # Llama 4: [E, in, out]
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         gate, up = gate_up.chunk(2, dim=1)
     ours |= {"experts_gate": gate, "experts_up": up, "experts_down": down}
     names = {

@@ -33,7 +33,7 @@ def packed(mixture: Mixture, product: str) -> cpu.Experts:
         )
     routing = cpu.Routing(
         experts.per_token, experts.sigmoid, experts.normalise, experts.scale, experts.groups, experts.kept_groups,
-        experts.group_best, weights.get("router_selection_bias"),
+        experts.group_best, weights.get("router_selection_bias"), experts.jitter, experts.scale_input,
     )  # fmt: skip
     router = cpu.PackedWeight(torch.cat(rows), "fp32", bias=weights.get("router_bias"))
     return cpu.Experts(router, pairs, routing, clamp=experts.clamp, shared=shared)
@@ -91,6 +91,15 @@ def test_a_token_gets_the_same_bits_alone_and_in_any_batch(isa: str, product: st
     for count in (1, 5, 16, 40):
         assert torch.equal(mixed(experts, x[:count].contiguous()), full[:count])
     assert torch.equal(mixed(experts, x[149:].contiguous()), full[149:])
+
+
+@pytest.mark.parametrize("product", ["bf16", "int8", "w8a8", "int4"])
+def test_scores_multiply_what_experts_read_in_rounded_products_too(product: str) -> None:
+    mixture, x = mixture_of("llama4"), torch.randn(40, HIDDEN)
+    experts, expected = packed(mixture, product), mixture.expected(x)
+    for count in (1, 40):
+        found = mixed(experts, x[:count].contiguous())
+        assert (found - expected[:count]).norm() < 0.2 * expected[:count].norm()
 
 
 def test_the_mixture_is_added_to_what_is_there() -> None:

@@ -102,7 +102,7 @@ def test_the_plan_knows_which_shapes_the_kernels_run(variant, tmp_path):
 def test_the_plan_knows_which_blocks_and_heads_the_kernels_take():
     from kvloom.kernels.cpu.elements import ACTIVATION
 
-    assert tuple(ACTIVATION) == KERNEL_ACTIVATIONS
+    assert (*ACTIVATION, "xielu") == KERNEL_ACTIVATIONS
     for head_dim in (2, 80, MAX_HEAD_DIM, MAX_HEAD_DIM + 2):
         runs = unsupported(tiny_config("llama", head_dim=head_dim), BLOCK_SLOTS) == []
         assert runs is (head_dim <= MAX_HEAD_DIM)
@@ -215,7 +215,7 @@ def test_where_it_is_not_known_that_of_the_dtype_stands_in_and_is_assumed():
     assert "8-bit activations is not known" in time.note
     assert Roofline(asked).rates.speed_label == "assumed"
     assert "2 ms to 1" in show(replace(time, low=0.002, value=1.5))
-    assert "that of bfloat16 stands in" in " ".join(explain(asked, "intensity").lines)
+    assert "that of bfloat16 is used" in " ".join(explain(asked, "intensity").lines)
     assert Roofline(asked).tpot().label == "measured"  # bandwidth decides it
 
 
