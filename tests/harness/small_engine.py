@@ -3,7 +3,7 @@
 import torch
 
 from harness.tiny_engine import engine_of, tiny_backend
-from harness.tiny_model import FULL, LOCAL, random_weights, tiny_decoder
+from harness.tiny_model import FULL, LOCAL, tiny_decoder
 from kvloom.policies.tokenkinds import TokenKinds
 
 VOCAB = 211
@@ -24,7 +24,7 @@ def small_engine(decoder=LLAMA, *, model=None, kinds=True, max_num_seqs=8, **opt
     """
     options = {"max_num_batched_tokens": 2048, **options}
     if model is None:
-        model = tiny_backend(decoder.config, random_weights(decoder.config), options.get("block_size", 16))
+        model = tiny_backend(decoder.config, decoder.weights, options.get("block_size", 16))
     engine = engine_of(
         model, max_num_seqs=max_num_seqs, rows=max_num_seqs + 1, max_position=model.config.max_position, **options
     )

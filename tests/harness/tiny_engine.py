@@ -1,5 +1,6 @@
 """Engines around tiny random models, and a tokenizer whose tokens can be read."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import tokenizers
@@ -113,7 +114,7 @@ def tiny_engine(
 
 
 def tiny_backend(
-    config: DecoderConfig, weights: dict[str, torch.Tensor], block_size: int, kind: str | None = None
+    config: DecoderConfig, weights: Mapping[str, torch.Tensor], block_size: int, kind: str | None = None
 ) -> Model:
     """Return a model in float32 on one backend: "eager", "cpu", or (None) the kernels where they run the model."""
     if kind is None:

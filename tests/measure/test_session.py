@@ -120,7 +120,7 @@ def test_results_that_do_not_say_how_they_were_measured_cannot_be_gone_on_with(w
     data = json.loads(json.dumps(whole[0].json()))
     del data["results"][1][part]
     path.write_text(json.dumps(data))
-    with pytest.raises(InvalidInputError, match="cannot go on"):
+    with pytest.raises(InvalidInputError, match="cannot continue from it"):
         Results.open(path, "tiny", "here", FACTS)
 
 

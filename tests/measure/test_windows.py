@@ -3,7 +3,6 @@
 import pytest
 
 from kvloom.errors import InvalidInputError
-from kvloom.measure.interval import bootstrap_interval
 from kvloom.measure.policies import DEFAULT_METHODS, at_share, registered_methods
 from kvloom.measure.window import windows_of
 from kvloom.policies.plugins import load_all
@@ -42,17 +41,6 @@ def test_a_first_token_begins_every_prompt_and_counts_among_its_tokens():
 def test_windows_that_cannot_be_are_refused(prompt, follow, count):
     with pytest.raises(InvalidInputError, match="window"):
         windows_of(TEXTS, prompt, follow, count)
-
-
-def test_an_interval_of_equal_values_is_that_value():
-    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
-
-
-def test_an_interval_holds_the_mean_and_is_the_same_every_time():
-    values = [0.1, 0.4, 0.2, 0.9, 0.3]
-    low, high = bootstrap_interval(values)
-    assert min(values) < low < sum(values) / 5 < high < max(values)
-    assert bootstrap_interval(values) == (low, high)
 
 
 @pytest.mark.parametrize(
