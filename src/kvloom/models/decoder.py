@@ -170,9 +170,11 @@ class Decoder:
                 case Append():
                     if part.clip is not None:
                         q, k, v = (t.clamp(-part.clip, part.clip) for t in (q, k, v))
-                    if not part.after_rope:
-                        q = self._head_norm(q, part.q_norm, part.over_heads)
-                        k = self._head_norm(k, part.k_norm, part.over_heads)
+                    if part.over_heads:
+                        norms = ((q, part.q_norm), (k, part.k_norm))
+                        q, k = (self._norm(heads.flatten(1), norm).view_as(heads) for heads, norm in norms)
+                    elif not part.after_rope:
+                        q, k = self._norm(q, part.q_norm), self._norm(k, part.k_norm)
                     if part.rope is not None:
                         turn = rotations[self._ropes.index(part.rope)]
                         q, k = (reference.apply_rope(t, *turn) for t in (q, k))
@@ -242,10 +244,6 @@ class Decoder:
             return reference.rms_norm(x, weight, norm.eps)
         bias = self.weights[f"{norm.weight}_bias"] if norm.biased else None
         return reference.layer_norm(x, weight, bias, norm.eps)
-
-    def _head_norm(self, x: torch.Tensor, norm: NormSpec | None, over_heads: bool) -> torch.Tensor:
-        """Return the norm of each head of x [T, heads, D], or of all heads at once."""
-        return self._norm(x.flatten(1), norm).view_as(x) if over_heads else self._norm(x, norm)
 
     def _products(self, x: torch.Tensor, product: ProductSpec) -> list[torch.Tensor]:
         """Return x [T, in] times each matrix of the product."""
