@@ -10,6 +10,7 @@ from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request
 from kvloom.engine.stepfigures import Traffic
 from kvloom.engine.work import Work
+from kvloom.errors import InvalidInputError
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.store import SLAB_BYTES
 
@@ -84,3 +85,23 @@ def test_traffic_counts_encoded_blocks_as_they_are_stored(cache):
     assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
     assert Traffic(cache, work).read_bytes == 6 * INT8 + 2 * NATIVE
     assert np.array_equal(cache.lanes.held[row], [TOKENS, TOKENS])
+
+
+def test_only_tokens_that_came_after_the_last_encoding_can_be_taken_back(cache):
+    row = filled(cache)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
+    assert cache.lanes.extend(row, 3)
+    cache.lanes.truncate(row, 3)
+    before = cache.lanes.sequence_bytes(row)
+    with pytest.raises(InvalidInputError, match="the first 16 must stay"):
+        cache.lanes.truncate(row, 1)
+    assert cache.lanes.sequence_bytes(row) == before and int(cache.lanes.seen[row]) == TOKENS
+    cache.check_invariants()
+
+
+def test_bytes_in_use_are_told_apart_by_store_and_shared_blocks_count_once(cache):
+    row = filled(cache)
+    assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
+    cache.lanes.fork(row)
+    assert cache.bytes_by_store() == {"fp32": 2 * NATIVE, "int8": 6 * INT8}
+    assert cache.bytes_in_use == 6 * INT8 + 2 * NATIVE

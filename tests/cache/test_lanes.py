@@ -10,6 +10,7 @@ from harness.lane_desk import BIG, HUGE, SPEC, Desk, P
 from kvloom.cache.arena import Arena
 from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
+from kvloom.cache.packing import LanePacking
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixIndex
 from kvloom.errors import InvalidInputError
@@ -189,7 +190,7 @@ def test_an_adopted_prefix_is_shared_and_its_windowed_lane_starts_at_the_window(
 
 def test_a_forked_or_adopted_sequence_that_lost_tokens_is_never_published(desk: Desk) -> None:
     sequence = desk.opened(8)
-    desk.lanes.pack_slots(sequence, first_slots({0: 8}))
+    LanePacking(desk.lanes).pack_slots(sequence, first_slots({0: 8}))
     child = desk.lanes.fork(sequence)
     for each in (sequence, child):
         desk.lanes.publish(each, PrefixChain(), list(range(8)), 0, 2)
@@ -257,9 +258,10 @@ def first_slots(counts: dict[int, int]) -> KeptSlots:
 
 def repack(desk: Desk, sequence: int, kept: list[int], unchanged: list[int]) -> int:
     """Repack lanes 0 and 1 and return how many bytes came free."""
-    done = desk.lanes.repack(sequence, np.array([0, 1]), np.array(kept, np.int32), np.array(unchanged, np.int32))
+    packing = LanePacking(desk.lanes)
+    done = packing.repack(sequence, np.array([0, 1]), np.array(kept, np.int32), np.array(unchanged, np.int32))
     assert done is not None
-    desk.lanes.pack_slots(sequence, first_slots(dict(enumerate(kept))))
+    packing.pack_slots(sequence, first_slots(dict(enumerate(kept))))
     freed = desk.arena.release(done[1])
     desk.check()
     return freed
@@ -301,7 +303,8 @@ def test_repacking_without_room_for_the_copies_changes_nothing() -> None:
     sequence = desk.opened(16)  # every block of the arena
     desk.lanes.fork(sequence)
     before = desk.lanes.table.copy()
-    assert desk.lanes.repack(sequence, np.array([0]), np.array([2], np.int32), np.array([0], np.int32)) is None
+    packing = LanePacking(desk.lanes)
+    assert packing.repack(sequence, np.array([0]), np.array([2], np.int32), np.array([0], np.int32)) is None
     assert (desk.lanes.table == before).all()
     desk.check()
 

@@ -27,7 +27,7 @@ def test_engine_flags_reach_the_engine_and_those_not_given_stay_its_own(kvloom, 
     assert llm.last.engine == {
         "dtype": "auto", "max_model_len": 2048, "kv_cache_memory_bytes": 64 << 20, "block_size": 16,
         "enable_prefix_caching": False, "max_num_seqs": 64, "max_num_batched_tokens": 2048, "backend": "auto",
-        "populate": False, "kv_policy": "full",
+        "populate": False, "kv_policy": "full", "kv_cache_dtype": "auto",
     }  # fmt: skip
 
 

@@ -117,3 +117,21 @@ def test_thirty_two_requests_get_the_same_tokens_together_alone_reordered_shared
     finish(small.engine)
     assert small.engine.scheduler.num_preemptions > 0
     check([request.sequences[0].output_token_ids[:8] for request in requests])
+
+
+def test_int8_blocks_leave_the_logits_of_transformers_nearly_as_they_are(
+    smollm2: LLM, smollm2_oracle: torch.nn.Module
+) -> None:
+    text, start = smollm2.tokenizer.encode(LICENSE)[:500], 400
+    prompt = {"prompt_token_ids": text[:start], "forced_token_ids": text[start:], "kv_policy": "int8"}
+    (output,) = smollm2.generate(prompt, SamplingParams(temperature=0, max_tokens=100, logprobs=1, detokenize=False))
+    with torch.inference_mode():
+        hidden = smollm2_oracle.model(torch.tensor([text])).last_hidden_state[0, start - 1 : -1]
+        expected = torch.log_softmax(smollm2_oracle.lm_head(hidden).float(), -1)
+    entries = output.outputs[0].logprobs
+    assert entries is not None and output.kv.method == "int8" and 8.5 < output.kv.bits_per_element < 10
+    found = torch.tensor([entry[token].logprob for entry, token in zip(entries, text[start:], strict=True)])
+    best = [min(entry.items(), key=lambda item: item[1].rank)[0] for entry in entries]
+    error = (found - expected.gather(1, torch.tensor(text[start:])[:, None])[:, 0]).abs()
+    assert error[0] < LOGITS_FLOAT32, "the prompt is computed in its own dtype"
+    assert (expected.argmax(1) == torch.tensor(best)).sum() >= 95 and error.mean() < 0.05

@@ -207,7 +207,7 @@ def test_text_without_end_needs_constant_memory_with_positions_in_the_cache():
         ("knorm(budget=64)+vatp+critical", ["vatp weighs attention", "critical weighs attention"]),
         ("snapkv(budget=64)+critical+critical", ["each choose the tokens"]),
         ("fastgen+vatp+chunk", ["cannot act per chunk", "there is no score to refine"]),
-        ("h2o(budget=64)+int4", ["int4 cannot be served yet"]),
+        ("h2o(budget=64)+int4", ["int4 is planned only", "h2o evicts while generating"]),
     ],
 )
 def test_what_cannot_be_combined_is_refused_with_every_reason(policy, reasons):
@@ -260,7 +260,7 @@ def test_requests_may_name_the_policies_that_the_engine_allows_and_no_others():
 
 def test_the_room_for_a_replay_is_counted_at_admission():
     engine = small_engine(slabs=1)
-    tokens = engine.scheduler.capacity.num_bytes // (6 * engine.cache.spec.layer_block_bytes(0)) * 16
+    tokens = engine.scheduler.capacity.sure_bytes([]) // (6 * engine.cache.spec.layer_block_bytes(0)) * 16
     prompt = prompt_of(tokens - 32)
     engine.check(prompt, greedy(4), kv_policy=read_policy("snapkv(budget=64)"))
     with pytest.raises(DoesNotFitError):

@@ -128,6 +128,23 @@ def test_what_policies_did_is_counted_in_bytes_tokens_and_spread(tiny_folder):
     assert found["kvloom:request_lane_spread_tokens_sum", ()] == kv["longest_lane"] - kv["shortest_lane"]
 
 
+def test_bytes_of_encoded_blocks_are_told_by_their_store(tiny_folder):
+    with running(make_llm(tiny_folder, kv_cache_dtype="int8")) as server:
+        sock = open_stream(server, prompt=[3, 5, 7, 11] * 20, max_tokens=150)
+        sock.recv(1000)
+        stats = server.service.thread.call(read_stats).result(60)
+        sock.close()
+        server.wait_idle()
+        labels = [dict(labels) for name, labels in scrape(server) if name == "vllm:cache_config_info"]
+        spec = server.service.engine.cache.spec
+    assert labels[0]["cache_dtype"] == "int8" and list(stats.kv_bytes_by_policy) == ["int8"]
+    assert set(stats.kv_bytes_by_store) == {"fp32", "int8"}
+    assert sum(stats.kv_bytes_by_store.values()) == stats.kv_bytes_in_use
+    column = sum(spec.lane_block_bytes(lane, "int8") for lane in range(spec.num_lanes))
+    blocks, rest = divmod(stats.kv_bytes_by_store["int8"], column)
+    assert blocks >= 80 // spec.block_size and rest == 0
+
+
 def test_bytes_and_bits_of_running_sequences_are_told_by_policy(tiny_folder):
     with running(make_llm(tiny_folder)) as server:
         sock = open_stream(server, prompt=[3, 5, 7, 11] * 20, max_tokens=150, kv_policy="tova(budget=16)")

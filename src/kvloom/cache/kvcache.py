@@ -14,6 +14,7 @@ from kvloom.cache.encoder import BlockEncoder
 from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.memory import ArenaMemory
+from kvloom.cache.packing import LanePacking
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixIndex
 from kvloom.cache.segments import NATIVE
@@ -70,6 +71,7 @@ class KVCache:
         for name in extra_stores:
             self.stores[name] = self._store(name, dtype)
         self.encoder = BlockEncoder(self.lanes, self.stores)
+        self.packing = LanePacking(self.lanes)
         self.layers = [
             LayerView(spec.lane_offset[i], kv.num_lanes, kv.k_width, kv.v_width, kv.window)
             for i, kv in enumerate(spec.layers)
@@ -202,15 +204,15 @@ class KVCache:
         unchanged = kept.unchanged
         if changed:
             unchanged = np.where(np.isin(kept.lanes, list(changed)), 0, unchanged).astype(np.int32)
-        repacked = table.repack(sequence, kept.lanes, kept.counts, unchanged)
+        repacked = self.packing.repack(sequence, kept.lanes, kept.counts, unchanged)
         if repacked is None:
             return False
         before, spare = repacked
         self._move(sequence, before, kept, unchanged, changed)
-        table.pack_slots(sequence, kept)
+        self.packing.pack_slots(sequence, kept)
         for lane, new in changed.items():
             if new.log_count is not None:
-                table.set_log_counts(sequence, lane, new.log_count.float().numpy())
+                self.packing.set_log_counts(sequence, lane, new.log_count.float().numpy())
         self.arena.release(spare)
         return True
 
@@ -269,18 +271,21 @@ class KVCache:
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the blocks that running sequences hold, each shared block once."""
-        rows = list(self.lanes.held_blocks())
-        if not rows:
-            return 0
-        total = 0
-        cells = np.unique(np.concatenate(rows))
-        for count, size in zip(*self._sizes(cells), strict=True):
-            total += count * size
-        return total
+        return self._bytes_of(list(self.lanes.held_blocks()))
 
-    def _sizes(self, addresses: Addresses) -> tuple[list[int], list[int]]:
-        sizes, counts = np.unique(self.arena.block_bytes_at(addresses), return_counts=True)
-        return counts.tolist(), sizes.tolist()
+    def bytes_by_store(self) -> dict[str, int]:
+        """Return `bytes_in_use` by the store that the blocks are in, the native one first."""
+        encoded: dict[str, list[Addresses]] = {}
+        for sequence in self.lanes.open_sequences:
+            for lane, segment in self.lanes.segments.encoded(sequence):
+                addresses = self.lanes.table[sequence, lane, segment.first : segment.last]
+                encoded.setdefault(segment.store, []).append(addresses)
+        found = {store: self._bytes_of(parts) for store, parts in encoded.items()}
+        return {self.spec.store: self.bytes_in_use - sum(found.values()), **found}
+
+    def _bytes_of(self, parts: list[Addresses]) -> int:
+        """Return the bytes of all blocks at the addresses, each once."""
+        return int(self.arena.block_bytes_at(np.unique(np.concatenate(parts))).sum()) if parts else 0
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless arena, lanes and prefix index agree in every count."""

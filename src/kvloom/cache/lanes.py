@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses, Move
-from kvloom.cache.keptslots import KeptSlots
 from kvloom.cache.pool import BlockPool
 from kvloom.cache.prefix import PrefixChain, PrefixMatch
 from kvloom.cache.segments import SegmentList
@@ -52,12 +51,12 @@ class LaneTable:
         self.log_counts: SlotValues[np.float32] = SlotValues(lanes, np.float32)  # of sequences with merged tokens
         self.peak_bytes = [0] * max_sequences  # most bytes held since `open`
         self.lossy_until = [-1] * max_sequences  # tokens seen at the last loss, -1 where nothing was lost
-        self._room = [0] * max_sequences  # tokens that fit without any bookkeeping
+        self.room = [0] * max_sequences  # tokens that fit without any bookkeeping
         self._free = list(range(max_sequences - 1, -1, -1))
         self._group_lanes = [np.asarray(group.lanes, np.int64) for group in spec.groups]
-        self._block_bytes = np.zeros(lanes, np.int64)
+        self.block_bytes = np.zeros(lanes, np.int64)
         for group, members in zip(spec.groups, self._group_lanes, strict=True):
-            self._block_bytes[members] = group.block_bytes
+            self.block_bytes[members] = group.block_bytes
         pool.holders.append(self)
 
     # ---- sequences come and go ------------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ class LaneTable:
         self.begin[sequence] = 0
         self.held[sequence] = 0
         self.seen[sequence] = 0
-        self._room[sequence] = 0
+        self.room[sequence] = 0
         self.peak_bytes[sequence] = 0
         self.lossy_until[sequence] = -1
         self.segments.clear(sequence)
@@ -105,7 +104,7 @@ class LaneTable:
         self.log_counts.copy(parent, child)
         row = self.table[child]
         self.pool.arena.share(row[row >= 0])
-        self._room[parent] = self._room[child] = 0
+        self.room[parent] = self.room[child] = 0
         return child
 
     def is_lossy(self, sequence: int) -> bool:
@@ -130,9 +129,9 @@ class LaneTable:
         Windowed lanes first free the blocks that no coming query can see; shared last blocks are copied. Returns
         False when the blocks cannot be had now; then nothing but window blocks has changed.
         """
-        if self._room[sequence] < num_tokens and not self._grow(sequence, num_tokens):
+        if self.room[sequence] < num_tokens and not self._grow(sequence, num_tokens):
             return False
-        self._room[sequence] -= num_tokens
+        self.room[sequence] -= num_tokens
         if sequence in self.positions:
             end = self.begin[sequence] + self.held[sequence]
             seen = int(self.seen[sequence])
@@ -178,7 +177,7 @@ class LaneTable:
         for size, total in needs.items():
             fresh = self.pool.arena.allocate(total, size)
             assert fresh is not None, "the pool promised these blocks"
-            lanes = np.flatnonzero((self._block_bytes == size) & (count > 0))
+            lanes = np.flatnonzero((self.block_bytes == size) & (count > 0))
             number = count[lanes]
             rows = np.repeat(lanes, number)
             columns = np.repeat(first[lanes], number) + ragged_arange(number)
@@ -191,7 +190,7 @@ class LaneTable:
             self.table[sequence, rows, columns] = fresh
         end = self.begin[sequence] + self.held[sequence]
         capacity = (first + count) * self.spec.block_size
-        self._room[sequence] = int((capacity - end).min())
+        self.room[sequence] = int((capacity - end).min())
         self.peak_bytes[sequence] = max(self.peak_bytes[sequence], self.sequence_bytes(sequence))
         return True
 
@@ -239,7 +238,7 @@ class LaneTable:
         gone = (np.arange(row.shape[1]) >= -(-end // size)[:, None]) & (row >= 0)
         self.pool.arena.release(row[gone])
         row[gone] = -1
-        self._room[sequence] = 0
+        self.room[sequence] = 0
 
     def _widen(self, columns: int) -> None:
         """Make the table at least `columns` wide by doubling; rows without a sequence hold anything until `open`.
@@ -276,9 +275,26 @@ class LaneTable:
 
     def publish(self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int) -> None:
         """Enter the full blocks `first .. last - 1` of a sequence that has lost nothing into the prefix index."""
-        size = self.spec.block_size
-        if self.is_lossy(sequence):
-            return  # what is computed from lanes that lost something is no prefix of anything else
+        if not self.is_lossy(sequence):  # what is computed from lanes that lost something is no prefix of anything else
+            self._publish(sequence, chain, tokens, first, last)
+
+    def publish_encoded(
+        self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int, native: PrefixChain
+    ) -> None:
+        """Enter blocks `first .. last - 1`, encoded where lanes are, into the prefix index, under a chain of the store.
+
+        The entries of the `native` chain leave to them what both would list: blocks of windows and of sinks. Nothing
+        happens where tokens were lost.
+        """
+        if sequence not in self.positions:
+            for block, blocks in self._publish(sequence, chain, tokens, first, last):
+                self.pool.index.leave(native, block, blocks)
+
+    def _publish(
+        self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int
+    ) -> list[tuple[int, list[Addresses | None]]]:
+        """Enter blocks into the prefix index; returns each with its addresses by group."""
+        size, found = self.spec.block_size, []
         chain.extend(tokens, size, last)
         for block in range(first, last):
             blocks: list[Addresses | None] = []
@@ -286,46 +302,8 @@ class LaneTable:
                 addresses = self.table[sequence, members, block]
                 blocks.append(addresses if (addresses >= 0).all() else None)
             self.pool.index.publish(chain, block, tokens[block * size : (block + 1) * size], blocks)
-
-    # ---- compaction -----------------------------------------------------------------------------------------------
-
-    def repack(
-        self, sequence: int, lanes: NDArray[np.int64], kept: Ints, unchanged: Ints
-    ) -> tuple[Addresses, Addresses] | None:
-        """Lay out `kept[i]` tokens in lane `lanes[i]`, of which the first `unchanged[i]` blocks stay as they are.
-
-        Later blocks are kept where they are private and replaced where they are shared. Returns the rows [n, C] of
-        the table as they were, and the addresses that are left over: these are still referenced, so that their bytes
-        can be read, and the caller releases them. None, and no change, when the blocks cannot be had now. `begin`
-        becomes 0 and `held` becomes `kept`.
-        """
-        size = self.spec.block_size
-        after = -(-kept // size)
-        arena = self.pool.arena
-        columns = np.arange(self.table.shape[2])[None, :]
-        written = (columns >= unchanged[:, None]) & (columns < after[:, None])
-        before = self.table[sequence, lanes]
-        shared = written & (arena.references(before) > 1)
-        needs: dict[int, int] = {}
-        if shared.any():
-            cost = np.repeat(self._block_bytes[lanes], np.count_nonzero(shared, axis=1))
-            needs = {int(size): int(count) for size, count in zip(*np.unique(cost, return_counts=True), strict=True)}
-            if not self.pool.ensure(needs):
-                return None
-            before = self.table[sequence, lanes]  # blocks may have moved
-        beyond = (columns >= after[:, None]) & (before >= 0)
-        old = [before[shared], before[beyond]]
-        part = before.copy()
-        for block_bytes, count in needs.items():
-            fresh = arena.allocate(count, block_bytes)
-            assert fresh is not None, "the pool promised these blocks"
-            part[shared & (self._block_bytes[lanes] == block_bytes)[:, None]] = fresh
-        part[beyond] = -1
-        self.table[sequence, lanes] = part
-        self.begin[sequence, lanes] = 0
-        self.held[sequence, lanes] = kept
-        self._room[sequence] = 0
-        return before, np.concatenate(old)
+            found.append((block, blocks))
+        return found
 
     def positions_of(self, sequence: int, lane: int) -> Ints:
         """Return the positions [held] of what a lane holds, in slot order."""
@@ -333,21 +311,6 @@ class LaneTable:
         if sequence in self.positions:
             return self.positions[sequence][lane, begin : begin + held].copy()
         return np.arange(begin, begin + held, dtype=np.int32)
-
-    def pack_slots(self, sequence: int, kept: KeptSlots) -> None:
-        """Note that the slots in `kept` were packed to the front of their lanes; starts explicit positions."""
-        if sequence not in self.positions:
-            capacity = self.table.shape[2] * self.spec.block_size
-            self.positions.start(sequence, np.arange(capacity, dtype=np.int32))  # position = slot until now
-        self.note_loss(sequence)
-        self.positions.pack(sequence, kept)
-        self.log_counts.pack(sequence, kept)
-
-    def set_log_counts(self, sequence: int, lane: int, log_count: NDArray[np.float32]) -> None:
-        """Set what is added to the logits of the first slots of a lane that was packed to the front."""
-        if sequence not in self.log_counts:
-            self.log_counts.start(sequence, np.zeros(self.table.shape[2] * self.spec.block_size, np.float32))
-        self.log_counts[sequence][lane, : len(log_count)] = log_count
 
     # ---- holders and checks ---------------------------------------------------------------------------------------
 
@@ -368,7 +331,7 @@ class LaneTable:
     def sequence_bytes(self, sequence: int) -> int:
         """Return the bytes of all blocks of `sequence`, shared ones in full."""
         counts = (self.table[sequence] >= 0).sum(axis=1)
-        return int((counts * self._block_bytes).sum()) + self.segments.extra_bytes(sequence, self.spec)
+        return int((counts * self.block_bytes).sum()) + self.segments.extra_bytes(sequence, self.spec)
 
     def bytes_beyond(self, sequence: int, other: int) -> int:
         """Return the bytes of the blocks of `sequence` that it does not share with `other`."""

@@ -194,6 +194,19 @@ class PrefixIndex:
             if all(own is None for own in blocks):
                 del self._entries[digest]
 
+    def leave(self, chain: PrefixChain, block: int, blocks: Sequence[Addresses | None]) -> None:
+        """Let go of those groups of an entry, if there is one, that list exactly `blocks`: another entry has them."""
+        entry = self._entries.get(chain.digests[block]) if block < len(chain.digests) else None
+        if entry is None:
+            return
+        for group, addresses in enumerate(blocks):
+            own = entry.blocks[group]
+            if own is not None and addresses is not None and np.array_equal(own, addresses):
+                entry.blocks[group] = None
+                self.arena.release(own)
+        if all(own is None for own in entry.blocks):
+            del self._entries[chain.digests[block]]
+
     def clear(self) -> None:
         """Remove every entry and release its blocks."""
         self.forget(list(self._entries))

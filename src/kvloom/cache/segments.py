@@ -6,6 +6,7 @@ A lane is native from end to end until some of its full blocks are encoded. Segm
 last one is always native and open, so that tokens are appended in the model's own precision.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,6 +78,12 @@ class SegmentList:
         """Return whether any block of the sequence is encoded."""
         return bool(self._encoded[sequence])
 
+    def encoded(self, sequence: int) -> Iterator[tuple[int, Segment]]:
+        """Yield each lane with each of its encoded segments."""
+        for lane, segments in self._encoded[sequence].items():
+            for segment in segments:
+                yield lane, segment
+
     def overlaps(self, sequence: int, lane: int, first: int, last: int) -> bool:
         """Return whether any of the columns `first .. last - 1` of a lane is encoded."""
         return any(s.first < last and first < (s.last or last) for s in self._encoded[sequence].get(lane, ()))
@@ -137,9 +144,8 @@ class SegmentList:
     def extra_bytes(self, sequence: int, spec: KVSpec) -> int:
         """Return what the encoded blocks of a sequence cost beyond native ones (negative: they cost less)."""
         total = 0
-        for lane, segments in self._encoded[sequence].items():
-            native = spec.lane_block_bytes(lane)
-            for segment in segments:
-                assert segment.last is not None
-                total += (segment.last - segment.first) * (spec.lane_block_bytes(lane, segment.store) - native)
+        for lane, segment in self.encoded(sequence):
+            assert segment.last is not None
+            saved = spec.lane_block_bytes(lane, segment.store) - spec.lane_block_bytes(lane)
+            total += (segment.last - segment.first) * saved
         return total

@@ -8,7 +8,7 @@ import click
 
 from kvloom.cli.command import Flag
 from kvloom.cli.values import ByteCount, JsonObject, Text, TokenCount
-from kvloom.engine.config import BACKENDS, DTYPES, MAX_KV_BYTES_BY_DEFAULT, EngineConfig
+from kvloom.engine.config import BACKENDS, DTYPES, KV_CACHE_DTYPES, MAX_KV_BYTES_BY_DEFAULT, EngineConfig
 from kvloom.spec.packing import QUANTIZATIONS
 from kvloom.units import format_bytes
 
@@ -84,6 +84,11 @@ ENGINE_FLAGS = [
         "Eviction policy of requests that name none, e.g. 'snapkv(budget=1024)+adaptive'; full evicts nothing.",
         type=Text(),
         metavar="POLICY",
+    ),
+    _flag(
+        "--kv-cache-dtype",
+        "Store of complete blocks of K and V: auto keeps --dtype, int8 has 8 bits and a scale for each token and head.",
+        type=click.Choice(KV_CACHE_DTYPES),
     ),
     _flag(
         "--backend",

@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 
 _MEMORY = "the KV cache lies in the machine's memory; give its size by --kv-cache-memory-bytes"
-_STORE = "K and V are kept in --dtype while a model runs; `kvloom plan` tells what fewer bits would save"
+_STORE = "K and V are stored by --kv-cache-dtype, or by the policy of a request, such as snapkv(budget=1024)+int8"
 _SLOTS = "the KV of a conversation is not written to disk; the prefix cache keeps it while the server runs"
 
 FOREIGN = {
     "--gpu-memory-utilization": _MEMORY,
     "--device-memory-utilization": _MEMORY,
     "--mem-fraction-static": _MEMORY,
-    "--kv-cache-dtype": _STORE,
     "--kv-cache-dtype-skip-layers": _STORE,
     "--kv-bits": _STORE,
     "--kv-group-size": _STORE,

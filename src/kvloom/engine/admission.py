@@ -45,16 +45,13 @@ class Admission:
         Raises `InvalidInputError` for wrong ids and lengths, `UnsupportedError` with every reason why the policy cannot
         run, and `DoesNotFitError` when the request could not run even alone.
         """
-        policy = self.policies.policy_of(kv_policy)
+        spec = self.policies.policy_for(kv_policy)
         self._check_ids(prompt, params, forced)
-        max_tokens = self._max_tokens(prompt, params, forced, policy)
+        max_tokens = self._max_tokens(prompt, params, forced, Policy.of(spec))
         self.processors.processors(params)
         if params.n > self.max_num_seqs:
             raise InvalidInputError(f"n is {params.n}, above max_num_seqs, which is {self.max_num_seqs}")
-        if policy is None:
-            self.capacity.check_tokens(len(prompt) + max_tokens, "the request")
-        else:
-            self.policies.check_policy(policy, prompt, len(prompt) + max_tokens, params.n)
+        self.policies.check_policy(spec, prompt, len(prompt) + max_tokens, params.n)
         return max_tokens
 
     @staticmethod

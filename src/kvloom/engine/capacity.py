@@ -1,8 +1,11 @@
 """Capacity: what fits into the arena, alone and beside what runs. Torch-free."""
 
+from collections.abc import Iterable
+
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Sequence
 from kvloom.errors import DoesNotFitError
+from kvloom.spec.policy import Term
 from kvloom.spec.slabs import longest_request, slabs_of_request, sure_bytes
 from kvloom.units import format_bytes
 
@@ -14,10 +17,10 @@ class Capacity:
         self.lanes = lanes
         self.chunk = chunk
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of blocks, of whatever mixture of sizes, that are sure to fit into the arena once it is evacuated."""
-        return sure_bytes(self.lanes.spec, self.lanes.pool.arena.num_bytes)
+    def sure_bytes(self, stores: Iterable[Term | None]) -> int:
+        """Return the bytes of blocks, native and in `stores`, that are sure to fit into the evacuated arena."""
+        names = {store.name for store in stores if store is not None}
+        return sure_bytes(self.lanes.spec, self.lanes.pool.arena.num_bytes, names)
 
     def check_tokens(self, num_tokens: int, what: str) -> None:
         """Raise `DoesNotFitError` unless one sequence of `num_tokens` fits into the empty arena, in whole slabs."""
@@ -25,9 +28,9 @@ class Capacity:
         if needed > self.lanes.pool.arena.num_slabs:
             self._refuse(self._peak_bytes(num_tokens), num_tokens, what)
 
-    def check_bytes(self, needed: int, num_tokens: int, what: str) -> None:
-        """Raise `DoesNotFitError` unless `needed` bytes for `num_tokens` fit into the empty arena."""
-        if needed > self.num_bytes:
+    def check_bytes(self, needed: int, num_tokens: int, what: str, store: Term | None = None) -> None:
+        """Raise `DoesNotFitError` unless `needed` bytes for `num_tokens`, some in `store`, fit an empty arena."""
+        if needed > self.sure_bytes([store]):
             self._refuse(needed, num_tokens, what)
 
     def _refuse(self, needed: int, num_tokens: int, what: str) -> None:
@@ -55,7 +58,8 @@ class Capacity:
         room, so all of them keep what admission set aside.
         """
         beam = sequence.request.beams is not None and sequence.request.forked
-        return self.is_lossy(sequence) or (beam and sequence.eviction is not None)
+        loses = sequence.eviction is not None or sequence.encoding is not None
+        return self.is_lossy(sequence) or (beam and loses)
 
     def has_room(self, sequence: Sequence, running: list[Sequence]) -> bool:
         """Return whether the rest of the prompt fits beside what running prefills and unpreemptible ones still need.
@@ -64,8 +68,10 @@ class Capacity:
         all that they may come to hold must fit into the arena together, each with blocks of its own.
         """
         assert sequence.row is not None
-        lasting = [self._lasting_bytes(s) for s in (*running, sequence)]
-        if lasting[-1] and sum(lasting) > self.num_bytes:
+        together = [*running, sequence]
+        lasting = [self._lasting_bytes(s) for s in together]
+        stores = [None if s.encoding is None else s.encoding.store for s in together]
+        if lasting[-1] and sum(lasting) > self.sure_bytes(stores):
             return False
         counted = [s for s in running if self.pending_tokens(s) > 1 or self.stays(s)]
         needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
@@ -74,14 +80,21 @@ class Capacity:
         return needed <= free or needed <= free + index.idle_bytes
 
     def _lasting_bytes(self, sequence: Sequence) -> int:
-        """Return the most bytes that a sequence which may lose tokens comes to hold; 0 for all others."""
-        eviction, request = sequence.eviction, sequence.request
-        total = len(request.prompt_token_ids) + request.max_tokens
-        if eviction is None or sequence.row is None or not eviction.occupancy.may_drop(total):
+        """Return the most bytes that a sequence which may become lossy comes to hold; 0 for all others."""
+        eviction, encoding, request = sequence.eviction, sequence.encoding, sequence.request
+        total, rows = len(request.prompt_token_ids) + request.max_tokens, 1 if request.forked else request.params.n
+        if sequence.row is None:
             return 0
-        if self.is_lossy(sequence) and request.forked:
-            return eviction.future_bytes(sequence.row, total, self.chunk)
-        return eviction.occupancy.peak_bytes(total, self.chunk, 1 if request.forked else request.params.n)
+        settled = self.is_lossy(sequence) and request.forked
+        if eviction is not None and eviction.occupancy.may_drop(total):
+            if settled:
+                return eviction.future_bytes(sequence.row, total, self.chunk)
+            return eviction.occupancy.peak_bytes(total, self.chunk, rows)
+        if encoding is None:
+            return 0
+        if settled and self.lanes.seen[sequence.row] >= encoding.prompt_tokens:
+            return encoding.future_bytes(sequence.row, total)
+        return encoding.peak_bytes(total, self.chunk, rows)
 
     def _bytes_to_come(self, sequence: Sequence) -> int:
         assert sequence.row is not None

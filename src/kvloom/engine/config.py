@@ -1,22 +1,28 @@
 """EngineConfig: the options of an engine, and the resolution of "auto" on this machine. Torch-free."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.policies.allowlist import EVERYTHING, AllowList
 from kvloom.registry import nearest
+from kvloom.spec.footprint import request_footprint
+from kvloom.spec.format import SERVED_STORES
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.packing import QUANTIZATIONS
-from kvloom.spec.policy import FULL, PolicySpec
-from kvloom.spec.slabs import longest_request
+from kvloom.spec.policy import FULL, PolicySpec, Term
+from kvloom.spec.search import largest
+from kvloom.spec.slabs import longest_request, sure_bytes
 from kvloom.spec.store import SLAB_BYTES
 from kvloom.units import GIB, format_bytes
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 BACKENDS = ("auto", "cpu", "eager")
 """cpu: fused steps in C++ over packed weights; eager: the reference decoder in torch; auto: cpu where it can."""
+
+KV_CACHE_DTYPES = ("auto", *sorted(SERVED_STORES))
+"""auto: as the model computes them; else the store in which complete blocks of K and V are kept."""
 
 MAX_KV_BYTES_BY_DEFAULT = 4 * GIB
 
@@ -41,6 +47,7 @@ class EngineConfig:
     quantization: str | None = None
     threads: int | None = None
     kv_policy: PolicySpec = FULL
+    kv_cache_dtype: str = "auto"
     allow_kv_policies: AllowList = EVERYTHING
 
     def __post_init__(self) -> None:
@@ -48,6 +55,7 @@ class EngineConfig:
             ("dtype", self.dtype, DTYPES),
             ("backend", self.backend, BACKENDS),
             ("quantization", self.quantization, (None, *QUANTIZATIONS)),
+            ("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES),
         ):
             if value not in known:
                 names = [name for name in known if name is not None]
@@ -70,6 +78,16 @@ class EngineConfig:
                 raise InvalidInputError(f"{name} must be an integer, not {value!r}")
             if value < least:
                 raise InvalidInputError(f"{name} is {value}; it must be at least {least}")
+
+    @property
+    def kv_store(self) -> Term | None:
+        """The store of requests whose policy has none; None for the native one."""
+        return None if self.kv_cache_dtype == "auto" else PolicySpec.parse(self.kv_cache_dtype).store
+
+    @property
+    def stored_policy(self) -> PolicySpec:
+        """The policy of requests that name none, with its store."""
+        return self.kv_policy if self.kv_policy.store is not None else replace(self.kv_policy, store=self.kv_store)
 
     def resolve_dtype(self) -> str:
         """Return the dtype to run in: bfloat16 where the processor computes in it, else float32."""
@@ -97,7 +115,7 @@ class EngineConfig:
             raise InvalidInputError(
                 f"max_model_len is {self.max_model_len}; the model was made for at most {max_position} positions"
             )
-        fits = min(longest_request(spec, kv_bytes, self.max_num_batched_tokens), max_position)
+        fits = min(self._longest_request(spec, kv_bytes), max_position)
         if fits < 2:
             raise DoesNotFitError(
                 f"a KV cache of {format_bytes(kv_bytes)} holds {fits} tokens of this model "
@@ -114,6 +132,15 @@ class EngineConfig:
                 f"there are {format_bytes(kv_bytes)}. Lower --max-model-len to {fits} or raise --kv-cache-memory-bytes"
             )
         return self.max_model_len
+
+    def _longest_request(self, spec: KVSpec, kv_bytes: int) -> int:
+        """Return the longest request that fits alone if all of it but a token is the prompt."""
+        chunk, store = self.max_num_batched_tokens, self.stored_policy.store
+        native = longest_request(spec, kv_bytes, chunk)
+        if store is None:
+            return native
+        sure, policy = sure_bytes(spec, kv_bytes, [store.name]), PolicySpec(store=store)
+        return largest(lambda n: request_footprint(spec, policy, n - 1, 1, chunk).peak.high <= sure, 2, native) or 0
 
 
 def processor_has_bfloat16() -> bool:

@@ -12,6 +12,7 @@ from kvloom.engine.admission import Admission
 from kvloom.engine.answers import Answers
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.beamsteps import BeamSteps
+from kvloom.engine.encodings import Encodings
 from kvloom.engine.evictions import Evictions
 from kvloom.engine.kvpolicies import KVPolicies
 from kvloom.engine.logits_processors import ProcessorFactory
@@ -28,8 +29,7 @@ from kvloom.errors import InvalidInputError
 from kvloom.kernels.threads import one_torch_thread
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.policies.allowlist import EVERYTHING, AllowList
-from kvloom.spec.policy import FULL, PolicySpec
-from kvloom.spec.store import STORES
+from kvloom.spec.policy import FULL, PolicySpec, Term
 
 LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
 """Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
@@ -49,11 +49,13 @@ class Engine:
         seed: int = 0,
         kv_policy: PolicySpec = FULL,
         allow_kv_policies: AllowList = EVERYTHING,
+        kv_store: Term | None = None,
         max_position: int | None = None,
     ) -> None:
         """Take requests of up to `max_model_len` tokens; under a policy that evicts, of up to `max_position`.
 
-        `kv_policy` is the policy of requests that name none; they may name those in `allow_kv_policies`.
+        `kv_policy` is the policy of requests that name none; they may name those in `allow_kv_policies`. `kv_store` is
+        the store of all whose policy has none.
         """
         self.runner = runner
         self.scheduler = scheduler
@@ -70,10 +72,12 @@ class Engine:
             scheduler,
             own=kv_policy,
             allowed=allow_kv_policies,
+            store=kv_store,
             token_kinds=None if facts is None else facts.kinds,
             replay_instruction=None if facts is None else facts.replay_instruction,
         )
         self.evictions = Evictions(runner, scheduler)
+        self.encodings = Encodings(runner.cache.encoder, scheduler)
         self.admission = Admission(
             self.policies,
             self.processors,
@@ -155,7 +159,7 @@ class Engine:
             length_class=self.runner.model.config.length_class(len(prompt_token_ids) + max_tokens),
         )
         request.processors = self.processors.processors(params)
-        self.policies.start(self.policies.policy_of(kv_policy), request.sequences[0])
+        self.policies.start(self.policies.policy_for(kv_policy), request.sequences[0])
         self.scheduler.queues.enqueue(request.sequences[0])
         self.answers.start_text(request.sequences[0])
         self.num_arrived += 1
@@ -227,6 +231,7 @@ class Engine:
             self.scheduler.prefixes.publish(work)
             traffic = Traffic(self.cache, work)
             failed = self.evictions.evict(work)
+            self.encodings.encode(work)
             traffic.returned(self.cache)
             draws += self._branch(draws, forward)
             self.answers.settle(draws, failed)
@@ -308,16 +313,12 @@ class Engine:
     def output(self, request: Request) -> RequestOutput:
         """Return a snapshot of a request, complete or so far."""
         self._note_bytes(request)
-        return output_of(request, self._bits)
+        return output_of(request)
 
     def kv_usage(self, request: Request) -> KVUsage:
         """Return a request's present and peak usage of the cache, without a copy of its tokens."""
         self._note_bytes(request)
-        return kv_usage_of(request, self._bits)
-
-    @property
-    def _bits(self) -> float:
-        return float(STORES.get(self.cache.spec.store).bits)
+        return kv_usage_of(request)
 
     def _note_bytes(self, request: Request) -> None:
         for sequence in request.sequences:

@@ -9,11 +9,13 @@ from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
 from kvloom.errors import UnsupportedError
 from kvloom.policies.allowlist import AllowList
+from kvloom.policies.encoding import Encoding, encoded_peak
 from kvloom.policies.eviction import Eviction
 from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.policy import Policy
 from kvloom.policies.tokenkinds import TokenKinds
-from kvloom.spec.policy import PolicySpec
+from kvloom.spec.encoding import encoding_refusals
+from kvloom.spec.policy import FULL, PolicySpec, Term
 
 
 class KVPolicies:
@@ -26,12 +28,19 @@ class KVPolicies:
         *,
         own: PolicySpec,
         allowed: AllowList,
+        store: Term | None,
         token_kinds: Callable[[], TokenKinds] | None,
         replay_instruction: Callable[[Seq[int]], list[int]] | None,
     ) -> None:
-        """Requests that name no policy get `own`; raises as `Policy.of` does where that cannot be."""
-        Policy.of(own)
-        self.own = own
+        """Requests that name no policy get `own`, and those whose policy has no store get `store`.
+
+        Raises as `Policy.of` does where the own policy cannot be.
+        """
+        self.store = store
+        self.own = self._stored(own)
+        Policy.of(self.own)
+        if reasons := encoding_refusals(self.own, runner.cache.spec):
+            raise UnsupportedError(f"policy {self.own}", reasons)
         self.allowed = allowed
         self.runner = runner
         self.scheduler = scheduler
@@ -46,34 +55,45 @@ class KVPolicies:
             replay_instruction=replay_instruction,
         )
 
-    def policy_of(self, asked: PolicySpec | None) -> Policy | None:
-        """Return the policy of a request that asks for `asked`, the engine's own for None; None keeps everything.
+    def _stored(self, spec: PolicySpec) -> PolicySpec:
+        return spec if self.store is None or spec.store is not None else replace(spec, store=self.store)
 
-        Raises `UnsupportedError` for what is not allowed or possible, and as `Policy.of` does.
+    def policy_for(self, asked: PolicySpec | None) -> PolicySpec:
+        """Return the policy of a request that asks for `asked`, the engine's own for None.
+
+        Raises `UnsupportedError` for what is not allowed, and as `Policy.of` does.
         """
         if asked is None:
-            return Policy.of(self.own)
+            return self.own
         self.allowed.check(asked, self.own)
-        return Policy.of(asked)
+        spec = self._stored(asked)
+        Policy.of(spec)
+        return spec
 
-    def check_policy(self, policy: Policy, prompt: Seq[int], num_tokens: int, sequences: int) -> None:
-        """Raise unless a request of `num_tokens` under `policy` can run on this engine when it is alone.
+    def check_policy(self, spec: PolicySpec, prompt: Seq[int], num_tokens: int, sequences: int) -> None:
+        """Raise unless a request of `num_tokens` under `spec` can run on this engine when it is alone.
 
         `UnsupportedError` has every reason; `DoesNotFitError` the numbers.
         """
-        cache = self.runner.cache
-        reasons = [*policy.refusals(cache.spec, len(prompt), self.facts), *self._unlike_weights(policy)]
-        if policy.needs.replay and len(cache.lanes.seen) <= self.scheduler.max_num_seqs:
-            reasons.append("a replay takes one sequence more in the lane table than max_num_seqs; there is none")
+        policy, cache, capacity = Policy.of(spec), self.runner.cache, self.scheduler.capacity
+        reasons = encoding_refusals(spec, cache.spec)
+        if policy is not None:
+            reasons += [*policy.refusals(cache.spec, len(prompt), self.facts), *self._unlike_weights(policy)]
+            if policy.needs.replay and len(cache.lanes.seen) <= self.scheduler.max_num_seqs:
+                reasons.append("a replay takes one sequence more in the lane table than max_num_seqs; there is none")
         if reasons:
-            raise UnsupportedError(f"policy {policy.spec}", reasons)
-        eviction = Eviction(policy, cache, self.facts, prompt, len(prompt))
-        what = f"the request with {policy.spec}"
-        if not eviction.occupancy.may_drop(num_tokens):
-            self.scheduler.capacity.check_tokens(num_tokens, what)
+            raise UnsupportedError(f"policy {spec}", reasons)
+        what = "the request" if spec == FULL else f"the request with {spec}"
+        occupancy = None if policy is None else Eviction(policy, cache, self.facts, prompt, len(prompt)).occupancy
+        if occupancy is not None and occupancy.may_drop(num_tokens):
+            needed = occupancy.peak_bytes(num_tokens, capacity.chunk, sequences)
+        elif spec.store is not None:
+            output = num_tokens - len(prompt)
+            needed = encoded_peak(cache.spec, spec.store, len(prompt), output, capacity.chunk, sequences)
+        else:
+            capacity.check_tokens(num_tokens, what)
             return
-        needed = eviction.occupancy.peak_bytes(num_tokens, self.scheduler.max_num_batched_tokens, sequences)
-        self.scheduler.capacity.check_bytes(needed, num_tokens, what)
+        capacity.check_bytes(needed, num_tokens, what, spec.store)
 
     def _unlike_weights(self, policy: Policy) -> list[str]:
         """Return why attention weights that `policy` would compute from queries and keys are not the model's own."""
@@ -83,8 +103,12 @@ class KVPolicies:
         name = policy.spec.selector.name
         return [f"{name} scores by softmax(q.k), and scores of this model have {term}" for term in config.score_terms]
 
-    def start(self, policy: Policy | None, sequence: Sequence) -> None:
-        """Put `policy` in charge of the first sequence of a request; nothing for None."""
+    def start(self, spec: PolicySpec, sequence: Sequence) -> None:
+        """Put `spec` in charge of the first sequence of a request."""
+        policy = Policy.of(spec)
+        if spec.store is not None:
+            prompt, lanes = len(sequence.request.prompt_token_ids), self.runner.cache.lanes
+            sequence.encoding = Encoding(spec.store, lanes, prompt, sequence.chain.salt)
         if policy is not None:
             request, model, facts = sequence.request, self.runner.model, self.facts
             if request.length_class:

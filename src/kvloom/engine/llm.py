@@ -85,6 +85,7 @@ class LLM:
         quantization: str | None = None,
         threads: int | None = None,
         kv_policy: str | PolicySpec | None = None,
+        kv_cache_dtype: str = "auto",
         allow_kv_policies: Seq[str] | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
         populate: bool = True,
@@ -102,13 +103,14 @@ class LLM:
             quantization=quantization,
             threads=threads,
             kv_policy=FULL if kv_policy is None else read_policy(kv_policy),
+            kv_cache_dtype=kv_cache_dtype,
             allow_kv_policies=read_allow_list(allow_kv_policies),
         )
         if not isinstance(model, str | os.PathLike):
             raise InvalidInputError(f"model must be a name or a path, not {type(model).__name__}")
         if threads is not None:
             set_threads(threads)
-        Policy.of(config.kv_policy)  # one that cannot run is refused before anything is loaded
+        Policy.of(config.stored_policy)  # one that cannot run is refused before anything is loaded
         checkpoint = open_checkpoint(os.fspath(model), revision=revision, overrides=hf_overrides)
         self.model = checkpoint.name
         self.generation_config = checkpoint.generation_config
@@ -150,6 +152,7 @@ class LLM:
             eos_token_ids=checkpoint.config.eos_token_ids,
             seed=seed,
             kv_policy=config.kv_policy,
+            kv_store=config.kv_store,
             allow_kv_policies=config.allow_kv_policies,
             max_position=config.max_model_len or checkpoint.config.max_position,
         )

@@ -25,7 +25,8 @@ class KVUsage:
 
     `bytes_now` and `bytes_peak` count whole blocks of all its sequences, shared ones once for each sequence;
     `cached_tokens` of the prompt came from the prefix index; `evicted_tokens` sums over lanes what a policy dropped.
-    `method` is the policy in its canonical spelling, `note` says what it kept from happening (an unused prefix).
+    `bits_per_element` are those of the blocks as they are stored, scales included, mean of its sequences. `method` is
+    the policy in its canonical spelling, `note` says what it did to the use of cached prefixes.
     """
 
     bytes_now: int
@@ -81,25 +82,24 @@ def completion_of(sequence: Sequence) -> CompletionOutput:
     )
 
 
-def kv_usage_of(request: Request, bits_per_element: float) -> KVUsage:
+def kv_usage_of(request: Request) -> KVUsage:
     """Return the KV cache usage of `request`, as last noted by the scheduler."""
     sequences = request.sequences
-    eviction = sequences[0].eviction
     return KVUsage(
         bytes_now=sum(s.kv_bytes for s in sequences),
         bytes_peak=sum(s.kv_peak_bytes for s in sequences),
         cached_tokens=sequences[0].num_cached_tokens,
         evicted_tokens=sum(s.eviction.evicted_tokens for s in sequences if s.eviction is not None),
         preemptions=sum(s.num_preemptions for s in sequences),
-        bits_per_element=bits_per_element,
-        method="full" if eviction is None else str(eviction.policy.spec),
+        bits_per_element=sum(s.kv_bits for s in sequences) / len(sequences),
+        method=sequences[0].kv_method,
         shortest_lane=min(s.kv_spread[0] for s in sequences),
         longest_lane=max(s.kv_spread[1] for s in sequences),
         note=_note(request),
     )
 
 
-def output_of(request: Request, bits_per_element: float) -> RequestOutput:
+def output_of(request: Request) -> RequestOutput:
     """Return a snapshot of `request`."""
     return RequestOutput(
         request_id=request.request_id,
@@ -107,7 +107,7 @@ def output_of(request: Request, bits_per_element: float) -> RequestOutput:
         prompt_token_ids=request.prompt_token_ids,
         outputs=[completion_of(s) for s in request.sequences],
         finished=request.finished,
-        kv=kv_usage_of(request, bits_per_element),
+        kv=kv_usage_of(request),
         prompt_logprobs=request.prompt_logprobs,
         metrics={name: value for name, value in asdict(request.timing).items() if value is not None},
         error=None if request.error is None else str(request.error),
@@ -115,8 +115,10 @@ def output_of(request: Request, bits_per_element: float) -> RequestOutput:
 
 
 def _note(request: Request) -> str | None:
-    """Return why the prefix cache was not used for this request as far as it could be, None when it was."""
-    eviction = request.sequences[0].eviction
+    """Return why the prefix cache was not used as far as it could be, or was used with a loss; None for neither."""
+    eviction, encoding = request.sequences[0].eviction, request.sequences[0].encoding
+    if encoding is not None and encoding.cached_tokens:
+        return f"the {encoding.cached_tokens} tokens from the prefix cache were in {encoding.store.name}"
     if eviction is None or eviction.schedule.usable_prefix >= len(request.prompt_token_ids):
         return None
     name, usable = eviction.policy.spec.selector.name, eviction.schedule.usable_prefix

@@ -15,15 +15,25 @@ class Prefixes:
         self.hits = 0
 
     def adopt(self, sequence: Sequence) -> None:
-        """Start the sequence from cached blocks; at least its last token is left to compute."""
+        """Start the sequence from cached blocks, encoded ones if these are more; its last token is left to compute."""
+        if sequence.encoding is not None:
+            sequence.encoding.restart()
         if not self.enabled or sequence.request.prompt_logprobs is not None:
             return
         limit = len(sequence.token_ids) - 1
         if sequence.eviction is not None:
             limit = min(limit, sequence.eviction.schedule.usable_prefix)
         match = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
+        assert sequence.row is not None
+        encoding = sequence.encoding
+        if encoding is not None and sequence.eviction is None:
+            limit = min(limit, encoding.usable_prefix(len(sequence.token_ids)))
+            encoded = self.lanes.pool.index.match(sequence.token_ids, encoding.chain, limit)
+            if encoded.num_blocks > match.num_blocks:
+                self.lanes.adopt(sequence.row, encoded)
+                encoding.adopt(sequence.row, encoded.num_blocks)
+                return
         if match.num_blocks:
-            assert sequence.row is not None
             self.lanes.adopt(sequence.row, match)
 
     def note_adopted(self, sequence: Sequence, cached: int) -> None:
@@ -48,10 +58,24 @@ class Prefixes:
                 self.lanes.publish(sequence.row, sequence.chain, tokens, first, closed)
                 sequence.num_published = closed
 
+    def publish_encoded(self, sequence: Sequence) -> None:
+        """Enter the blocks of a sequence that are encoded in all lanes into the prefix index, under its store."""
+        encoding = sequence.encoding
+        if not self.enabled or encoding is None or sequence.row is None:
+            return
+        first, last = encoding.num_published, int(encoding.done.min())
+        if last > first:
+            tokens = sequence.token_ids
+            self.lanes.publish_encoded(sequence.row, encoding.chain, tokens, first, last, sequence.chain)
+            encoding.num_published = last
+
     def forget(self, sequence: Sequence) -> bool:
         """Drop the entries of the sequence's own blocks; False when it has none."""
-        if not sequence.num_published:
-            return False
-        self.lanes.pool.index.forget(sequence.chain.digests[: sequence.num_published])
+        index, encoding = self.lanes.pool.index, sequence.encoding
+        found = bool(sequence.num_published)
+        index.forget(sequence.chain.digests[: sequence.num_published])
         sequence.num_published = 0
-        return True
+        if encoding is not None and encoding.num_published:
+            index.forget(encoding.chain.digests[: encoding.num_published])
+            encoding.num_published, found = 0, True
+        return found

@@ -2,6 +2,7 @@
 
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Request, Sequence, Status
+from kvloom.spec.store import STORES
 
 
 def service_order(sequence: Sequence) -> tuple[tuple[int, int], int]:
@@ -17,12 +18,16 @@ class Queues:
         groups = lanes.spec.groups
         whole = [group for group in groups if group.window is None] or groups
         self._spread_lanes = [lane for group in whole for lane in group.lanes]  # lanes whose length a policy decides
+        self._native_bits = STORES.get(lanes.spec.store).bits
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
     def enqueue(self, sequence: Sequence) -> None:
         """Let a sequence without a row wait for its turn."""
+        if sequence.encoding is not None:
+            sequence.encoding.restart()
+        sequence.kv_bits = sequence.kv_bits or self._native_bits
         sequence.status = Status.WAITING
         self.waiting.append(sequence)
         self.waiting.sort(key=service_order)
@@ -74,6 +79,8 @@ class Queues:
         if leader.eviction is not None:
             seed = request.seed + (child.index if request.beams is None else 0)
             child.eviction = leader.eviction.fork(child.token_ids, seed)
+        if leader.encoding is not None:
+            child.encoding = leader.encoding.fork()
         if leader.row is None:
             self.enqueue(child)
         else:
@@ -93,6 +100,8 @@ class Queues:
                 before = child.eviction.evicted_tokens
                 child.eviction = parent.eviction.fork(child.token_ids, parent.eviction.record.seed)
                 child.eviction.evicted_tokens = before
+            if parent.encoding is not None:
+                child.encoding = parent.encoding.fork()
             if child.row is not None:
                 self._close(child)
             if parent.row is not None and child.status is Status.RUNNING:
@@ -109,6 +118,8 @@ class Queues:
         self.note_bytes(sequence)
         self.lanes.close(sequence.row)
         self.lanes.pool.index.touch(sequence.chain.digests[: sequence.num_published])
+        if sequence.encoding is not None:
+            self.lanes.pool.index.touch(sequence.encoding.chain.digests[: sequence.encoding.num_published])
         sequence.row = None
         sequence.kv_bytes = 0
 
@@ -116,6 +127,9 @@ class Queues:
         """Bring the KV bytes, now and at peak, of a running sequence up to date."""
         assert sequence.row is not None
         sequence.kv_bytes = self.lanes.sequence_bytes(sequence.row)
+        sequence.kv_bits = self._native_bits
+        if sequence.encoding is not None:
+            sequence.kv_bits = sequence.encoding.bits_per_element(sequence.row)
         held = self.lanes.held[sequence.row, self._spread_lanes]
         sequence.kv_spread = (int(held.min()), int(held.max()))
         sequence.kv_peak_bytes = max(sequence.kv_peak_bytes, self.lanes.peak_bytes[sequence.row], sequence.kv_bytes)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvloom.engine.detokenizer import IncrementalDetokenizer
     from kvloom.engine.logits_processors import LogitsProcessor
     from kvloom.engine.occurrences import Occurrences
+    from kvloom.policies.encoding import Encoding
     from kvloom.policies.eviction import Eviction
 
 
@@ -50,7 +51,8 @@ class Sequence:
     """One answer: its tokens, its row set in the lane table while it runs, and why it ended.
 
     `token_ids` holds prompt and output; `row` is None unless running. `num_published` blocks are in the prefix index.
-    `eviction` is the cache policy at work on it, if there is one; `kv_spread` its shortest and longest lane.
+    `eviction` and `encoding` carry out its cache policy, where that evicts and where it has a store; `kv_spread` are
+    its shortest and longest lane, `kv_bits` the bits per element of its blocks, as last noted.
     `occurrences` counts its tokens where penalties ask for it.
     """
 
@@ -66,7 +68,9 @@ class Sequence:
     kv_bytes: int = 0
     kv_peak_bytes: int = 0
     kv_spread: tuple[int, int] = (0, 0)
+    kv_bits: float = 0.0
     eviction: "Eviction | None" = None
+    encoding: "Encoding | None" = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
@@ -74,6 +78,13 @@ class Sequence:
     detokenizer: "IncrementalDetokenizer | None" = None
     processors: "list[LogitsProcessor]" = field(default_factory=list)
     occurrences: "Occurrences | None" = None
+
+    @property
+    def kv_method(self) -> str:
+        """Cache policy in its canonical spelling."""
+        if self.eviction is not None:
+            return str(self.eviction.policy.spec)
+        return "full" if self.encoding is None else str(self.encoding)
 
     @property
     def output_token_ids(self) -> list[int]:

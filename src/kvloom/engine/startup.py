@@ -19,7 +19,7 @@ def engine_figures(llm: LLM) -> dict[str, Any]:
         llm.max_model_len - output,
         output,
         llm.config.max_num_seqs,
-        llm.config.kv_policy,
+        llm.config.stored_policy,
         llm.dtype,
         block_size=cache.spec.block_size,
         chunk=llm.config.max_num_batched_tokens,

@@ -10,8 +10,9 @@ from kvloom.plan.memory import Memory
 from kvloom.plan.question import DEFAULT_BLOCK_SIZE, DEFAULT_CHUNK, Question
 from kvloom.spec.catalogue import catalogue_entry, find_in_catalogue
 from kvloom.spec.conflicts import conflicts
+from kvloom.spec.encoding import encoding_refusals
 from kvloom.spec.footprint import replay_tokens
-from kvloom.spec.format import SERVED_STORES
+from kvloom.spec.format import store_format
 from kvloom.spec.policy import FULL
 from kvloom.spec.store import SLAB_BYTES
 
@@ -47,8 +48,7 @@ def serve_refusals(asked: Question) -> list[str]:
 def policy_refusals(asked: Question) -> list[str]:
     """Return every reason why the engine cannot run the cache policy of `asked` on its model."""
     policy, model, reasons = asked.policy, asked.model, []
-    if policy.store is not None and policy.store.name not in SERVED_STORES:
-        reasons.append(f"store {policy.store.name} is planned only: it is not served yet")
+    reasons += encoding_refusals(policy, asked.whole_kv)
     if not policy.evicts or not model.kv_layers:
         return reasons
     name = policy.selector.name
@@ -89,8 +89,11 @@ def served_name(model: str) -> str:
 def arena_bytes(asked: Question) -> int:
     """Return the `--kv-cache-memory-bytes` for all users of `asked`: whole slabs, and one more for each block size."""
     kv = asked.whole_kv
-    sizes = 1 if kv is None else len({group.block_bytes for group in kv.groups})
-    return (-(-Memory(asked).kv_bytes(asked) // SLAB_BYTES) + sizes) * SLAB_BYTES
+    sizes = set() if kv is None else {group.block_bytes for group in kv.groups}
+    if kv is not None and asked.policy.store is not None:
+        name = asked.policy.store.name
+        sizes |= {store_format(name).block_bytes(kv.block_size, x.k_width, x.v_width) for x in kv.sets}
+    return (-(-Memory(asked).kv_bytes(asked) // SLAB_BYTES) + max(1, len(sizes))) * SLAB_BYTES
 
 
 def serve_command(asked: Question, model: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from kvloom.plan.memory import Memory, footprint_of
 from kvloom.plan.process import Process
 from kvloom.plan.question import Question
+from kvloom.spec.policy import FULL
 from kvloom.spec.search import largest
 from kvloom.spec.slabs import longest_request, sure_bytes
 from kvloom.spec.store import SLAB_BYTES
@@ -22,7 +23,8 @@ def start_figures(asked: Question, arena_bytes: int) -> dict[str, Any]:
     """
     process, kv = Process(asked), asked.whole_kv
     assert kv is not None, "a model that runs has keys and values"
-    room = sure_bytes(kv, arena_bytes)
+    stores = [] if asked.policy.store is None else [asked.policy.store.name]
+    room = sure_bytes(kv, arena_bytes, stores)
     parts = {
         "weight_bytes": process.weights, "activation_bytes": process.activations, "tokenizer_bytes": process.tokenizer,
         "runtime_bytes": process.runtime, "loading_bytes": process.loading,
@@ -48,7 +50,7 @@ def _longest(asked: Question, arena_bytes: int, room: int) -> int:
     """Return the tokens of the longest request that fits alone and that the model was made for."""
     kv, most = asked.whole_kv, asked.model.max_position or 1 << 30
     assert kv is not None
-    if not asked.policy.evicts:
+    if asked.policy == FULL:
         return min(most, longest_request(kv, arena_bytes, asked.chunk))
     return largest(lambda tokens: footprint_of(_split(asked, tokens)).peak.high <= room, 1, most) or 0
 

@@ -14,6 +14,7 @@ from kvloom.policies.refinement import REFINEMENTS, Refinement
 from kvloom.policies.replay import HINT
 from kvloom.policies.scorer import RULES, Rule, Selector
 from kvloom.spec.conflicts import conflicts
+from kvloom.spec.encoding import encoding_refusals
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.method import METHODS
 from kvloom.spec.needs import Needs
@@ -130,13 +131,11 @@ class Policy:
 def _build(spec: PolicySpec) -> Policy | None:
     plugins.load_all()
     what = f"policy {str(spec)!r}"
-    if spec.store is not None:
-        raise UnsupportedError(what, [f"store {spec.store.name} cannot be served yet; leave it out"])
-    if not spec.evicts:
-        return None
-    reasons = conflicts(spec)
+    reasons = [*encoding_refusals(spec), *(conflicts(spec) if spec.evicts else [])]
     if reasons:
         raise UnsupportedError(what, reasons)
+    if not spec.evicts:
+        return None
     rule = RULES.get(spec.selector.name)(dict(spec.selector.args))
     policy = Policy(
         spec=spec,

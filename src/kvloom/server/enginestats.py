@@ -7,9 +7,11 @@ from kvloom.engine.engine import Engine
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and what is in use now. `kv_bytes_in_use` are held by requests, `_cached` only by
-    the prefix index, `_stranded` by partly filled slabs. `kv_bytes_by_policy` counts blocks that are shared once for
-    each sequence, `kv_bits_per_token` is what running sequences hold over the tokens that they have seen, and
+    """Counters since the start, and what is in use now.
+
+    `kv_bytes_in_use` are held by requests, `_by_store` the same by store, `_cached` held by the prefix index alone,
+    `_stranded` by partly filled slabs; `store` is the native one. `kv_bytes_by_policy` counts blocks that are shared
+    once for each sequence, `kv_bits_per_token` is what running sequences hold over the tokens that they have seen, and
     `lane_spread` the largest difference of the lengths of one sequence's lanes, in tokens.
     """
 
@@ -28,6 +30,7 @@ class EngineStats:
     kv_bytes_peak: int
     kv_bytes_stranded: int
     store: str
+    kv_bytes_by_store: dict[str, int]
     kv_bytes_by_policy: dict[str, int]
     kv_bits_per_token: float
     lane_spread: int
@@ -47,8 +50,7 @@ def read_stats(engine: Engine) -> EngineStats:
         if sequence.row is None:
             continue
         scheduler.queues.note_bytes(sequence)
-        eviction = sequence.eviction
-        policy = "full" if eviction is None else str(eviction.policy.spec)
+        policy = sequence.kv_method
         by_policy[policy] = by_policy.get(policy, 0) + sequence.kv_bytes
         seen += int(cache.lanes.seen[sequence.row])
         spread = max(spread, sequence.kv_spread[1] - sequence.kv_spread[0])
@@ -68,6 +70,7 @@ def read_stats(engine: Engine) -> EngineStats:
         kv_bytes_peak=cache.arena.peak_bytes,
         kv_bytes_stranded=cache.arena.stranded_bytes,
         store=cache.spec.store,
+        kv_bytes_by_store=cache.bytes_by_store(),
         kv_bytes_by_policy=by_policy,
         kv_bits_per_token=8.0 * sum(by_policy.values()) / seen if seen else 0.0,
         lane_spread=spread,

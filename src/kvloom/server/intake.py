@@ -41,7 +41,7 @@ class Intake:
         Raises `Refusal` `context_length_exceeded`, and the engine's own errors for what can never run.
         """
         try:
-            forgets = self._engine.policies.policy_of(policy) is not None
+            forgets = self._engine.policies.policy_for(policy).evicts
         except KvloomError as error:
             raise bad_field("kv_policy", str(error), "unsupported") from None
         longest = self._engine.max_position if forgets else self._engine.max_model_len

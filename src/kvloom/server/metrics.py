@@ -217,7 +217,10 @@ class _Exposition(Collector):
             yield self._metric(name, doc, "counter", name + "_total", read(self.stats))
         in_use = self._metric("kv_bytes", "Bytes that requests hold, by store.", "gauge", "kv_bytes", 0.0)
         labels = {**self.labels, "store": self.stats.store}
-        in_use.samples = [Sample(OWN + "kv_bytes", labels, float(self.stats.kv_bytes_in_use))]
+        in_use.samples = [
+            Sample(OWN + "kv_bytes", {**self.labels, "store": store}, float(count))
+            for store, count in self.stats.kv_bytes_by_store.items()
+        ]
         yield in_use
         by_policy = self._metric("request_kv_bytes", "Bytes of running sequences, by policy.", "gauge", "", 0.0)
         by_policy.samples = [

@@ -44,7 +44,7 @@ class Service:
         spec = self.engine.cache.spec
         cache_config = {
             "block_size": str(spec.block_size),
-            "cache_dtype": spec.store,
+            "cache_dtype": spec.store if self.engine.policies.store is None else self.engine.policies.store.name,
             "enable_prefix_caching": str(self.engine.scheduler.prefixes.enabled),
             "kv_cache_memory_bytes": str(self.engine.cache.arena.num_bytes),
             "max_model_len": str(self.engine.max_model_len),

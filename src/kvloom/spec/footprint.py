@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvloom.errors import InvalidInputError
 from kvloom.spec.bounds import Bounds
+from kvloom.spec.keptlengths import KeptLengths
 from kvloom.spec.kv import ATTENTION, KVSpec, LaneGroup
 from kvloom.spec.lanestore import LaneStore, lane_store
 from kvloom.spec.policy import PolicySpec
@@ -36,7 +37,7 @@ class Footprint:
         """Return the most bytes of `sequences` that share a prompt and then continue, each with its own blocks."""
         if sequences == 1:
             return self.peak.high
-        return max(self.prefill.high, sequences * max(self.settled.high, self.decode.high))
+        return max(self.peak.high, sequences * max(self.settled.high, self.decode.high))
 
 
 def held_bytes(kv: KVSpec, policy: PolicySpec, held: Sequence[int], seen: int) -> int:
@@ -83,18 +84,23 @@ def request_footprint(
         if term.name == "chunk":  # no step goes beyond the next point at which the policy acts
             chunk = min(chunk, term.number("tokens"))
     zero = Bounds(0, 0)
-    prefill, settled, end, decode = zero, zero, zero, zero
+    prefill, settled, end, decode, turning = zero, zero, zero, zero, zero
     for group, rule in _parts(kv, policy, layers):
         if group.window is not None:
             moments = _windowed(kv, rule, group, prompt, output, chunk)
         else:
             moments = _evicting(kv, rule, group, prompt, output, chunk, layers)
+            if policy.store is not None and policy.store.get("encode") == "after":
+                kept = _kept(kv, rule, group, prompt, prompt, layers)
+                turning += kept.turning(kv, group, lane_store(kv, group, rule))
         a, b, c, d = moments
+        if group.window is not None:
+            turning += b
         prefill, settled, end, decode = prefill + a, settled + b, end + c, decode + d
     replay = replay_tokens(policy, prompt) if replay is None else replay
     again = _replay_bytes(kv, replay)
     prefill = Bounds(prefill.low, prefill.high + again)
-    peak = prefill.union(settled).union(decode)
+    peak = prefill.union(settled).union(decode).union(turning)
     if not policy.evicts and policy.store is None:
         written = prompt + max(0, output - 1)
         peak = Bounds(kv.step_bytes(written - 1, written), kv.request_bytes(prompt + output, chunk))
@@ -133,7 +139,7 @@ def future_bytes(
         by_layer = dict(zip(group.layers, ceiling, strict=True))
         for lane in group.lanes:
             now = held[lane]
-            found += store.most(now, max(now, min(now + total - seen, by_layer[kv.lane_layer[lane]])))
+            found += store.peak(now, max(now, min(now + total - seen, by_layer[kv.lane_layer[lane]])))
     return found
 
 
@@ -233,48 +239,6 @@ def _evicting(
     return most, settled, end, decode
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Tokens that the lanes of a group hold: from `low` to `high` per layer where lengths are known, else totals."""
-
-    low: tuple[int, ...]
-    high: tuple[int, ...]
-    low_total: int
-    high_total: int
-    least: int
-    most: int
-
-    def plus(self, tokens: int, limit: int, lanes: int) -> "_Kept":
-        """Return the lengths when up to `tokens` more are held on top in `lanes` lanes, none above `limit`."""
-        return _Kept(self.low, tuple(min(limit, n + tokens) for n in self.high), self.low_total,
-                     self.high_total + lanes * tokens, self.least, min(limit, self.most + tokens))
-
-    def bounds(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
-        """Return bounds of the bytes of the group, over all lengths from `low` to `high`."""
-        if not self.high:
-            return self._ragged(group, store)
-        low = high = 0
-        for a, b, layer in zip(self.low, self.high, group.layers, strict=True):
-            lanes = kv.layers[layer].num_lanes
-            low += lanes * store.fewest(a, b)
-            high += lanes * store.most(a, b)
-        return Bounds(low, high)
-
-    def highest(self, kv: KVSpec, group: LaneGroup, store: LaneStore) -> Bounds:
-        """Return the most bytes of the group while its lanes grow to their lengths."""
-        if not self.high:
-            return self._ragged(group, store)
-        most = 0
-        for b, layer in zip(self.high, group.layers, strict=True):
-            most += kv.layers[layer].num_lanes * store.most(0, b)
-        return Bounds(self.bounds(kv, group, store).low, most)
-
-    def _ragged(self, group: LaneGroup, store: LaneStore) -> Bounds:
-        lanes = len(group.lanes)
-        low = store.ragged_bytes(lanes, self.low_total, self.least, self.most).low
-        return Bounds(low, store.ragged_bytes(lanes, self.high_total, self.least, self.most).high)
-
-
 def _limits(kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int) -> list[int | None]:
     """Return the most tokens that the method leaves in each lane of `group`; None where it has no limit."""
     limits = policy.method.lane_limits
@@ -290,7 +254,7 @@ def _settled(policy: PolicySpec, prompt: int, goal: int) -> int:
     return prompt if when.slack is None or prompt - goal <= when.slack else min(prompt, goal)
 
 
-def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: int) -> _Kept:
+def _last(policy: PolicySpec, start: KeptLengths, grown: KeptLengths, prompt: int, output: int) -> KeptLengths:
     """Return the lengths after `output` tokens: those of `grown`, or exact ones where the steps of eviction are known.
 
     From `start` on, lanes of one length grow by a token a step. The policy acts as soon as they exceed the budget by
@@ -313,12 +277,12 @@ def _last(policy: PolicySpec, start: _Kept, grown: _Kept, prompt: int, output: i
         first = max(1, goal + slack + 1 - held)
         found = held + output if output < first else goal + (output - first) % (slack + 1)
     lengths = (found,) * len(start.high)
-    return _Kept(lengths, lengths, 0, 0, found, found)
+    return KeptLengths(lengths, lengths, 0, 0, found, found)
 
 
 def _kept(
     kv: KVSpec, policy: PolicySpec, group: LaneGroup, prompt: int, seen: int, acting: Collection[int] | None
-) -> _Kept:
+) -> KeptLengths:
     """Return what the lanes of `group` hold when `seen` tokens were processed, the first `prompt` in the prompt."""
     layers, output = group.layers, seen - prompt
     slack = policy.when.excess if output else None
@@ -330,7 +294,7 @@ def _kept(
         tops = [top + output if limit is None or slack is None else min(top + output, max(top, limit) + slack)
                 for top, limit in zip(tops, limits, strict=True)]  # fmt: skip
         least = 0 if slack is not None else output
-        return _Kept((), (), lanes * least, sum(tops), least, max(tops))
+        return KeptLengths((), (), lanes * least, sum(tops), least, max(tops))
     goal = policy.tokens_kept(1 << 62) if policy.selector.get("keep") is None else average
     assert goal is not None
     if not policy.evicts:
@@ -353,7 +317,7 @@ def _kept(
         high = tuple(min(a + output, max(a, b) + slack) for a, b in zip(starts, goals, strict=True))
         low = tuple(min(a + output, b) for a, b in zip(starts, goals, strict=True))
     counts = [kv.layers[layer].num_lanes for layer in layers]
-    return _Kept(low, high, sum(n * c for n, c in zip(low, counts, strict=True)),
+    return KeptLengths(low, high, sum(n * c for n, c in zip(low, counts, strict=True)),
                  sum(n * c for n, c in zip(high, counts, strict=True)), min(low), max(high))
 
 
@@ -367,7 +331,7 @@ def _ragged(
     prompt: int,
     seen: int,
     slack: int | None,
-) -> _Kept:
+) -> KeptLengths:
     lanes, output = len(group.lanes), seen - prompt
     share = 0.0 if policy.sharing.floor is None else float(policy.budget.get(policy.sharing.floor) or 0.0)
     floor = min(average, int(goal * share))
@@ -378,4 +342,4 @@ def _ragged(
         whole = (others + lanes) * average
         low_total, high_total = max(lanes * floor, whole - others * prompt), min(lanes * prompt, whole - others * floor)
     steady = output if slack is None else 0
-    return _Kept((), (), low_total + lanes * steady, high_total + lanes * grown, floor + steady, seen)
+    return KeptLengths((), (), low_total + lanes * steady, high_total + lanes * grown, floor + steady, seen)

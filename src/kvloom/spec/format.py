@@ -19,8 +19,8 @@ PLANNED.register("kivi4", StoreSpec.alike("kivi4", Side(4, group=32, group_bytes
 PLANNED.register("kivi2", StoreSpec.alike("kivi2", Side(2, group=32, group_bytes=4), residual=128))
 
 
-SERVED_STORES: frozenset[str] = frozenset()
-"""Stores that the policy of a request may name at present; the native store needs no name."""
+SERVED_STORES: frozenset[str] = frozenset({"int8"})
+"""Stores that the policy of a request may name; the native store needs no name."""
 
 
 def is_store(name: str) -> bool:

@@ -14,6 +14,9 @@ from kvloom.spec.format import store_format
 from kvloom.spec.kv import KVSpec, LaneGroup
 from kvloom.spec.policy import PolicySpec
 
+COLUMNS_AT_ONCE = 8
+"""Most blocks of a lane that are encoded together: while they are, both copies exist."""
+
 
 @dataclass(frozen=True)
 class LaneStore:
@@ -46,10 +49,33 @@ class LaneStore:
         return min(self.lane_bytes(held) for held in range(low, min(high, low + self.block_size) + 1))
 
     def most(self, low: int, high: int) -> int:
-        """Return the most bytes of a lane that holds from `low` to `high` tokens, just before a block is encoded."""
+        """Return the most bytes of a lane that holds from `low` to `high` tokens, between two steps."""
         if self.encoded_bytes is None:
             return self.lane_bytes(high)
         return max(self.lane_bytes(held) for held in range(max(low, high - self.block_size), high + 1))
+
+    def peak(self, low: int, high: int) -> int:
+        """Return the most bytes of a lane on the way from `low` to `high` tokens, within steps too."""
+        if self.encoded_bytes is None:
+            return self.lane_bytes(high)
+        first = max(low, high - self.block_size)
+        return max(self.lane_bytes(first), *(self.step_bytes(held) for held in range(first, high + 1)))
+
+    def step_bytes(self, held: int) -> int:
+        """Return the most bytes of a lane in the step that brings it to `held` tokens.
+
+        A block that this step completes is encoded at its end, and until then both copies exist.
+        """
+        if self.encoded_bytes is None or not held:
+            return self.lane_bytes(held)
+        before, encoded = self.blocks(held - 1)[1], self.blocks(held)[1]
+        native = -(-held // self.block_size) - before
+        return native * self.native_bytes + encoded * self.encoded_bytes
+
+    def turning_bytes(self, held: int) -> int:
+        """Return the most bytes of a native lane of `held` tokens while its blocks are encoded, a few at a time."""
+        native = -(-held // self.block_size) * self.native_bytes
+        return native + min(COLUMNS_AT_ONCE, self.blocks(held)[1]) * (self.encoded_bytes or 0)
 
     def ragged_bytes(self, lanes: int, total: int, least: int, most: int) -> Bounds:
         """Return bounds over all ways in which `lanes` lanes hold `total` tokens, each from `least` to `most`."""

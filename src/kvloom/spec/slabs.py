@@ -1,5 +1,7 @@
 """Capacity of an arena of slabs of 2 MiB, each of which holds blocks of one size at a time."""
 
+from collections.abc import Iterable
+
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.search import largest
 from kvloom.spec.store import SLAB_BYTES
@@ -21,8 +23,13 @@ def longest_request(kv: KVSpec, num_bytes: int, chunk: int) -> int:
     return largest(lambda num_tokens: slabs_of_request(kv, num_tokens, chunk) <= slabs, 1, most) or 0
 
 
-def sure_bytes(kv: KVSpec, num_bytes: int) -> int:
-    """Return the bytes of blocks that certainly fit into an evacuated arena, for every mixture of sizes."""
+def sure_bytes(kv: KVSpec, num_bytes: int, stores: Iterable[str] = ()) -> int:
+    """Return the bytes of blocks, of any mixture of sizes, that are sure to fit into an evacuated arena.
+
+    Lanes without a window may also have blocks in any of `stores`.
+    """
     sizes = {group.block_bytes for group in kv.groups}
+    for store in stores:
+        sizes |= {kv.lane_block_bytes(lanes.first, store) for lanes in kv.sets if lanes.window is None}
     slabs = num_bytes // SLAB_BYTES - (len(sizes) - 1)  # the last slab of each further size may be almost empty
     return max(0, slabs) * min(SLAB_BYTES // size * size for size in sizes)
