@@ -1,4 +1,4 @@
-"""LaneTable: the lanes of all running sequences, their blocks, and how far each has come. Torch-free.
+"""LaneTable: the lanes of all running sequences, their blocks, and the tokens processed. Torch-free.
 
     sequence (row set)   one token sequence of one request; it owns one lane per KV head per layer
     slot                 place of a token in its lane: block column slot // P, offset slot % P
@@ -7,8 +7,8 @@
 
     lane   | freed (-1) | begin ....... held tokens ....... end | room in the last block |
 
-A window moves `begin`; a policy that drops tokens in the middle packs the survivors to slots 0 .. held - 1 and their
-positions are kept explicitly from then on. All bookkeeping of a sequence is done on arrays over its lanes.
+A window moves `begin`. A policy that evicts tokens in the middle packs the kept ones to slots 0 .. held - 1, and their
+positions are stored explicitly from then on. All bookkeeping of a sequence is done on arrays over its lanes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ class LaneTable:
             self.block_bytes[members] = group.block_bytes
         pool.holders.append(self)
 
-    # ---- sequences come and go ------------------------------------------------------------------------------------
+    # ---- open, close, fork ----------------------------------------------------------------------------------------
 
     @property
     def num_free(self) -> int:
@@ -80,7 +80,7 @@ class LaneTable:
         return sequence
 
     def close(self, sequence: int) -> None:
-        """Release every block of `sequence` and give its row set back."""
+        """Release every block of `sequence` and free its row set."""
         row = self.table[sequence]
         self.pool.arena.release(row[row >= 0])
         row[:] = -1
@@ -108,11 +108,11 @@ class LaneTable:
         return child
 
     def is_lossy(self, sequence: int) -> bool:
-        """Return whether any lane holds something else than its tokens left there: evicted, merged or encoded."""
+        """Return whether any lane has lost data: by eviction, merging or encoding."""
         return self.lossy_until[sequence] >= 0
 
     def note_loss(self, sequence: int) -> None:
-        """Note that lanes lost something now: what was seen until now can no longer be taken back."""
+        """Record a loss at the present length: tokens seen until now can no longer be removed."""
         self.lossy_until[sequence] = int(self.seen[sequence])
 
     @property
@@ -126,8 +126,8 @@ class LaneTable:
     def extend(self, sequence: int, num_tokens: int) -> bool:
         """Give every lane slots for `num_tokens` more tokens and count them as seen and held.
 
-        Windowed lanes first free the blocks that no coming query can see; shared last blocks are copied. Returns
-        False when the blocks cannot be had now; then nothing but window blocks has changed.
+        Windowed lanes first free the blocks that no later query attends to; shared last blocks are copied. Returns
+        False when the blocks cannot be allocated now; then only window blocks have changed.
         """
         if self.room[sequence] < num_tokens and not self._grow(sequence, num_tokens):
             return False
@@ -195,7 +195,7 @@ class LaneTable:
         return True
 
     def _leave_window(self, sequence: int) -> None:
-        """Free the blocks of windowed lanes that lie wholly before what the next query sees."""
+        """Free the blocks of windowed lanes that lie wholly before the window of the next query."""
         size = self.spec.block_size
         for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
             if group.window is None:
@@ -212,14 +212,14 @@ class LaneTable:
             self.held[sequence, members] -= first - old
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
-        """Take the newest `num_tokens` back, as if they had never been appended::
+        """Remove the newest `num_tokens`, as if they had never been appended::
 
             lane   | begin ............... end - num_tokens | .......... end |
                    |               stays                    | blocks go back |
 
-        A shared last block is left to its other owners and copied before the next write. What a window has let go is
-        not brought back, so only as much can be taken back as leaves the next query all that it sees: the tokens of
-        one `extend` always can. Raises `InvalidInputError` for more, and for tokens that were there at a loss.
+        A shared last block is left to its other owners and copied before the next write. Blocks that a window has freed
+        are not restored, so the window of the next query must still be held. The tokens of one `extend` can always be
+        removed. Raises `InvalidInputError` for more, and for tokens that were held at a loss.
         """
         seen, size = int(self.seen[sequence]) - num_tokens, self.spec.block_size
         bound = max(0, self.lossy_until[sequence])
@@ -241,9 +241,9 @@ class LaneTable:
         self.room[sequence] = 0
 
     def _widen(self, columns: int) -> None:
-        """Make the table at least `columns` wide by doubling; rows without a sequence hold anything until `open`.
+        """Make the table at least `columns` wide by doubling; rows without a sequence are undefined until `open`.
 
-        Their memory is not touched: most of a wide table is never used, and to write it would cost more than a step.
+        Their memory is not written: most of a wide table is never used, and writing it would take longer than a step.
         """
         have = self.table.shape[2]
         if columns > have:
@@ -265,7 +265,7 @@ class LaneTable:
             first = 0 if group.window is None else max(0, tokens - (group.window - 1))
             for block in range(first // size, match.num_blocks):
                 addresses = index.blocks(match.digests[block], number)
-                assert addresses is not None, "a match names only blocks that are there"
+                assert addresses is not None, "a match names only blocks in the index"
                 self.pool.arena.share(addresses)
                 self.table[sequence, members, block] = addresses
             self.begin[sequence, members] = first
@@ -315,7 +315,7 @@ class LaneTable:
     # ---- holders and checks ---------------------------------------------------------------------------------------
 
     def rename(self, renamed: Addresses) -> None:
-        """Follow blocks that moved (see `Holder`)."""
+        """Update the addresses of blocks that moved (see `Holder`)."""
         for sequence in self.open_sequences:
             row = self.table[sequence]
             live = row >= 0

@@ -1,4 +1,4 @@
-"""Capacity: what fits into the arena, alone and beside what runs. Torch-free."""
+"""Capacity: whether requests fit into the arena, alone and beside running ones. Torch-free."""
 
 from collections.abc import Iterable
 
@@ -43,29 +43,29 @@ class Capacity:
         )
 
     def pending_tokens(self, sequence: Sequence) -> int:
-        """Return the tokens of a running sequence that the model has not seen."""
+        """Return the number of tokens of a running sequence that the model has not processed."""
         assert sequence.row is not None
         return len(sequence.token_ids) - int(self.lanes.seen[sequence.row])
 
     def is_lossy(self, sequence: Sequence) -> bool:
-        """Return whether the lanes of this sequence hold something else than its tokens left there."""
+        """Return whether the lanes of this sequence have lost data."""
         return sequence.row is not None and self.lanes.is_lossy(sequence.row)
 
     def stays(self, sequence: Sequence) -> bool:
         """Return whether a sequence may not be preempted: it is lossy, or is one of beams that may become so.
 
-        Beams wait for one another. One that had to be computed again beside others that lost tokens might never find
-        room, so all of them keep what admission set aside.
+        Beams wait for one another. A beam that had to be computed again beside lossy ones might never fit, so all of
+        them keep the memory that admission set aside.
         """
         beam = sequence.request.beams is not None and sequence.request.forked
         loses = sequence.eviction is not None or sequence.encoding is not None
         return self.is_lossy(sequence) or (beam and loses)
 
     def has_room(self, sequence: Sequence, running: list[Sequence]) -> bool:
-        """Return whether the rest of the prompt fits beside what running prefills and unpreemptible ones still need.
+        """Return whether the rest of the prompt fits beside the needs of running prefills and unpreemptible sequences.
 
-        Sequences that may lose tokens cannot be preempted from then on. So that they never run short of each other,
-        all that they may come to hold must fit into the arena together, each with blocks of its own.
+        Sequences that may lose tokens cannot be preempted afterwards. So the most bytes that all of them may hold, each
+        with its own blocks, must fit into the arena together.
         """
         assert sequence.row is not None
         together = [*running, sequence]

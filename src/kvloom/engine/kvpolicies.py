@@ -1,4 +1,4 @@
-"""KVPolicies: the engine's own cache policy, those that requests may ask for, and whether one can run."""
+"""KVPolicies: the engine's own cache policy, those that requests may name, and their admission."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -19,7 +19,7 @@ from kvloom.spec.policy import FULL, PolicySpec, Term
 
 
 class KVPolicies:
-    """Chooses the policy of each request, admits it, and puts it in charge of the request's first sequence."""
+    """Chooses the policy of each request, admits it, and attaches it to the request's first sequence."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class KVPolicies:
         capacity.check_bytes(needed, num_tokens, what, spec.store)
 
     def _unlike_weights(self, policy: Policy) -> list[str]:
-        """Return why attention weights that `policy` would compute from queries and keys are not the model's own."""
+        """Return why attention weights that `policy` computes from queries and keys differ from the model's."""
         config = self.runner.model.config
         if not policy.needs.weighs:
             return []

@@ -1,4 +1,4 @@
-"""RequestOutput: what a caller gets back, the truth about its KV cache included."""
+"""RequestOutput: the answers to a request, with the figures of its KV cache."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,7 +83,7 @@ def completion_of(sequence: Sequence) -> CompletionOutput:
 
 
 def kv_usage_of(request: Request) -> KVUsage:
-    """Return the KV cache usage of `request`, as last noted by the scheduler."""
+    """Return the KV cache usage of `request`, as last recorded by the scheduler."""
     sequences = request.sequences
     return KVUsage(
         bytes_now=sum(s.kv_bytes for s in sequences),

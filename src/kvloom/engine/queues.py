@@ -24,7 +24,7 @@ class Queues:
         self.num_preemptions = 0
 
     def enqueue(self, sequence: Sequence) -> None:
-        """Let a sequence without a row wait for its turn."""
+        """Add a sequence without a row to the waiting ones."""
         if sequence.encoding is not None:
             sequence.encoding.restart()
         sequence.kv_bits = sequence.kv_bits or self._native_bits
@@ -51,7 +51,7 @@ class Queues:
         sequence.stop_reason = stop_reason
 
     def park(self, beam: Sequence) -> None:
-        """Take the blocks of a beam that has offered its tokens, so that another of its search gets room."""
+        """Free the blocks of a beam that has offered its tokens, so that another beam of its search fits."""
         self.running.remove(beam)
         self._close(beam)
         beam.status = Status.WAITING
@@ -59,7 +59,7 @@ class Queues:
         self.num_preemptions += 1
 
     def preempt(self, victim: Sequence) -> None:
-        """Take the blocks of a running sequence; it waits again and is computed again from its tokens."""
+        """Free the blocks of a running sequence, which waits again and is computed again from its tokens."""
         self.running.remove(victim)
         self._close(victim)
         if victim.eviction is not None:
@@ -90,7 +90,7 @@ class Queues:
         return child
 
     def reparent(self, child: Sequence, parent: Sequence) -> None:
-        """Let the beam `child` go on from where `parent` stands, sharing its blocks; the child's own are released.
+        """Continue the beam `child` from the state of `parent`, sharing its blocks; releases the child's own.
 
         Where one of the two has no blocks now, the child waits to be computed from its tokens.
         """
@@ -124,7 +124,7 @@ class Queues:
         sequence.kv_bytes = 0
 
     def note_bytes(self, sequence: Sequence) -> None:
-        """Bring the KV bytes, now and at peak, of a running sequence up to date."""
+        """Update the present and peak KV bytes of a running sequence."""
         assert sequence.row is not None
         sequence.kv_bytes = self.lanes.sequence_bytes(sequence.row)
         sequence.kv_bits = self._native_bits

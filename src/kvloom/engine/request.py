@@ -1,4 +1,4 @@
-"""Request and Sequence: what was asked for, and each of the answers in the making. Torch-free."""
+"""Request and Sequence: a prompt with its options, and each of its answers in progress. Torch-free."""
 
 import enum
 import time
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Status(enum.Enum):
-    """Where a sequence stands."""
+    """State of a sequence."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -38,7 +38,7 @@ class Logprob:
 
 @dataclass
 class Timing:
-    """When a request came, was first given work, and got its first and newest token: `time.monotonic()` seconds."""
+    """Times of a request's arrival, first work, first and newest token: `time.monotonic()` seconds."""
 
     arrived: float
     started: float | None = None
