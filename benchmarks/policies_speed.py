@@ -61,8 +61,8 @@ class Contestant:
         scheduler = Scheduler(cache.lanes, max_num_seqs=2, max_num_batched_tokens=chunk, enable_prefix_caching=False)
         self.policy = policy
         self.engine = Engine(
-            Runner(first.runner.model, cache), scheduler, llm.tokenizer, max_model_len=first.max_position,
-            max_position=first.max_position, eos_token_ids=(), kv_policy=read_policy(policy),
+            Runner(first.runner.model, cache), scheduler, llm.tokenizer, max_model_len=first.admission.max_position,
+            max_position=first.admission.max_position, eos_token_ids=(), kv_policy=read_policy(policy),
         )  # fmt: skip
         self.scoring = 0.0
         for owner, name in ((self.engine.evictions, "evict"), (self.engine.runner, "observe")):
@@ -128,7 +128,7 @@ def main() -> None:
         asked.model, dtype="bfloat16", backend="cpu", quantization=asked.quantization, kv_cache_memory_bytes=2 << 21,
         max_model_len=16,
     )  # fmt: skip
-    llm.engine.max_position = llm.engine.runner.model.config.max_position
+    llm.engine.admission.max_position = llm.engine.runner.model.config.max_position
     prompt = llm.tokenizer.encode(text()[200_000 : 200_000 + 8 * asked.context])[: asked.context]
     window = asked.budget - 4
     methods = [m.format(budget=asked.budget, window=window) for m in asked.methods]

@@ -50,12 +50,12 @@ def streamed(llm: LLM, tokens: list[int], sinks: int, window: int, slack: int) -
         found["arena"].append(llm.engine.cache.arena.used_bytes)
         found["resident"].append(resident_bytes())
 
-    llm.engine.observer = watch
+    llm.engine.continuation.observer = watch
     llm.generate(
         {"prompt_token_ids": tokens[:1], "forced_token_ids": follow, "kv_policy": policy},
         SamplingParams(temperature=0, detokenize=False),
     )
-    llm.engine.observer = None
+    llm.engine.continuation.observer = None
     return found
 
 
@@ -63,12 +63,12 @@ def recomputed(llm: LLM, tokens: list[int], places: list[int], length: int) -> l
     """Return -log p of the tokens at `places`, each after a fresh pass over the `length` tokens before it."""
     found: list[float] = []
     for at in places:
-        llm.engine.observer = lambda s, logits, at=at: found.append(
+        llm.engine.continuation.observer = lambda s, logits, at=at: found.append(
             -float(torch.log_softmax(logits[0].float(), -1)[tokens[at]])
         )
         prompt = tokens[max(0, at - length) : at]
         llm.generate({"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=1, detokenize=False))
-    llm.engine.observer = None
+    llm.engine.continuation.observer = None
     return found
 
 

@@ -5,14 +5,8 @@ import ast
 MOST_METHODS = 15
 LARGER = {
     "cache/arena.py:Arena": 21,
-    "cache/kvcache.py:KVCache": 19,
-    "cache/lanes.py:LaneTable": 27,
-    "engine/callers.py:Callers": 16,
-    "engine/engine.py:Engine": 24,
-    "engine/llm.py:LLM": 16,
-    "models/compiled.py:CompiledModel": 17,
-    "server/service.py:Service": 23,
-    "server/servingthread.py:ServingThread": 20,
+    "cache/kvcache.py:KVCache": 16,
+    "cache/lanes.py:LaneTable": 26,
     "spec/kv.py:KVSpec": 17,
 }
 """Methods of the classes above the limit. A number may fall and an entry may go; none may rise or come."""

@@ -90,7 +90,7 @@ LOADS = (["--request-rate", "200"], ["--max-concurrency", "3"], [])
 
 @pytest.mark.parametrize("how", LOADS, ids=["open", "closed", "at once"])
 def test_a_run_counts_what_the_server_counts(bench, server, how, tmp_path):
-    before = server.service.engine.num_generated_tokens
+    before = server.service.engine.answers.num_generated_tokens
     name = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
     size = ["--num-prompts", "12", "--random-input-len", "9", "--random-output-len", "5", "--num-warmups", "0"]
     code, output = bench("--json", "--ignore-eos", "--goodput", "ttft:60000", *size, *how, *name)
@@ -98,7 +98,7 @@ def test_a_run_counts_what_the_server_counts(bench, server, how, tmp_path):
     assert code == 0 and report == json.loads((tmp_path / "r.json").read_text())
     assert (report["completed"], report["failed"], report["errors"]) == (12, 0, [])
     assert (report["total_input_tokens"], report["total_output_tokens"]) == (108, 60)
-    assert server.service.engine.num_generated_tokens - before == 60
+    assert server.service.engine.answers.num_generated_tokens - before == 60
     assert report["request_goodput"] == pytest.approx(report["request_throughput"])
     assert report["mean_kv_peak_bytes"] > 0
     assert report["p50_ttft_ms"] <= report["p99_ttft_ms"] <= report["p99_e2el_ms"]

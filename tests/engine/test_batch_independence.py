@@ -119,7 +119,7 @@ def test_the_margin_of_every_token_is_what_makes_these_tests_sharp(alone: Alone)
 def test_an_observer_sees_each_token_once_even_when_requests_are_preempted() -> None:
     small = engine("llama", "cpu", slabs=1)
     margins = Margins()
-    small.observer = margins
+    small.continuation.observer = margins
     requests = [small.add(prompt, greedy(NEW_TOKENS)) for prompt in prompts()]
     finish(small)
     assert small.scheduler.num_preemptions > 0

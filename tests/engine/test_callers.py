@@ -201,7 +201,7 @@ def test_a_closed_llm_refuses_calls_and_fails_those_that_wait(folder: Path) -> N
 
 def test_the_engine_computes_with_as_many_threads_as_the_caller_set(llm: LLM) -> None:
     seen = []
-    llm.engine.observer = lambda sequences, logits: seen.append(torch.get_num_threads())
+    llm.engine.continuation.observer = lambda sequences, logits: seen.append(torch.get_num_threads())
     before = torch.get_num_threads()
     try:
         for count in (1, 3):
@@ -209,7 +209,7 @@ def test_the_engine_computes_with_as_many_threads_as_the_caller_set(llm: LLM) ->
             llm.generate("One token", SamplingParams(temperature=0, max_tokens=1))
     finally:
         torch.set_num_threads(before)
-        llm.engine.observer = None
+        llm.engine.continuation.observer = None
     assert seen == [1, 3]
 
 

@@ -167,7 +167,11 @@ def test_a_forced_continuation_goes_through_the_decode_path_token_by_token(kind:
 def test_an_observer_meets_the_logits_of_every_forced_token_in_order(kind: str) -> None:
     forced = random_tokens(10, seed=8)
     engine, found = tiny_engine(kind=kind), []
-    engine.observer = lambda sequences, logits: found.append((sequences[0].num_output_tokens, logits[0].double()))
+
+    def watch(sequences, logits):
+        found.append((sequences[0].num_output_tokens, logits[0].double()))
+
+    engine.continuation.observer = watch
     done(engine, PROMPT[:40], SamplingParams(), forced_token_ids=forced)
     rows = expected_logprobs([*PROMPT[:40], *forced[:-1]])[39:]
     assert [place for place, _ in found] == list(range(10))

@@ -55,7 +55,7 @@ def generation(gemma_path: Path, two_threads: None) -> Generation:
         kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False,
     )  # fmt: skip
     engine, cache, logits, steps = llm.engine, llm.engine.cache, [], []
-    engine.observer = lambda sequences, rows: logits.append(rows.clone())
+    engine.continuation.observer = lambda sequences, rows: logits.append(rows.clone())
     prompt = long_prompt(llm.tokenizer)
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     sequence = engine.add(prompt, params).sequences[0]

@@ -31,7 +31,7 @@ def recorded(
 ) -> tuple[Sequence, list[np.ndarray]]:
     """Return the first sequence of a request and the logits that each of its tokens was chosen from."""
     engine = tiny_engine(eos=eos)
-    recorder = engine.observer = Recorder()
+    recorder = engine.continuation.observer = Recorder()
     request = engine.add(prompt, SamplingParams(**{"max_tokens": 25, "ignore_eos": not eos, **options}))  # type: ignore[arg-type]
     finish(engine)
     return request.sequences[0], recorder.of[request.sequences[0]]

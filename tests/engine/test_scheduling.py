@@ -264,7 +264,7 @@ def test_timing_and_counts_of_a_request_are_noted() -> None:
     engine = tiny_engine()
     request: Request = engine.add(random_tokens(20), greedy(5))
     finish(engine)
-    assert (engine.num_prompt_tokens, engine.num_generated_tokens, engine.num_arrived) == (20, 5, 1)
+    assert (engine.num_prompt_tokens, engine.answers.num_generated_tokens, engine.num_arrived) == (20, 5, 1)
     assert engine.num_steps == 5 and engine.step_seconds > 0
     assert request.timing.started is not None
     assert request.timing.started <= request.timing.first_token <= request.timing.last_token  # type: ignore[operator]

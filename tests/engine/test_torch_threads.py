@@ -26,7 +26,7 @@ def watched(engine, monkeypatch, policy="knorm(budget=20,skip_layers=0)"):
 
     score = Knorm.score
     monkeypatch.setattr(Knorm, "score", lambda self, context: (look("scoring"), score(self, context))[1])
-    engine.observer = lambda sequences, logits: look("sampling")
+    engine.continuation.observer = lambda sequences, logits: look("sampling")
     run(engine, [random_tokens(40)], greedy(3), kv_policy=read_policy(policy))
     return found
 
@@ -48,7 +48,7 @@ def test_a_step_that_fails_gives_torch_its_threads_back(monkeypatch):
         def fail(sequences, logits):
             raise ValueError("observed")
 
-        engine.observer = fail
+        engine.continuation.observer = fail
         engine.add(random_tokens(10), greedy(2))
         with pytest.raises(ValueError, match="observed"):
             engine.step()
@@ -71,10 +71,14 @@ def test_the_thread_of_an_llm_uses_the_caller_s_number_in_the_kernels_and_one_in
     found = []
     with threads(3):
         engine = tiny_engine(kind=kind)
-        engine.observer = lambda sequences, logits: found.append((torch.get_num_threads(), cpu.num_threads()))
+
+        def watch(sequences, logits):
+            found.append((torch.get_num_threads(), cpu.num_threads()))
+
+        engine.continuation.observer = watch
         callers = Callers(engine)
         try:
-            assert callers.ask(lambda engine: cpu.num_threads()) == 3
+            assert callers.call(lambda engine: cpu.num_threads()).result() == 3
             torch.set_num_threads(2)
             call = Call(add_all([lambda engine: engine.add(random_tokens(10), greedy(1))]))
             callers.wait_for(call)

@@ -61,7 +61,7 @@ def test_a_run_that_is_stopped_leaves_the_engine_as_it_was(llm, windows):
     assert forced_scores(llm.engine, windows, FULL, {}, lambda: next(asked)) is None
     assert cost_of(llm.engine, windows[0], FULL, lambda: True) is None
     assert not llm.engine.has_work
-    assert llm.engine.observer is None
+    assert llm.engine.continuation.observer is None
     assert llm.engine.cache.arena.used_bytes == 0
     llm.engine.cache.check_invariants()
 

@@ -137,7 +137,7 @@ def test_lanes_that_share_their_budget_wait_for_the_slack_on_average():
     policy = read_policy("h2o(budget=64)+global+prefill+slack(tokens=16)")
     request = engine.add(prompt_of(300), greedy(60), kv_policy=policy)
     moments = []
-    run(engine, [request], lambda: moments.append(engine.num_evicted_tokens))
+    run(engine, [request], lambda: moments.append(engine.evictions.evicted_tokens))
     acted = [i for i, (a, b) in enumerate(pairwise(moments)) if b > a]
     assert len(acted) == 3 and [b - a for a, b in pairwise(acted)] == [17] * 2
 
@@ -171,7 +171,7 @@ def test_the_bytes_and_tokens_that_are_reported_are_those_of_the_arena_and_the_l
 
     run(engine, [request], compare)
     usage = engine.kv_usage(request)
-    assert moments[-1] > 0 and engine.num_evicted_tokens == usage.evicted_tokens
+    assert moments[-1] > 0 and engine.evictions.evicted_tokens == usage.evicted_tokens
     assert (usage.bytes_now, usage.bytes_peak) == (0, arena.peak_bytes)
 
 

@@ -152,7 +152,7 @@ def test_a_client_that_leaves_before_its_answer_is_aborted(tiny_folder):
             sock.close()
             until(lambda: not server.service.num_live)
         server.wait_idle()
-        assert server.service.engine.num_generated_tokens < 200
+        assert server.service.engine.answers.num_generated_tokens < 200
         assert server.blocks_in_use() == 0
 
 

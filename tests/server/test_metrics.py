@@ -48,7 +48,7 @@ def after_a_run(tiny_folder):
         sock.recv(1000)
         sock.close()
         server.wait_idle()
-        yield scrape(server), server.service.engine.num_generated_tokens
+        yield scrape(server), server.service.engine.answers.num_generated_tokens
 
 
 @pytest.mark.parametrize(

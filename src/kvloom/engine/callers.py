@@ -73,7 +73,7 @@ def add_all(adds: list[Callable[[Engine], Request]]) -> Add:
 
 
 class Callers(EngineThread):
-    """The engine's thread of an `LLM`. `wait_for`, `close_call`, `call`, `ask` and `close` are for any thread.
+    """The engine's thread of an `LLM`. `wait_for`, `close_call`, `call` and `close` are for any thread.
 
     The thread begins with the first call and ends with `close`. The requests of all callers run in the same steps. A
     step that fails raises its error from the calls whose requests it lost, or from all that wait if it lost none.
@@ -110,10 +110,6 @@ class Callers(EngineThread):
             return
         if not self.is_current:  # a generator that is collected there must not wait for the thread
             done.result()
-
-    def ask(self, function: Callable[[Engine], T]) -> T:
-        """Return `function(engine)`, run between two steps."""
-        return self.call(function).result()
 
     def close(self) -> None:
         """End the thread after the current step, failing the calls that wait; later ones are refused."""

@@ -1,25 +1,24 @@
 """Engine: runs steps over all waiting and running requests."""
 
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
-import torch
-
 from kvloom.cache.kvcache import KVCache
+from kvloom.engine.accounts import Accounts
 from kvloom.engine.admission import Admission
 from kvloom.engine.answers import Answers
 from kvloom.engine.beam import BeamSearchParams
 from kvloom.engine.beamsteps import BeamSteps
+from kvloom.engine.continuation import Continuation
 from kvloom.engine.encodings import Encodings
 from kvloom.engine.evictions import Evictions
 from kvloom.engine.kvpolicies import KVPolicies
 from kvloom.engine.logits_processors import ProcessorFactory
-from kvloom.engine.output import KVUsage, RequestOutput, kv_usage_of, output_of
+from kvloom.engine.output import KVUsage, RequestOutput
 from kvloom.engine.params import SamplingParams
-from kvloom.engine.request import Request, Sequence, Status
-from kvloom.engine.runner import Forward, Runner
+from kvloom.engine.request import Request
+from kvloom.engine.runner import Runner
 from kvloom.engine.sampler import Draw, Sampler
 from kvloom.engine.scheduler import Scheduler
 from kvloom.engine.stepfigures import StepFigures, Traffic
@@ -30,9 +29,6 @@ from kvloom.kernels.threads import one_torch_thread
 from kvloom.models.tokenizer import Tokenizer
 from kvloom.policies.allowlist import EVERYTHING, AllowList
 from kvloom.spec.policy import FULL, PolicySpec, Term
-
-LogitsObserver = Callable[[list[Sequence], torch.Tensor], None]
-"""Called before sampling with N sequences and their logits [N, V] float32, which it must not change."""
 
 
 class Engine:
@@ -64,8 +60,9 @@ class Engine:
         self.processors = ProcessorFactory(tokenizer, runner.model.config.vocab_size, eos_token_ids)
         self.answers = Answers(scheduler, runner.cache, tokenizer, eos_token_ids)
         self.beams = BeamSteps(scheduler.queues, eos_token_ids, self.answers.start_text)
+        self.continuation = Continuation(self.sampler, self.beams, self.answers, scheduler.queues)
+        self.accounts = Accounts(scheduler.queues)
         self.seed = seed
-        self.observer: LogitsObserver | None = None
         facts = None if tokenizer is None else TokenFacts(tokenizer)
         self.policies = KVPolicies(
             runner,
@@ -103,21 +100,6 @@ class Engine:
     def max_model_len(self) -> int:
         """Most tokens of a request, prompt and answer together."""
         return self.admission.max_model_len
-
-    @property
-    def max_position(self) -> int:
-        """The same of a request under a policy that evicts."""
-        return self.admission.max_position
-
-    @property
-    def num_evicted_tokens(self) -> int:
-        """Tokens that policies have dropped, summed over lanes."""
-        return self.evictions.evicted_tokens
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens generated so far."""
-        return self.answers.num_generated_tokens
 
     @property
     def has_work(self) -> bool:
@@ -224,8 +206,8 @@ class Engine:
             return []
         self._note_started(scheduled)
         try:
-            forward = self.runner.forward(scheduled, logits=self._needs_logits(scheduled))
-            draws = self._draw([(w.sequence, row) for row, w in enumerate(w for w in scheduled if w.samples)], forward)
+            forward = self.runner.forward(scheduled, logits=self.continuation.needs_logits(scheduled))
+            draws = self.continuation.draw(scheduled, forward)
             work = self.answers.commit(scheduled, draws)
             self.runner.observe(work, forward)
             self.scheduler.prefixes.publish(work)
@@ -233,7 +215,7 @@ class Engine:
             failed = self.evictions.evict(work)
             self.encodings.encode(work)
             traffic.returned(self.cache)
-            draws += self._branch(draws, forward)
+            draws += self.continuation.branch(draws, forward)
             self.answers.settle(draws, failed)
         except BaseException:
             for item in scheduled:
@@ -248,56 +230,10 @@ class Engine:
             if item.sequence.request.timing.started is None:
                 item.sequence.request.timing.started = now
 
-    def _needs_logits(self, work: list[Work]) -> bool:
-        if self.observer is not None:
-            return True
-        return any(item.samples and self.sampler.needs_logits(item.sequence) for item in work)
-
-    def _draw(self, rows: list[tuple[Sequence, int]], forward: Forward) -> list[Draw]:
-        """Return the next token of each sequence, by the given row of what the model returned."""
-        if not rows:
-            return []
-        sequences, numbers = [sequence for sequence, _ in rows], [row for _, row in rows]
-        logits = forward.output.logits
-        if logits is not None and numbers != list(range(len(logits))):
-            logits = logits[numbers]
-        if self.observer is not None:
-            assert logits is not None
-            self.observer(sequences, logits)
-        return self.sampler.draw([forward.output.greedy[row] for row in numbers], logits, rows)
-
-    def _branch(self, draws: list[Draw], forward: Forward) -> list[Draw]:
-        """Fork requests whose prompt is done and advance beams; returns the draws of the new sequences.
-
-        This comes after evictions, so that a prompt is evicted once for all its sequences. A beam that was preempted in
-        this step offers its tokens when it is computed again.
-        """
-        there = [d for d in draws if d.error is None and d.sequence.request.error is None]
-        there = [d for d in there if d.sequence.request.beams is None or d.sequence.row is not None]
-        children: list[tuple[Sequence, int]] = []
-        for draw in there:
-            while not draw.sequence.request.forked:
-                child = self.scheduler.queues.fork(draw.sequence.request)
-                self.answers.start_text(child)
-                children.append((child, draw.row))
-        more = self._draw(children, forward)
-        self.answers.commit([], more)
-        beams = [draw for draw in there + more if draw.error is None and draw.sequence.request.beams is not None]
-        if beams:
-            assert forward.output.logits is not None
-            rows = forward.output.logits[[draw.row for draw in beams]]
-            self.answers.num_generated_tokens += self.beams.advance_all([draw.sequence for draw in beams], rows)
-        return more
-
     def _count_step(self, work: list[Work], draws: list[Draw], seconds: float, traffic: Traffic) -> None:
         self.num_steps += 1
         self.last_step = StepFigures(sum(item.num_tokens for item in work), len(draws), seconds, traffic)
         self.step_seconds += seconds
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        return self.sampler.eos_token_ids
 
     def _progressed(self, draws: list[Draw], failed: list[Request]) -> list[Request]:
         changed = list(dict.fromkeys([*(draw.sequence.request for draw in draws), *failed]))
@@ -312,15 +248,8 @@ class Engine:
 
     def output(self, request: Request) -> RequestOutput:
         """Return a snapshot of a request, complete or so far."""
-        self._note_bytes(request)
-        return output_of(request)
+        return self.accounts.output(request)
 
     def kv_usage(self, request: Request) -> KVUsage:
         """Return a request's present and peak usage of the cache, without a copy of its tokens."""
-        self._note_bytes(request)
-        return kv_usage_of(request)
-
-    def _note_bytes(self, request: Request) -> None:
-        for sequence in request.sequences:
-            if sequence.status is Status.RUNNING:
-                self.scheduler.queues.note_bytes(sequence)
+        return self.accounts.kv_usage(request)

@@ -18,6 +18,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.engine import Engine
 from kvloom.engine.output import RequestOutput
 from kvloom.engine.params import SamplingParams
+from kvloom.engine.prompt import Prompt, read_prompt, several
 from kvloom.engine.request import Request
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduler import Scheduler
@@ -33,11 +34,6 @@ from kvloom.spec.store import NATIVE_STORE
 if TYPE_CHECKING:
     from kvloom.engine.progressbar import ProgressBar
 
-Prompt = str | Mapping[str, Any] | Seq[int]
-"""Text, a list of token ids, or {"prompt": text} / {"prompt_token_ids": ids} with optional keys.
-
-The keys are "cache_salt", "priority" (lower is earlier), "kv_policy" and "forced_token_ids"."""
-
 Messages = Seq[Mapping[str, Any]]
 """A conversation: {"role": ..., "content": ...} in order."""
 
@@ -47,7 +43,6 @@ POPULATED_BYTES = 64 << 20
 PREPARED_TOKENS = 2048
 """Tokens of the longest step whose buffers are allocated as the engine starts."""
 
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "priority", "forced_token_ids", "kv_policy"}
 
 
 class LLM:
@@ -190,14 +185,14 @@ class LLM:
         Shows a progress bar on stderr (a terminal only) for several prompts unless `use_tqdm` is False. All prompts are
         checked before any runs; on an error or Ctrl-C every request of the call is aborted and its memory is free.
         """
-        several = _several(prompts)
+        given = several(prompts)
         if isinstance(sampling_params, Seq):
             params = list(sampling_params)
         else:
-            params = [SamplingParams() if sampling_params is None else sampling_params] * len(several)
-        if len(params) != len(several):
-            raise InvalidInputError(f"{len(several)} prompts need as many sampling_params, or one; got {len(params)}")
-        adds = [self._adding(prompt, chosen) for prompt, chosen in zip(several, params, strict=True)]
+            params = [SamplingParams() if sampling_params is None else sampling_params] * len(given)
+        if len(params) != len(given):
+            raise InvalidInputError(f"{len(given)} prompts need as many sampling_params, or one; got {len(params)}")
+        adds = [self._adding(prompt, chosen) for prompt, chosen in zip(given, params, strict=True)]
         return self._finished(add_all(adds), use_tqdm and len(adds) > 1, len(adds))
 
     def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams | None = None) -> list[RequestOutput]:
@@ -206,8 +201,8 @@ class LLM:
         `cumulative_logprob` of an output is the sum over its tokens. Raises as `generate` does, without side effects.
         """
         adds: list[Callable[[Engine], Request]] = []
-        for prompt in _several(prompts):
-            ids, options = self._read_prompt(prompt)
+        for prompt in several(prompts):
+            ids, options = read_prompt(prompt, self.tokenizer)
             adds.append(
                 partial(Engine.add_beam_search, prompt_token_ids=ids, params=params or BeamSearchParams(), **options)
             )
@@ -254,11 +249,11 @@ class LLM:
 
         Returns its output so far, or None when there is no such request. Its blocks are free on return.
         """
-        return self._callers.ask(lambda engine: engine.abort(request_id))
+        return self._callers.call(lambda engine: engine.abort(request_id)).result()
 
     def stats(self) -> dict[str, Any]:
         """Return counters of the engine and bytes of the cache, taken between two steps."""
-        return self._callers.ask(self._counts)
+        return self._callers.call(self._counts).result()
 
     def _counts(self, engine: Engine) -> dict[str, Any]:
         cache = engine.cache
@@ -279,8 +274,8 @@ class LLM:
             "prefix_cache_queries": engine.scheduler.prefixes.queries,
             "prefix_cache_hits": engine.scheduler.prefixes.hits,
             "prompt_tokens": engine.num_prompt_tokens,
-            "generation_tokens": engine.num_generated_tokens,
-            "evicted_tokens": engine.num_evicted_tokens,
+            "generation_tokens": engine.answers.num_generated_tokens,
+            "evicted_tokens": engine.evictions.evicted_tokens,
             "steps": engine.num_steps,
             "step_seconds": engine.step_seconds,
         }
@@ -289,35 +284,10 @@ class LLM:
         """Return a function that queues a request; prompt and answer form are processed in the caller's thread."""
         if not isinstance(params, SamplingParams):
             raise InvalidInputError(f"sampling_params must be SamplingParams, not {type(params).__name__}")
-        ids, options = self._read_prompt(prompt)
+        ids, options = read_prompt(prompt, self.tokenizer)
         if params.structured_outputs is not None:
             self.engine.processors.processors(params)
         return partial(Engine.add, prompt_token_ids=ids, params=params, **options)
-
-    def _read_prompt(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
-        """Return the token ids of a prompt and its options, the text among them."""
-        options: dict[str, Any] = {}
-        text: str | None = None
-        if isinstance(prompt, str):
-            text, ids = prompt, self.tokenizer.encode(prompt)
-        elif isinstance(prompt, Mapping):
-            unknown = set(prompt) - _PROMPT_KEYS
-            if unknown or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
-                raise InvalidInputError(
-                    f"a prompt has either 'prompt' or 'prompt_token_ids', and optional keys among "
-                    f"{sorted(_PROMPT_KEYS - {'prompt', 'prompt_token_ids'})}; got {sorted(prompt)}"
-                )
-            if "prompt" in prompt:
-                text = prompt["prompt"]
-                ids = self.tokenizer.encode(prompt["prompt"])
-            else:
-                ids = _token_ids(prompt["prompt_token_ids"])
-            options = {k: v for k, v in prompt.items() if k not in ("prompt", "prompt_token_ids")}
-            if options.get("kv_policy") is not None:
-                options["kv_policy"] = read_policy(options["kv_policy"])
-        else:
-            ids = _token_ids(prompt)
-        return ids, {"prompt": text, **options}
 
     def _finished(self, add: Add, show: bool, total: int) -> list[RequestOutput]:
         """Return the outputs of the requests that `add` queues, once all have ended."""
@@ -326,7 +296,7 @@ class LLM:
 
             def shown(call: Call) -> None:
                 assert bar is not None
-                bar.show(total - len(call.pending), engine.num_generated_tokens, engine.step_seconds)
+                bar.show(total - len(call.pending), engine.answers.num_generated_tokens, engine.step_seconds)
 
             return self._callers.wait_for(call, None if bar is None else shown) if total else []
 
@@ -341,22 +311,3 @@ def _progress_bar(total: int) -> "ProgressBar":
     from kvloom.engine.progressbar import ProgressBar
 
     return ProgressBar(total)
-
-
-def _several(prompts: Any) -> list[Any]:
-    """Return a list of prompts; text, a dict and a list of token ids are one prompt each."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Seq) or isinstance(prompts, bytes | bytearray):
-        raise InvalidInputError(f"prompts are text, token ids, dicts or a list of these, not {type(prompts).__name__}")
-    return [prompts] if len(prompts) and isinstance(prompts[0], int) else list(prompts)
-
-
-def _token_ids(value: Any) -> list[int]:
-    """Return a prompt given as token ids; the engine checks each of them."""
-    if not isinstance(value, Seq) or isinstance(value, str | bytes | bytearray):
-        raise InvalidInputError(
-            f"a prompt is text, a list of token ids or a dict with 'prompt' or 'prompt_token_ids', "
-            f"not {type(value).__name__}"
-        )
-    return list(value)

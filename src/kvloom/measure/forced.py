@@ -66,7 +66,7 @@ def forced_scores(
             agrees = float(full.argmax() == own.argmax())
             found[index].append((-float(own[windows[index].follow[step]]), kl, agrees))
 
-    before, engine.observer = engine.observer, watch
+    before, engine.continuation.observer = engine.continuation.observer, watch
     try:
         for index, window in enumerate(windows):
             request = engine.add(window.prompt, params, forced_token_ids=window.follow, kv_policy=policy)
@@ -76,7 +76,7 @@ def forced_scores(
                 return None
             engine.step()
     finally:
-        engine.observer = before
+        engine.continuation.observer = before
         for request in order:
             engine.abort(request.request_id)
     for request in order:

@@ -11,8 +11,9 @@ from kvloom.attention.batch import AttentionBatch
 from kvloom.cache.kvcache import KVCache, Layout
 from kvloom.errors import UnsupportedError
 from kvloom.kernels import reference
-from kvloom.kernels.cpu import Lanes, LayerShape, StepDecoder, linear
+from kvloom.kernels.cpu import LayerShape, StepDecoder, linear
 from kvloom.models.compiled_weights import CompiledWeights
+from kvloom.models.laneview import LaneView
 from kvloom.models.lowering import lower_input, lower_layer, lower_output
 from kvloom.models.model import StepOutput, StepWanted
 from kvloom.models.mxfp4 import Mxfp4Weight
@@ -71,10 +72,7 @@ class CompiledModel:
         norm = self._weights.norm(last.norm)
         assert norm is not None
         self._decoder.set_output(self._weights.output, norm, last.scale, last.softcap or 0.0)
-        self._lanes: Lanes | None = None
-        self._end: NDArray[np.int32] = np.zeros((0, 0), np.int32)
-        self._seen_table: NDArray[np.int32] | None = None
-        self._seen_segments = 0  # their version
+        self._view = LaneView()
         self._queries: NDArray[np.float32] = np.empty(0, np.float32)
         self._logits: NDArray[np.float32] = np.empty((0, config.vocab_size), np.float32)
 
@@ -130,7 +128,7 @@ class CompiledModel:
     def step(self, batch: AttentionBatch, cache: KVCache, wanted: StepWanted) -> StepOutput:
         """Process the batch in one call of the kernels (see `Model`)."""
         config, count = self.config, len(wanted.logit_rows)
-        lanes = self._view(batch, cache)
+        lanes = self._view.of(batch, cache)
         greedy = np.empty(count, np.int32)
         logits = np.empty((count, config.vocab_size), np.float32) if wanted.logits else self._memory_for_logits(count)
         hidden = np.empty((batch.num_tokens, config.hidden_size), np.float32) if wanted.hidden else None
@@ -154,10 +152,10 @@ class CompiledModel:
             query_rows=wanted.query_rows,
             queries=queries,
             lse=lse,
-            bias=self._bias(batch, cache),
+            bias=self._view.bias(batch, cache),
             input_norms=norms,
             frequencies=self._frequencies(batch),
-            slot_positions=self._slot_positions(batch, cache),
+            slot_positions=self._view.positions(batch, cache) if config.slopes else None,
         )
         greedy[~np.isfinite(logits[np.arange(count), greedy])] = -1
         return StepOutput(
@@ -185,33 +183,6 @@ class CompiledModel:
             self._queries = np.empty(needed, np.float32)
         return self._queries[:needed].reshape(shape)
 
-    def _view(self, batch: AttentionBatch, cache: KVCache) -> Lanes:
-        """Return the kernels' view of the lane table, which is made again only after the table was reallocated."""
-        table = cache.lanes.table
-        if self._lanes is None or self._seen_table is not table:
-            self._end = np.zeros(table.shape[:2], np.int32)
-            self._lanes = Lanes(
-                cache.memory.bytes, table, cache.lanes.begin, self._end, cache.spec.block_size, cache.spec.store
-            )
-            self._seen_table, self._seen_segments = table, 0
-        if cache.lanes.segments.version != self._seen_segments:
-            self._lanes.set_segments(*cache.lanes.segments.arrays(), cache.lanes.segments.store_names)
-            self._seen_segments = cache.lanes.segments.version
-        rows = batch.sequences
-        self._end[rows] = cache.lanes.begin[rows] + cache.lanes.held[rows]
-        return self._lanes
-
-    def _slot_positions(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.int64] | None:
-        """Return the addresses of positions of lanes with evicted tokens [rows, 2], for ALiBi; None without such."""
-        held = cache.lanes.positions
-        lossy = [int(row) for row in batch.sequences if int(row) in held] if self.config.slopes else []
-        if not lossy:
-            return None
-        found = np.zeros((len(self._end), 2), np.int64)
-        for row in lossy:
-            found[row] = held[row].ctypes.data, held[row].shape[1]
-        return found
-
     def _frequencies(self, batch: AttentionBatch) -> NDArray[np.float32] | None:
         """Return theta [ropes, B, D / 2] of each sequence, None where it depends on no length."""
         if batch.length_class is None or not any(rope.depends_on_length for rope in self._ropes):
@@ -222,18 +193,6 @@ class CompiledModel:
     def _own_frequencies(self, rope: int, length_class: int) -> NDArray[np.float32]:
         theta: NDArray[np.float32] = inverse_frequencies(self._ropes[rope], self.config.head_dim, length_class).numpy()
         return theta
-
-    def _bias(self, batch: AttentionBatch, cache: KVCache) -> NDArray[np.float32] | None:
-        """Return the terms added to scores [sequences, lanes, slots] where tokens were merged, None for none."""
-        merged = [int(row) for row in batch.sequences if int(row) in cache.lanes.log_counts]
-        if not merged:
-            return None
-        bias = np.zeros((*cache.lanes.table.shape[:2], cache.lanes.table.shape[2] * cache.spec.block_size), np.float32)
-        for row in merged:
-            values = cache.lanes.log_counts[row]
-            width = min(values.shape[1], bias.shape[2])
-            bias[row, :, :width] = values[:, :width]
-        return bias
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [N, vocab] float32 of normalised hidden states (see `Model`)."""

@@ -61,7 +61,7 @@ def read_stats(engine: Engine) -> EngineStats:
         prefix_queries=scheduler.prefixes.queries,
         prefix_hits=scheduler.prefixes.hits,
         prompt_tokens=engine.num_prompt_tokens,
-        generation_tokens=engine.num_generated_tokens,
+        generation_tokens=engine.answers.num_generated_tokens,
         steps=engine.num_steps,
         step_seconds=engine.step_seconds,
         kv_bytes=cache.arena.num_bytes,

@@ -44,7 +44,7 @@ class Intake:
             forgets = self._engine.policies.policy_for(policy).evicts
         except KvloomError as error:
             raise bad_field("kv_policy", str(error), "unsupported") from None
-        longest = self._engine.max_position if forgets else self._engine.max_model_len
+        longest = self._engine.admission.max_position if forgets else self._engine.max_model_len
         if len(ids) >= longest and not forgets:
             raise _too_long(len(ids), longest)  # before every single id is checked
         try:

@@ -84,7 +84,7 @@ async def tokenizer_info(request: Request, service: Service) -> ASGIApp:
         {
             **special,
             **ids,
-            "eos_token_ids": list(service.engine.eos_token_ids),
+            "eos_token_ids": list(service.engine.sampler.eos_token_ids),
             "vocab_size": tokenizer.vocab_size,
             "model_max_length": service.engine.max_model_len,
             "chat_template": tokenizer.chat_template,
