@@ -28,6 +28,7 @@ from kvloom.policies.policy import Policy
 from kvloom.policies.reading import read_policy
 from kvloom.spec.architectures import ARCHITECTURES
 from kvloom.spec.catalogue import catalogue_names, catalogue_spec
+from kvloom.spec.config_json import spec_from_config
 from kvloom.spec.families import FAMILY_CONFIGS
 from kvloom.spec.format import SERVED_STORES, store_names
 from kvloom.spec.hardware import find_device
@@ -115,6 +116,19 @@ def test_the_plan_knows_which_architectures_run():
     for name in catalogue_names():
         spec = catalogue_spec(name)
         assert (spec.decoder is None) is (spec.family in ARCHITECTURES), name
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "runs"), [("gpt_oss", "mxfp4", True), ("gpt_oss", "fp8", False), ("llama", "fp8", False)]
+)
+def test_the_plan_serves_the_stored_weights_that_the_engine_reads(family, method, runs):
+    raw = {"model_type": family, "torch_dtype": "bfloat16", "quantization_config": {"quant_method": method}}
+    asked = Question(spec_from_config(raw, "mine"), find_device("cpu:640GiB"), 100, 10)
+    refused = [reason for reason in serve_refusals(asked) if "quantization_config" in reason]
+    assert bool(refused) is not runs
+    if not runs:
+        with pytest.raises(UnsupportedError, match="quantization_config"):
+            FAMILY_CONFIGS.get(family).read(raw)
 
 
 def test_the_plan_knows_which_methods_compute_attention():

@@ -30,8 +30,6 @@ def serve_refusals(asked: Question) -> list[str]:
     elif model.decoder is None:
         reasons.append(f"architecture {model.family!r} does not run yet")
     reasons += model.refused
-    if model.weight_format is not None:
-        reasons.append(f"weights in {model.weight_format.name} do not run yet")
     if asked.dtype not in SERVED_DTYPES:
         reasons.append(f"--dtype {asked.dtype} does not run yet; one of {', '.join(SERVED_DTYPES)} does")
     if asked.quantization is not None and asked.packed.obstacles:

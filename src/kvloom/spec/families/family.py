@@ -83,9 +83,7 @@ class FamilyConfig:
             merged["rope_theta"] = stored.get("rope_theta", merged.get("rope_theta"))
         merged |= overrides
         reader = ConfigReader(self.name, merged, dict(self.defaults))
-        quantized = reader.get("quantization_config") or {}
-        if quantized and (not isinstance(quantized, dict) or quantized.get("quant_method") not in self.quantizations):
-            reader.refuse(f"quantization_config {quantized!r}")
+        self._check_quantization(reader)
         config = self._configured(reader)
         reader.finish()
         unread = sorted(set(overrides) - reader.read - _NAMES)
@@ -99,12 +97,18 @@ class FamilyConfig:
     def shape(self, raw: Mapping[str, Any]) -> tuple[DecoderConfig, tuple[str, ...]]:
         """Return what a config.json describes, and every reason in it why kvloom cannot run it.
 
-        How its weights are quantised is not asked. Raises `CheckpointError` for malformed entries.
+        Raises `CheckpointError` for malformed entries.
         """
         reader = ConfigReader(self.name, _text(raw), dict(self.defaults))
+        self._check_quantization(reader)
         config = self._configured(reader)
         reader.check_entries()
         return config, reader.refused
+
+    def _check_quantization(self, reader: ConfigReader) -> None:
+        quantized = reader.get("quantization_config") or {}
+        if quantized and (not isinstance(quantized, dict) or quantized.get("quant_method") not in self.quantizations):
+            reader.refuse(f"quantization_config {quantized!r}")
 
     def _configured(self, reader: ConfigReader) -> DecoderConfig:
         config = self.configure(reader)
