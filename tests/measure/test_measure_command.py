@@ -9,7 +9,7 @@ import pytest
 
 from kvloom.cli import main
 from kvloom.measure import session as sessions
-from kvloom.measure.policies import registered_methods
+from kvloom.measure.policies import registered_methods, registered_stores
 from kvloom.spec.policy import PolicySpec
 
 
@@ -95,7 +95,8 @@ def test_all_policies_are_every_registered_method_that_can_run(measure, file):
     measured = [PolicySpec.parse(entry["policy"]) for entry in json.loads(file.read_text())["results"]]
     said = [line for line in err.splitlines() if line.startswith("left out ")]
     left_out = [line.split(":")[0].removeprefix("left out ") for line in said]
-    assert len(measured) + len(left_out) == 1 + len(list(registered_methods()))
+    assert len(measured) + len(left_out) == 1 + len(list(registered_methods())) + len(list(registered_stores()))
+    assert "int8" in map(str, measured)
     assert {"full", "h2o", "snapkv", "tova", "streaming", "expected"} <= {spec.selector.name for spec in measured}
     assert "duo" in left_out
 

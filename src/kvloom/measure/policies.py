@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kvloom.spec.format import runs, store_names
+from kvloom.spec.format import is_store, runs, store_names
 from kvloom.spec.method import METHODS
 from kvloom.spec.policy import PolicySpec
 
@@ -17,14 +17,17 @@ _BASES = {"refine": ("snapkv", "h2o+prefill"), "budget": ("snapkv",), "action": 
 
 
 def at_share(method: str, keep: float, prompt: int) -> PolicySpec:
-    """Return the policy of `method` (a selector and its additions) that keeps `keep` of a prompt.
+    """Return the policy of `method` (a selector and its additions, or a store) that keeps `keep` of a prompt.
 
-    Methods with a budget get the share itself, windows its tokens; methods that choose their own length are unchanged.
+    Methods with a budget get the share itself, windows its tokens; methods that choose their own length and stores are
+    unchanged.
     """
     head, plus, additions = method.partition("+")
     name, _, inner = head.partition("(")
     given = inner.rstrip(")")
     tokens = max(8, int(keep * prompt))
+    if is_store(name):
+        return PolicySpec.parse(method)
     row = METHODS.get(name)
     if row.newest is not None:
         others = tokens - row.num_protected(dict(PolicySpec.parse(head).selector.args), tokens)
