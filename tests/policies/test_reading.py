@@ -28,6 +28,17 @@ def test_a_policy_that_is_not_allowed_is_refused_before_its_file_is_read(tmp_pat
         engine.check(prompt_of(40), greedy(4), kv_policy=policy)
 
 
+def test_an_encoded_cache_is_allowed_where_its_store_or_full_with_additions_is_named():
+    int8 = read_policy("int8")
+    for entries, allowed in [([], False), (["snapkv"], False), (["int8"], True), (["full"], True), (None, True)]:
+        try:
+            read_allow_list(entries).check(int8, own=FULL)
+        except UnsupportedError:
+            assert not allowed
+        else:
+            assert allowed
+
+
 def test_an_engine_whose_own_policy_evicts_keeps_everything_for_a_request_that_asks_for_full():
     engine = small_engine(kv_policy=read_policy("h2o(budget=32)"))
     own, full = engine.add(prompt_of(60), greedy(4)), engine.add(prompt_of(60), greedy(4), kv_policy=FULL)

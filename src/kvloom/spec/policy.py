@@ -122,14 +122,6 @@ class PolicySpec:
     def __str__(self) -> str:
         return "+".join(_shown(term) for term in self.terms())
 
-    @classmethod
-    def selector_named(cls, name: str) -> str:
-        """Return `name` if it is a selector's; raises `InvalidInputError` naming the nearest one."""
-        known = [known for known, method in METHODS.items() if method.role == "selector"]
-        if name not in known:
-            raise InvalidInputError(f"unknown selector {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-        return name
-
     @property
     def evicts(self) -> bool:
         """True when tokens are dropped at all."""
