@@ -1,12 +1,12 @@
 """gpt-oss: learned sinks, windows on every second layer, experts with biases and a clamped gate."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.family import GGUF_EXPERT_KEYS, FamilyConfig
+from kvloom.spec.families.routed import checked, routed
 from kvloom.spec.families.skeleton import layer_windows, skeleton
 
 
@@ -18,12 +18,9 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
         bias=True,
         clamp=(reader.number("swiglu_alpha"), reader.number("swiglu_limit")),
     )
-    if experts.per_token > experts.count:
-        reader.wrong("num_experts_per_tok", f"at most {experts.count}, the number of experts", experts.per_token)
-    config = skeleton(
-        reader, "gpt_oss", layer_windows(reader, lambda i: i % 2 == 0), experts=experts, sinks=True, activation="silu"
-    )
-    return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
+    windows = layer_windows(reader, lambda i: i % 2 == 0)
+    config = skeleton(reader, "gpt_oss", windows, experts=checked(reader, experts), sinks=True, activation="silu")
+    return routed(config)
 
 
 def _from_gguf(config: dict[str, Any], names: Collection[str]) -> None:

@@ -8,12 +8,12 @@ x, and a common factor of x and the root of epsilon cancels in them. So the deco
 Policies that use the input of a layer get y, to which the output of attention is added unscaled.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.family import FamilyConfig
+from kvloom.spec.families.routed import checked, routed
 from kvloom.spec.families.skeleton import nothing_implied, skeleton
 
 
@@ -42,10 +42,8 @@ def _granite_moe(reader: ConfigReader) -> DecoderConfig:
         reader.integer("num_experts_per_tok"),
         reader.integer("intermediate_size"),
     )
-    if experts.per_token > experts.count:
-        reader.wrong("num_experts_per_tok", f"at most {experts.count}, the number of experts", experts.per_token)
-    config = _multiplied(reader, "granite_moe", experts=experts)
-    return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
+    config = _multiplied(reader, "granite_moe", experts=checked(reader, experts))
+    return routed(config)
 
 
 _DEFAULTS = {

@@ -8,7 +8,7 @@ from kvloom.spec.decoder import DecoderConfig, ExpertsConfig, LayerConfig
 from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.family import FamilyConfig
 from kvloom.spec.families.rope import longest_position, rope_config, rope_params
-from kvloom.spec.families.routed import checked
+from kvloom.spec.families.routed import checked, routed
 from kvloom.spec.families.skeleton import layer_windows, nothing_implied, skeleton
 
 
@@ -44,7 +44,7 @@ def _olmoe(reader: ConfigReader) -> DecoderConfig:
         normalise=reader.flag("norm_topk_prob"),
     )
     config = _olmo(reader, "olmoe", [None] * reader.integer("num_hidden_layers"), experts=checked(reader, experts))
-    return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
+    return routed(config)
 
 
 _DEFAULTS = {

@@ -6,7 +6,7 @@ from kvloom.spec.decoder import DecoderConfig, ExpertsConfig
 from kvloom.spec.families.config_reader import ConfigReader
 from kvloom.spec.families.family import FamilyConfig
 from kvloom.spec.families.rope import rope_params
-from kvloom.spec.families.routed import checked
+from kvloom.spec.families.routed import checked, routed
 from kvloom.spec.families.skeleton import all_windowed, nothing_implied, skeleton
 
 
@@ -27,7 +27,7 @@ def _configure(reader: ConfigReader) -> DecoderConfig:
         experts=checked(reader, experts),
         head_bias=reader.flag("lm_head_bias"),
     )
-    layers = tuple(replace(layer, routed=True) for layer in config.layers)
+    layers = routed(config).layers
     amplitude = _amplitude(reader)
     if amplitude is not None:
         layers = tuple(

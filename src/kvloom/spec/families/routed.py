@@ -17,11 +17,16 @@ def checked(reader: ConfigReader, experts: ExpertsConfig) -> ExpertsConfig:
     return experts
 
 
+def routed(config: DecoderConfig) -> DecoderConfig:
+    """Return `config` with experts in every layer."""
+    return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
+
+
 def _mixtral(reader: ConfigReader) -> DecoderConfig:
     count = reader.integer("num_local_experts", reader.get("num_experts") or 8)
     experts = ExpertsConfig(count, reader.integer("num_experts_per_tok"), reader.integer("intermediate_size"))
     config = skeleton(reader, "mixtral", all_windowed(reader), experts=checked(reader, experts))
-    return replace(config, layers=tuple(replace(layer, routed=True) for layer in config.layers))
+    return routed(config)
 
 
 def _qwen3_moe(reader: ConfigReader) -> DecoderConfig:
