@@ -1,6 +1,8 @@
 """Loading: a checkpoint's weights in the form that runs best here, or in the form that was asked for."""
 
 import importlib.util
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -12,6 +14,9 @@ from kvloom.models.eager import EagerModel
 from kvloom.models.heap import release_free_heap
 from kvloom.models.model import Model
 from kvloom.spec.kernels import unsupported
+
+_TENSORS_BETWEEN_TRIMS = 8
+"""A trim takes about a millisecond; the tensors of a dense layer are about as many."""
 
 
 def load_model(
@@ -37,12 +42,23 @@ def load_model(
         release_free_heap()  # freed after reading the vocabulary
         # Each weight is packed at once.
         weights = checkpoint.packed_tensors(dtype) if quantization is None else checkpoint.tensors(dtype, borrowed=True)
-        model: Model = CompiledModel(checkpoint.config, weights, dtype, quantization)
+        model: Model = CompiledModel(checkpoint.config, _trimmed(weights), dtype, quantization)
     else:
         release_free_heap()
-        model = EagerModel(Decoder(checkpoint.config, dict(checkpoint.tensors(dtype))), ReferenceBackend())
+        model = EagerModel(Decoder(checkpoint.config, dict(_trimmed(checkpoint.tensors(dtype)))), ReferenceBackend())
     release_free_heap()  # freed after decoding the weights
     return model
+
+
+def _trimmed(weights: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield what `weights` yields; return freed memory to the system after every `_TENSORS_BETWEEN_TRIMS` tensors.
+
+    Decoded pieces and packed matrices would else stay in the heap until all weights are loaded.
+    """
+    for count, (name, weight) in enumerate(weights, 1):
+        yield name, weight
+        if count % _TENSORS_BETWEEN_TRIMS == 0:
+            release_free_heap()
 
 
 def cpu_reasons(checkpoint: Checkpoint, block_size: int) -> list[str]:
