@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kvloom.cli.plan import HYPOTHESIS, lengths, plan, seconds
+from kvloom.cli.plan import plan
 from kvloom.cli.plantext import show_bytes
 from kvloom.cli.serve import serve
 from kvloom.errors import InvalidInputError, KvloomError
@@ -130,31 +130,6 @@ def test_a_config_that_is_not_understood_has_exit_code_2(capsys, tmp_path, confi
     path.write_text(json.dumps(config))
     with pytest.raises(InvalidInputError):
         run(capsys, str(path))
-
-
-@pytest.mark.parametrize(
-    "given, expected",
-    [
-        ((None, None, None, None), (3584, 512)),
-        ((1000, None, None, None), (875, 125)),
-        ((1000, 900, None, None), (900, 100)),
-        ((1000, None, 100, None), (900, 100)),
-        ((None, 900, 100, None), (900, 100)),
-        ((None, None, None, 1024), (896, 128)),
-    ],
-)  # fmt: skip
-def test_what_is_not_given_of_the_lengths_is_filled_in(given, expected):
-    assert lengths(*given) == expected
-
-
-@pytest.mark.parametrize("text, value", [("50ms", 0.05), ("2s", 2.0), ("0.25", 0.25), (None, None)])
-def test_times_may_be_given_in_milliseconds(text, value):
-    assert seconds("--target-tpot", text) == value
-
-
-def test_every_number_of_a_hypothetical_model_has_a_flag():
-    names = {param.name for param in plan.params}
-    assert set(HYPOTHESIS) <= names
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

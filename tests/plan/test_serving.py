@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from kvloom.cli.engineflags import engine_arguments
-from kvloom.cli.plan import make_question, plan
+from kvloom.cli.plan import make_plan, plan
 from kvloom.cli.serve import serve
 from kvloom.engine.config import EngineConfig
 from kvloom.errors import InvalidInputError, KvloomError, UnsupportedError
@@ -186,7 +186,7 @@ def test_every_change_that_is_advised_is_accepted_by_plan_and_fits_when_it_says_
         with plan.make_context("plan", arguments) as context:
             values = dict(context.params)
         try:
-            again = make_question(values.pop("model"), values)
+            again = make_plan(values.pop("model"), values).question
         except KvloomError as error:
             pytest.fail(f"{advice.flags} is refused: {error}")
         assert Memory(again).fits is advice.enough, advice

@@ -1,7 +1,5 @@
 """`kvloom plan MODEL`: will it fit, for how many users, how long a context, how fast at best, with which cache."""
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +9,14 @@ import click
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.values import TokenCount
-from kvloom.errors import DownloadError, InvalidInputError, ModelNotFoundError, UnsupportedError
+from kvloom.errors import InvalidInputError, ModelNotFoundError, UnsupportedError
 from kvloom.spec.packing import QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from kvloom.plan.answer import Plan
-    from kvloom.plan.question import Question
-    from kvloom.spec.model import ModelSpec
+    from kvloom.plan import Plan
 
-HYPOTHESIS = (
-    "layers", "heads", "kv_heads", "head_dim", "hidden", "intermediate", "vocab", "window", "global_every", "kv_rank",
-    "rope_dim", "share_kv", "yoco", "experts", "experts_per_token", "recurrent_every", "state_elements",
-)  # fmt: skip
-"""Flags that describe a model that does not exist."""
-
-HUB_SECONDS = 5
-"""Seconds without an answer after which the hub counts as out of reach."""
+PRINTED = ("probe", "list_models", "list_devices", "json_schema", "as_json", "plot")
+"""Flags that say what is printed or written; all others are keywords of `kvloom.plan.plan`."""
 
 
 def run(model: str | None, **values: Any) -> None:
@@ -51,135 +41,10 @@ def run(model: str | None, **values: Any) -> None:
 
 
 def make_plan(model: str | None, values: Mapping[str, Any]) -> "Plan":
-    """Return the plan that the flags ask for; loads nothing heavy."""
-    from kvloom.plan.answer import Plan
-    from kvloom.plan.compare import compare
-    from kvloom.plan.explain import explain
-    from kvloom.plan.measured import read_measurements
-    from kvloom.plan.recommend import parse_loss, recommend
+    """Return the plan that the flags ask for: `kvloom.plan.plan` with the flags as keywords."""
+    from kvloom.plan import plan
 
-    asked = make_question(model, values)
-    measured = None if values["measured"] is None else read_measurements(values["measured"])
-    if measured is not None:
-        measured.check_for(asked)
-    recommendation = None
-    if values["max_loss"] is not None:
-        recommendation = recommend(asked, model or asked.model.name, parse_loss(values["max_loss"]), measured)
-    return Plan(
-        asked,
-        measured,
-        {what: compare(asked, what) for what in dict.fromkeys(values["compare"])},
-        tuple(explain(asked, topic) for topic in dict.fromkeys(values["explain"])),
-        recommendation,
-    )
-
-
-def make_question(model: str | None, values: Mapping[str, Any]) -> "Question":
-    """Return the checked question that the flags ask."""
-    from kvloom.plan.probe import load_probe
-    from kvloom.plan.question import Question
-    from kvloom.spec.hardware import find_device
-    from kvloom.spec.policy import PolicySpec
-
-    spec = _model(model, values)
-    name = values["device"]
-    device = find_device(name, load_probe() if name.lower().startswith("cpu") else None)
-    given = {"bandwidth": (values["bandwidth"], 1e9), "peak": (values["peak"], 1e12)}
-    device = device.with_speed(**{name: n * unit for name, (n, unit) in given.items() if n is not None})
-    prompt, output = lengths(values["context"], values["prompt"], values["output"], spec.max_position)
-    dtype = values["dtype"]
-    if dtype == "auto":
-        dtype = "bfloat16" if device.kind == "cpu" or spec.dtype == "float8_e4m3fn" else spec.dtype
-    return Question(
-        spec, device, prompt, output, values["users"], PolicySpec.parse(values["kv_policy"]), dtype, values["devices"],
-        values["block_size"], values["max_num_batched_tokens"], values["gpu_memory_utilization"],
-        seconds("--target-ttft", values["target_ttft"]), seconds("--target-tpot", values["target_tpot"]),
-        values["quantization"],
-    )  # fmt: skip
-
-
-def lengths(context: int | None, prompt: int | None, output: int | None, longest: int | None) -> tuple[int, int]:
-    """Return (prompt, output) tokens; raises `InvalidInputError` when what was given cannot be true together.
-
-    The context defaults to 4096 tokens or the model's, whichever is less, and an eighth of it is output.
-    """
-    for flag, value, least in (("--context", context, 2), ("--prompt", prompt, 1), ("--output", output, 0)):
-        if value is not None and value < least:
-            raise InvalidInputError(f"{flag} is {value}; it must be at least {least}")
-    if prompt is not None and output is not None:
-        if context is not None and context != prompt + output:
-            raise InvalidInputError(
-                f"--context {context} contradicts --prompt {prompt} and --output {output}, which make {prompt + output}"
-            )
-        return prompt, output
-    whole = context or max(min(4096, longest or 4096), (prompt or 0) * 9 // 8, (output or 0) * 8)
-    if prompt is None and output is None:
-        output = max(1, whole // 8)
-    if prompt is not None:
-        output = whole - prompt
-    assert output is not None
-    if (prompt is not None and output < 0) or whole - output < 1:
-        given = f"--prompt {prompt}" if prompt is not None else f"--output {output}"
-        raise InvalidInputError(f"--context {whole} leaves no room beside {given}; raise --context")
-    return whole - output, output
-
-
-def seconds(flag: str, text: str | None) -> float | None:
-    """Return the seconds that `50ms`, `0.05s` or `0.05` names; raises `InvalidInputError`."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|)\s*", text)
-    if match is None:
-        raise InvalidInputError(f"{flag} is {text!r}; write seconds or e.g. 50ms")
-    return float(match[1]) / (1000 if match[2] == "ms" else 1)
-
-
-def _model(model: str | None, values: Mapping[str, Any]) -> "ModelSpec":
-    given = {name: values[name] for name in HYPOTHESIS if values[name] not in (None, False)}
-    if given and model is not None:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InvalidInputError(f"MODEL {model!r} and {flags} contradict each other: name a model or describe one")
-    if given:
-        from kvloom.spec.hypothetical import Hypothesis
-
-        if "layers" not in given or "heads" not in given:
-            raise InvalidInputError("a hypothetical model needs at least --layers and --heads")
-        return Hypothesis(**given).build()
-    if model is None:
-        raise InvalidInputError(
-            "name a MODEL, or describe one with --layers and --heads; --list-models shows known ones"
-        )
-    from kvloom.plan.source import find_model
-
-    return find_model(model, None if _offline() else _fetch)
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
-
-
-def _fetch(repository: str, file: str) -> Path:
-    """Return the path of one small file of a hub repository, from the hub's cache where it is there."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    away = (
-        f"{repository!r} is in neither the catalogue nor the local cache, and the hub cannot be reached; "
-        "give a folder, a config.json or a .gguf file"
-    )
-    try:
-        try:
-            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
-        except (errors.HfHubHTTPError, errors.HFValidationError):
-            raise
-        except Exception as error:  # the type depends on the HTTP library of the hub's client; a download would retry
-            raise DownloadError(away) from error
-        return Path(hf_hub_download(repository, file))
-    except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(away) from error
-    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError) as error:
-        raise ModelNotFoundError(f"the hub has no {file} of {repository!r}, or it needs HF_TOKEN") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise DownloadError(f"fetching {file} of {repository!r} failed: {error}") from error
+    return plan(model, **{name: value for name, value in values.items() if name not in PRINTED})
 
 
 def _listed(values: Mapping[str, Any]) -> bool:

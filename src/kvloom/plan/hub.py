@@ -1,0 +1,40 @@
+"""The hub's part of a plan: one small file of a repository, from the hub's cache where it is there."""
+
+import os
+from pathlib import Path
+
+from kvloom.errors import DownloadError, ModelNotFoundError
+from kvloom.plan.source import Fetch
+
+HUB_SECONDS = 5
+"""Seconds without an answer after which the hub counts as out of reach."""
+
+
+def hub_fetch() -> Fetch | None:
+    """Return what fetches a file from the hub, or None when `HF_HUB_OFFLINE` is set."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
+    return None if offline else _fetch
+
+
+def _fetch(repository: str, file: str) -> Path:
+    """Return the path of one small file of a hub repository, from the hub's cache where it is there."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    away = (
+        f"{repository!r} is in neither the catalogue nor the local cache, and the hub cannot be reached; "
+        "give a folder, a config.json or a .gguf file"
+    )
+    try:
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
+        except (errors.HfHubHTTPError, errors.HFValidationError):
+            raise
+        except Exception as error:  # the type depends on the HTTP library of the hub's client; a download would retry
+            raise DownloadError(away) from error
+        return Path(hf_hub_download(repository, file))
+    except errors.LocalEntryNotFoundError as error:
+        raise DownloadError(away) from error
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError) as error:
+        raise ModelNotFoundError(f"the hub has no {file} of {repository!r}, or it needs HF_TOKEN") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise DownloadError(f"fetching {file} of {repository!r} failed: {error}") from error
