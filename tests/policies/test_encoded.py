@@ -149,7 +149,7 @@ def test_samples_of_one_prompt_share_its_encoded_blocks_and_encode_their_own(smo
     assert engine.cache.arena.used_bytes == 0
 
 
-def test_more_encoded_requests_than_fit_in_16_bit_run_together_and_none_is_computed_twice(smol):
+def test_more_encoded_requests_than_fit_in_16_bit_run_together(smol):
     slabs = 6
     room = slabs * SLAB_BYTES // (LANES * NATIVE * 22)  # of 352 tokens in 16 bit
     texts = [prompt_of(300, seed=i) for i in range(24)]
@@ -162,23 +162,47 @@ def test_more_encoded_requests_than_fit_in_16_bit_run_together_and_none_is_compu
     assert tokens[-1] == run(alone, [alone.add(texts[-1], greedy(52), kv_policy=spec("int8"))])[0]
 
 
-def test_native_requests_give_way_to_encoded_ones_and_still_get_their_tokens(smol):
-    texts = [prompt_of(200, seed=i) for i in range(6)]
-    kinds = ["full", "int8"] * 3
-    engine = small_engine(model=smol, slabs=2, max_num_batched_tokens=200, prefix=False)
-    requests = [engine.add(t, greedy(150), kv_policy=spec(k)) for t, k in zip(texts, kinds, strict=True)]
-    encoded = [r.sequences[0] for r, kind in zip(requests, kinds, strict=True) if kind == "int8"]
-
-    def check():
-        assert all(s.row is not None for s in encoded if s.num_output_tokens and not s.finished)
-        engine.cache.check_invariants()
-
-    tokens = run(engine, requests, check)
-    assert engine.scheduler.num_preemptions > 0
-    for text, kind, found in zip(texts, kinds, tokens, strict=True):
-        alone = small_engine(model=smol, slabs=2, prefix=False)
-        assert run(alone, [alone.add(text, greedy(150), kv_policy=spec(kind))])[0] == found
+def test_encoded_requests_are_preempted_and_replayed_with_the_tokens_that_they_have_elsewhere(smol):
+    texts = [prompt_of(200, seed=i) for i in range(8)]
+    kinds = ["full", "int8", "int8(sinks=20,residual=37)", "int8"] * 2
+    engine = small_engine(model=smol, slabs=2, max_num_batched_tokens=200)
+    requests = [engine.add(t, greedy(400), kv_policy=spec(k)) for t, k in zip(texts, kinds, strict=True)]
+    tokens = run(engine, requests, engine.cache.check_invariants)
+    assert sum(r.sequences[0].num_preemptions for r, kind in zip(requests, kinds, strict=True) if kind != "full") > 2
+    roomy = small_engine(model=smol, slabs=16, prefix=False)
+    again = [roomy.add(t, greedy(400), kv_policy=spec(k)) for t, k in zip(texts, kinds, strict=True)]
+    assert run(roomy, again) == tokens and roomy.scheduler.num_preemptions == 0
+    engine.cache.index.clear()
     assert engine.cache.arena.used_bytes == 0
+
+
+def test_a_replay_takes_the_steps_between_encodings_and_ends_with_the_same_bytes_in_its_blocks(smol):
+    engine = small_engine(model=smol, slabs=16, prefix=False)
+    request = engine.add(prompt_of(100), greedy(60), kv_policy=spec("int8(residual=20)"))
+    sequence = request.sequences[0]
+    while sequence.num_output_tokens < 50:
+        engine.step()
+    before = [engine.cache.read_lane(sequence.row, lane) for lane in range(LANES)]
+    engine.scheduler.queues.preempt(sequence)
+    seen = []
+    while sequence.num_output_tokens < 51:
+        engine.step()
+        seen.append(int(engine.cache.lanes.seen[sequence.row]))
+    assert seen == [100, 116, 132, 148, 150], "the prompt, then until 20 tokens follow one more full block"
+    for lane, (keys, values) in enumerate(before):
+        again = engine.cache.read_lane(sequence.row, lane)
+        assert torch.equal(again[0][: len(keys)], keys) and torch.equal(again[1][: len(values)], values)
+
+
+def test_a_sequence_that_took_an_encoded_prefix_stays(smol):
+    engine = small_engine(model=smol, slabs=16)
+    first = engine.add(prompt_of(100), greedy(4), kv_policy=spec("int8"))
+    engine.step()
+    assert not engine.scheduler.capacity.stays(first.sequences[0])
+    run(engine, [first])
+    again = engine.add(prompt_of(100), greedy(4), kv_policy=spec("int8"))
+    engine.step()
+    assert again.sequences[0].num_cached_tokens == 96 and engine.scheduler.capacity.stays(again.sequences[0])
 
 
 def test_the_store_of_the_engine_holds_for_every_policy_without_one(smol):

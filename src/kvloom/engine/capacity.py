@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Sequence
 from kvloom.errors import DoesNotFitError
+from kvloom.policies.encoding import Encoding
 from kvloom.spec.policy import Term
 from kvloom.spec.slabs import longest_request, slabs_of_request, sure_bytes
 from kvloom.units import format_bytes
@@ -54,18 +55,19 @@ class Capacity:
     def stays(self, sequence: Sequence) -> bool:
         """Return whether a sequence may not be preempted: it is lossy, or is one of beams that may become so.
 
-        Beams wait for one another. A beam that had to be computed again beside lossy ones might never fit, so all of
-        them keep the memory that admission set aside.
+        Computed again, it would give other tokens, unless it does no more than encode (`Encoding.replayable`). Beams
+        wait for one another. A beam that had to be computed again beside lossy ones might never fit, so all of them
+        keep the memory that admission set aside.
         """
         beam = sequence.request.beams is not None and sequence.request.forked
         loses = sequence.eviction is not None or sequence.encoding is not None
-        return self.is_lossy(sequence) or (beam and loses)
+        return (self.is_lossy(sequence) and not _replayable(sequence)) or (beam and loses)
 
     def has_room(self, sequence: Sequence, running: list[Sequence]) -> bool:
         """Return whether the rest of the prompt fits beside the needs of running prefills and unpreemptible sequences.
 
-        Sequences that may lose tokens cannot be preempted afterwards. So the most bytes that all of them may hold, each
-        with its own blocks, must fit into the arena together.
+        Sequences that may become lossy and cannot be replayed cannot be preempted afterwards. So the most bytes that
+        all of them may hold, each with its own blocks, must fit into the arena together.
         """
         assert sequence.row is not None
         together = [*running, sequence]
@@ -80,7 +82,7 @@ class Capacity:
         return needed <= free or needed <= free + index.idle_bytes
 
     def _lasting_bytes(self, sequence: Sequence) -> int:
-        """Return the most bytes that a sequence which may become lossy comes to hold; 0 for all others."""
+        """Return the most bytes that a sequence which may come to stay (`stays`) ever holds; 0 for all others."""
         eviction, encoding, request = sequence.eviction, sequence.encoding, sequence.request
         total, rows = len(request.prompt_token_ids) + request.max_tokens, 1 if request.forked else request.params.n
         if sequence.row is None:
@@ -90,16 +92,30 @@ class Capacity:
             if settled:
                 return eviction.future_bytes(sequence.row, total, self.chunk)
             return eviction.occupancy.peak_bytes(total, self.chunk, rows)
-        if encoding is None:
+        if encoding is None or (_replayable(sequence) and request.beams is None):
             return 0
+        return self._encoded_bytes(sequence, encoding, total, rows)
+
+    def _encoded_bytes(self, sequence: Sequence, encoding: Encoding, total: int, rows: int) -> int:
+        """Return the most bytes of an encoded sequence, or of the `rows` that it forks into, up to `total` tokens."""
+        assert sequence.row is not None
+        settled = self.is_lossy(sequence) and sequence.request.forked
         if settled and self.lanes.seen[sequence.row] >= encoding.prompt_tokens:
             return encoding.future_bytes(sequence.row, total)
         return encoding.peak_bytes(total, self.chunk, rows)
 
     def _bytes_to_come(self, sequence: Sequence) -> int:
         assert sequence.row is not None
-        total = self._lasting_bytes(sequence) or self._peak_bytes(len(sequence.token_ids) + 1)
+        total, soon = self._lasting_bytes(sequence), len(sequence.token_ids) + 1
+        if not total and sequence.encoding is not None:
+            total = self._encoded_bytes(sequence, sequence.encoding, soon, 1)
+        total = total or self._peak_bytes(soon)
         return max(0, total - self.lanes.sequence_bytes(sequence.row))
 
     def _peak_bytes(self, num_tokens: int) -> int:
         return self.lanes.spec.request_bytes(num_tokens, self.chunk)
+
+
+def _replayable(sequence: Sequence) -> bool:
+    """Return whether a sequence that encodes blocks does no more, and can be computed again with the same result."""
+    return sequence.eviction is None and sequence.encoding is not None and sequence.encoding.replayable

@@ -15,7 +15,7 @@ class Encodings:
         self.scheduler = scheduler
 
     def encode(self, work: list[Work]) -> None:
-        """Encode what is due in the sequences of `work`; others may be preempted.
+        """Encode what is due in the sequences of `work`; they and others may be preempted.
 
         Raises `DoesNotFitError` when blocks are short for ever.
         """
@@ -27,7 +27,9 @@ class Encodings:
             due = encoding.due(row)
             for lanes, first, last in due:
                 native = sequence.chain.digests[int(first.min()) : int(last.max())]
-                while not self.encoder.encode(row, lanes, encoding.store.name, first, last, native):
+                while sequence.row is not None and not self.encoder.encode(
+                    row, lanes, encoding.store.name, first, last, native
+                ):
                     self._make_room(sequence)
             if due:
                 self.scheduler.prefixes.publish_encoded(sequence)

@@ -23,9 +23,11 @@ class Prefixes:
         limit = len(sequence.token_ids) - 1
         if sequence.eviction is not None:
             limit = min(limit, sequence.eviction.schedule.usable_prefix)
+        encoding = sequence.encoding
+        if encoding is not None:
+            limit = min(limit, encoding.prompt_tokens)  # in a replay, blocks of generated tokens are not 16-bit ones
         match = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
         assert sequence.row is not None
-        encoding = sequence.encoding
         if encoding is not None and sequence.eviction is None:
             limit = min(limit, encoding.usable_prefix(len(sequence.token_ids)))
             encoded = self.lanes.pool.index.match(sequence.token_ids, encoding.chain, limit)

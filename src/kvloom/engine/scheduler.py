@@ -2,7 +2,8 @@
 
 Running sequences come first, decodes before prefill chunks, then waiting ones, all within one budget of tokens. Blocks
 are taken in this order: free ones, then by evacuation, by reclaim from the prefix index, and by preemption of the
-sequence that would be served last. A preempted sequence is computed again from its tokens.
+sequence that would be served last. A preempted sequence is computed again from its tokens; where its blocks are
+encoded, in the steps in which they were.
 """
 
 from kvloom.cache.lanes import LaneTable
@@ -69,13 +70,15 @@ class Scheduler:
         return [w for w in work if w.sequence.status is Status.RUNNING]
 
     def make_room(self, sequence: Sequence) -> bool:
-        """Free blocks for a policy that must replace shared ones; False when no more can be freed.
+        """Free blocks for a policy that must replace blocks; False when no more can be freed.
 
-        First the prefix index drops this sequence's own blocks, then other sequences are preempted.
+        First the prefix index drops this sequence's own blocks. Then the sequence that would be served last is
+        preempted, which may be this one, if its policy does no more than encode.
         """
         if self.prefixes.forget(sequence):
             return True
-        able = [s for s in self.running if s is not sequence and not self.capacity.stays(s)]
+        own = sequence.eviction is None and len(self.running) > 1
+        able = [s for s in self.running if (own or s is not sequence) and not self.capacity.stays(s)]
         if able:
             self.queues.preempt(max(able, key=service_order))
         return bool(able)
@@ -104,7 +107,11 @@ class Scheduler:
         start = int(self.lanes.seen[sequence.row])
         end = min(len(sequence.token_ids), start + budget)
         boundary = None if sequence.eviction is None else sequence.eviction.schedule.next_boundary(start)
-        return (end if boundary is None else min(end, boundary)) - start
+        if boundary is not None:
+            end = min(end, boundary)
+        if sequence.encoding is not None:
+            end = min(end, sequence.encoding.next_boundary(start))
+        return end - start
 
     def _victim(self, sequence: Sequence) -> Sequence:
         """Return the sequence to preempt for `sequence`: the last to be served, itself included.

@@ -65,11 +65,25 @@ class Encoding:
         other.num_published, other.cached_tokens = self.num_published, self.cached_tokens
         return other
 
+    # ---- replay -----------------------------------------------------------------------------------------------------
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the sequence can be computed again with the same result: nothing came encoded from the index."""
+        return not self.cached_tokens
+
+    def next_boundary(self, seen: int) -> int:
+        """Return the number of tokens after which blocks may be due next; a step goes no further."""
+        return max(seen + 1, self._quiet_until)
+
     # ---- acting ---------------------------------------------------------------------------------------------------
 
     def usable_prefix(self, num_tokens: int) -> int:
-        """Return how many of `num_tokens` tokens may come encoded from the prefix index."""
-        return max(0, num_tokens - self.residual)
+        """Return how many of `num_tokens` tokens may come encoded from the prefix index: none in a replay.
+
+        A generated token has read the last `residual` tokens before it in 16 bit, and so it must again.
+        """
+        return 0 if num_tokens > self.prompt_tokens else max(0, num_tokens - self.residual)
 
     def adopt(self, row: int, num_blocks: int) -> None:
         """Note that the sequence starts with `num_blocks` blocks of its chain; mutates the lane table."""
