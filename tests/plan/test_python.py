@@ -40,7 +40,7 @@ def test_every_keyword_is_a_flag_of_the_command_with_the_same_default():
         for name, parameter in inspect.signature(plan).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD and name != "model"
     }
-    assert {*keywords, *DESCRIBING} == set(flags) - set(PRINTED) - {"model", "config"}
+    assert {*keywords, *DESCRIBING} == set(flags) - set(PRINTED) - {"model", "config", "plugin"}
     assert {name: flags[name] or default for name, default in keywords.items()} == keywords
 
 

@@ -13,6 +13,7 @@ from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.loading import load_llm
+from kvloom.cli.plugin import PLUGIN_FLAG
 from kvloom.cli.prompt import choose_model
 from kvloom.cli.values import TokenCount
 from kvloom.errors import InvalidInputError
@@ -144,6 +145,7 @@ def _params(input_len: int, output_len: int, own: list[Flag]) -> list[click.Para
         *own,
         _flag(["--seed"], "Load", "Of the prompts.", type=int, default=0),
         MODEL_FLAG,
+        PLUGIN_FLAG,
         *ENGINE_FLAGS,
         _flag(["--output-json"], "Result", "File for the figures.", type=click.Path(path_type=Path, dir_okay=False)),
         _flag(["--json", "as_json"], "Result", "Print the figures as one line of JSON.", is_flag=True),

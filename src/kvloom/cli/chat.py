@@ -12,6 +12,7 @@ from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.interrupt import StopOnInterrupt
 from kvloom.cli.loading import load_llm
+from kvloom.cli.plugin import PLUGIN_FLAG
 from kvloom.cli.prompt import choose_model, templated
 from kvloom.cli.samplingflags import SAMPLING_FLAGS, sampling_params
 from kvloom.cli.values import Text, valid_text
@@ -133,6 +134,7 @@ chat = Command(
         click.Argument(["argument"], required=False, metavar="[MODEL]"),
         *SAMPLING_FLAGS,
         MODEL_FLAG,
+        PLUGIN_FLAG,
         *ENGINE_FLAGS,
         Flag(["--system"], section="Prompt and output", type=Text(), help="System message before the conversation."),
         Flag(

@@ -8,6 +8,7 @@ from kvloom.cli.answer import Answer, write_completions, write_figures, write_gr
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.loading import load_llm
+from kvloom.cli.plugin import PLUGIN_FLAG
 from kvloom.cli.prompt import choose_model, split_arguments, templated
 from kvloom.cli.samplingflags import COMPLETION_FLAGS, SAMPLING_FLAGS, sampling_params
 from kvloom.cli.values import Text
@@ -67,6 +68,7 @@ generate = Command(
         *SAMPLING_FLAGS,
         *COMPLETION_FLAGS,
         MODEL_FLAG,
+        PLUGIN_FLAG,
         *ENGINE_FLAGS,
         Flag(["--raw"], section="Prompt and output", is_flag=True, help="Skip the chat template."),
         Flag(["--system"], section="Prompt and output", type=Text(), help="System message before the prompt."),

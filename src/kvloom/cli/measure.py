@@ -15,6 +15,7 @@ from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
 from kvloom.cli.interrupt import StopOnInterrupt
 from kvloom.cli.loading import load_llm
+from kvloom.cli.plugin import PLUGIN_FLAG
 from kvloom.cli.prompt import choose_model
 from kvloom.cli.values import Text, TokenCount
 from kvloom.errors import InvalidInputError, KvloomError
@@ -270,6 +271,7 @@ measure = Command(
         click.Argument(["argument"], required=False, metavar="[MODEL]"),
         *FLAGS,
         MODEL_FLAG,
+        PLUGIN_FLAG,
         *(flag for flag in ENGINE_FLAGS if flag.name not in ("kv_policy", "enable_prefix_caching")),
     ],
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
+from kvloom.cli.plugin import PLUGIN_FLAG
 
 ROLES = {
     "selector": "what is kept",
@@ -58,5 +59,5 @@ methods = Command(
     help="""List what `--kv-policy` and `kv_policy` may name: what each method scores and needs, whether the question
     must be in the prompt for its published quality, when it can act, whether lanes get different lengths, its paper.
     Methods of other installed packages are listed as well.""",
-    params=[Flag(["--json", "as_json"], is_flag=True, help="Print one JSON object.")],
+    params=[PLUGIN_FLAG, Flag(["--json", "as_json"], is_flag=True, help="Print one JSON object.")],
 )

@@ -8,6 +8,7 @@ import click
 
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
+from kvloom.cli.plugin import PLUGIN_FLAG
 from kvloom.cli.values import TokenCount
 from kvloom.errors import InvalidInputError, ModelNotFoundError, UnsupportedError
 from kvloom.spec.packing import QUANTIZATIONS
@@ -191,5 +192,5 @@ plan = Command(
     file, a name of the catalogue (--list-models), or a model that --layers and --heads describe. Bytes come from the
     formulas that the allocator uses; every figure is labelled exact, bound, assumed or measured. No weights are
     loaded.""",
-    params=[click.Argument(["model"], metavar="[MODEL]", required=False), *FLAGS],
+    params=[click.Argument(["model"], metavar="[MODEL]", required=False), *FLAGS, PLUGIN_FLAG],
 )

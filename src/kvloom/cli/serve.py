@@ -8,6 +8,7 @@ import click
 
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.engineflags import ENGINE_FLAGS, MODEL_FLAG, engine_arguments
+from kvloom.cli.plugin import PLUGIN_FLAG
 from kvloom.cli.prompt import choose_model
 from kvloom.cli.values import ByteCount, Text
 from kvloom.errors import InvalidInputError
@@ -205,6 +206,7 @@ serve = Command(
     params=[
         click.Argument(["argument"], required=False, metavar="[MODEL]"),
         MODEL_FLAG,
+        PLUGIN_FLAG,
         *ENGINE_FLAGS,
         *SERVER_FLAGS,
         *LIMIT_FLAGS,
