@@ -14,6 +14,7 @@ from kvloom.engine.continuation import Continuation
 from kvloom.engine.encodings import Encodings
 from kvloom.engine.evictions import Evictions
 from kvloom.engine.kvpolicies import KVPolicies
+from kvloom.engine.lengthclasses import LengthClasses
 from kvloom.engine.logits_processors import ProcessorFactory
 from kvloom.engine.output import KVUsage, RequestOutput
 from kvloom.engine.params import SamplingParams
@@ -73,6 +74,7 @@ class Engine:
             token_kinds=None if facts is None else facts.kinds,
             replay_instruction=None if facts is None else facts.replay_instruction,
         )
+        self.lengths = LengthClasses(runner.model.config, scheduler.queues)
         self.evictions = Evictions(runner, scheduler)
         self.encodings = Encodings(runner.cache.encoder, scheduler)
         self.admission = Admission(
@@ -127,6 +129,7 @@ class Engine:
         if name in self.requests:
             raise InvalidInputError(f"request id {name!r} is in use; choose another or leave it out")
         max_tokens = self.check(prompt_token_ids, params, forced_token_ids, kv_policy)
+        policy = self.policies.policy_for(kv_policy)
         request = Request(
             name,
             prompt_token_ids,
@@ -138,10 +141,10 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             forced_token_ids=forced_token_ids,
-            length_class=self.runner.model.config.length_class(len(prompt_token_ids) + max_tokens),
+            length_class=self.lengths.at_start(len(prompt_token_ids), max_tokens, policy),
         )
         request.processors = self.processors.processors(params)
-        self.policies.start(self.policies.policy_for(kv_policy), request.sequences[0])
+        self.policies.start(policy, request.sequences[0])
         self.scheduler.queues.enqueue(request.sequences[0])
         self.answers.start_text(request.sequences[0])
         self.num_arrived += 1
@@ -201,6 +204,7 @@ class Engine:
 
     def _step(self) -> list[Request]:
         started = time.perf_counter()
+        self.lengths.update()
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []

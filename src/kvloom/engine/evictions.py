@@ -71,7 +71,7 @@ class Evictions:
                         self._make_room(sequence)
                     held = lanes.sequence_bytes(row) + lanes.bytes_beyond(fork, row)
                     sequence.kv_peak_bytes = max(sequence.kv_peak_bytes, held)
-                    self._feed(eviction, scores, fork, now, piece, sequence.request.length_class)
+                    self._feed(eviction, scores, fork, now, piece, sequence.length_class)
             finally:
                 lanes.close(fork)
         eviction.record.replay_scores = scores.best

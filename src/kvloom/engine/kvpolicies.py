@@ -111,9 +111,9 @@ class KVPolicies:
             sequence.encoding = Encoding(spec.store, lanes, prompt, sequence.chain.salt)
         if policy is not None:
             request, model, facts = sequence.request, self.runner.model, self.facts
-            if request.length_class:
+            if sequence.length_class:
                 layers = range(model.config.num_layers)
-                thetas = [model.inverse_frequencies(layer, request.length_class) for layer in layers]
+                thetas = [model.inverse_frequencies(layer, sequence.length_class) for layer in layers]
                 facts = replace(facts, inverse_frequencies=thetas)
             sequence.eviction = Eviction(
                 policy, self.runner.cache, facts, sequence.token_ids, len(request.prompt_token_ids), request.seed

@@ -41,7 +41,7 @@ class Prefixes:
     def note_adopted(self, sequence: Sequence, cached: int) -> None:
         """Count the `cached` tokens with which a sequence was started."""
         sequence.num_published = cached // self.lanes.spec.block_size
-        if sequence.num_preemptions == 0:
+        if sequence.num_preemptions == 0 and sequence.num_output_tokens == 0:
             self.queries += len(sequence.token_ids)
             self.hits += cached
             sequence.num_cached_tokens = cached

@@ -59,14 +59,18 @@ class Queues:
         self.num_preemptions += 1
 
     def preempt(self, victim: Sequence) -> None:
-        """Free the blocks of a running sequence, which waits again and is computed again from its tokens."""
-        self.running.remove(victim)
-        self._close(victim)
-        if victim.eviction is not None:
-            victim.eviction.restart()
+        """Free the blocks of a running sequence for others; it waits and is computed again from its tokens."""
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        self.enqueue(victim)
+        self.restart(victim)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Free the blocks of a running sequence, which waits again and is computed again from its tokens."""
+        self.running.remove(sequence)
+        self._close(sequence)
+        if sequence.eviction is not None:
+            sequence.eviction.restart()
+        self.enqueue(sequence)
 
     def fork(self, request: Request) -> Sequence:
         """Make one more sequence of a request whose prompt is computed; it shares all blocks of the first.
@@ -75,7 +79,7 @@ class Queues:
         """
         leader, child = request.sequences[0], request.add_sequence()
         child.num_cached_tokens = leader.num_cached_tokens
-        child.chain.digests = list(leader.chain.digests)
+        child.follow(leader)
         if leader.eviction is not None:
             seed = request.seed + (child.index if request.beams is None else 0)
             child.eviction = leader.eviction.fork(child.token_ids, seed)
@@ -95,7 +99,7 @@ class Queues:
         Where one of the two has no blocks now, the child waits to be computed from its tokens.
         """
         if child is not parent:
-            child.chain.digests = list(parent.chain.digests)
+            child.follow(parent)
             if child.eviction is not None and parent.eviction is not None:
                 before = child.eviction.evicted_tokens
                 child.eviction = parent.eviction.fork(child.token_ids, parent.eviction.record.seed)

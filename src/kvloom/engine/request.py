@@ -53,13 +53,15 @@ class Sequence:
     `token_ids` holds prompt and output; `row` is None unless running. `num_published` blocks are in the prefix index.
     `eviction` and `encoding` carry out its cache policy, where that evicts and where it has a store; `kv_spread` are
     its shortest and longest lane, `kv_bits` the bits per element of its blocks, as last noted.
-    `occurrences` counts its tokens where penalties ask for it.
+    `occurrences` counts its tokens where penalties ask for it. `length_class` says by which frequencies its keys are
+    rotated, in models where these depend on the length (`RopeConfig.length_class`).
     """
 
     request: "Request"
     index: int
     token_ids: list[int]
     chain: PrefixChain
+    length_class: int = 0
     status: Status = Status.WAITING
     row: int | None = None
     num_published: int = 0
@@ -78,6 +80,14 @@ class Sequence:
     detokenizer: "IncrementalDetokenizer | None" = None
     processors: "list[LogitsProcessor]" = field(default_factory=list)
     occurrences: "Occurrences | None" = None
+
+    def enter(self, length_class: int) -> None:
+        """Change the frequencies of a sequence without blocks; it shares prefixes of that class alone."""
+        self.length_class, self.chain, self.num_published = length_class, self.request.chain(length_class), 0
+
+    def follow(self, other: "Sequence") -> None:
+        """Continue from what `other` has computed: take its length class and its chain of blocks."""
+        self.length_class, self.chain = other.length_class, PrefixChain(other.chain.salt, list(other.chain.digests))
 
     @property
     def kv_method(self) -> str:
@@ -106,8 +116,8 @@ class Request:
     """A prompt with its options; owns `params.n` sequences, of which the first computes the prompt for all.
 
     `forced_token_ids` makes the answer: every token goes through the decode path as if it had been sampled, and the
-    request ends after the last one. `cache_salt` separates prefix caches, as does `length_class`, by which models whose
-    rotary embedding depends on the length rotate its keys (`RopeConfig.length_class`). Lower `priority` runs earlier.
+    request ends after the last one. `cache_salt` separates prefix caches, as does the `length_class` with which its
+    sequences begin. Lower `priority` runs earlier.
     `error` says why a request ended for which no token could be chosen.
     """
 
@@ -147,8 +157,12 @@ class Request:
         self.timing = Timing(time.monotonic())
 
     def _sequence(self, index: int) -> Sequence:
-        salt = f"{self.cache_salt}\0{self.length_class}" if self.length_class else self.cache_salt
-        return Sequence(self, index, list(self.prompt_token_ids), PrefixChain(salt))
+        length_class = self.length_class
+        return Sequence(self, index, list(self.prompt_token_ids), self.chain(length_class), length_class)
+
+    def chain(self, length_class: int) -> PrefixChain:
+        """Return an empty chain for sequences of a length class."""
+        return PrefixChain(f"{self.cache_salt}\0{length_class}" if length_class else self.cache_salt)
 
     def add_sequence(self) -> Sequence:
         """Append and return one more sequence, which starts where the prompt ends."""

@@ -73,7 +73,7 @@ class Runner:
             positions=np.concatenate([np.arange(w.start, w.start + w.num_tokens, dtype=np.int32) for w in work]),
             sequences=np.array([w.sequence.row for w in work], np.int32),
             cu_seqlens_q=starts,
-            length_class=np.array([w.sequence.request.length_class for w in work], np.int32),
+            length_class=np.array([w.sequence.length_class for w in work], np.int32),
         )
 
     def observe(self, work: list[Work], forward: Forward) -> None:

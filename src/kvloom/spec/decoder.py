@@ -35,8 +35,8 @@ class RopeConfig:
     def length_class(self, num_tokens: int) -> int:
         """Return the class of texts of `num_tokens`, a length: texts of one class have the same frequencies.
 
-        0 where the frequencies depend on no length. The class of a request is fixed at admission by the most tokens
-        that it may have, so that all its cached keys are rotated by the same frequencies.
+        0 where the frequencies depend on no length. All cached keys of a sequence are rotated by the frequencies of one
+        class.
         """
         if not self.depends_on_length:
             return 0
@@ -171,8 +171,14 @@ class DecoderConfig:
         return tuple(term for term, there in terms.items() if there)
 
     def length_class(self, num_tokens: int) -> int:
-        """Return the class of a request that may have `num_tokens` in all (`RopeConfig.length_class`)."""
+        """Return the class of texts of `num_tokens` (`RopeConfig.length_class`)."""
         return max((layer.rope.length_class(num_tokens) for layer in self.layers if layer.rope), default=0)
+
+    @property
+    def has_few_length_classes(self) -> bool:
+        """True where texts have one of two classes, by their length, and not one class for every length."""
+        kinds = {layer.rope.kind for layer in self.layers if layer.rope and layer.rope.depends_on_length}
+        return kinds == {"longrope"}
 
     def kv_spec(self, block_size: int, store: str) -> KVSpec:
         """Return the lanes that this model needs, with `block_size` tokens a block in `store`."""
