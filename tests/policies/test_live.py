@@ -105,6 +105,20 @@ def test_two_requests_share_a_prefix_and_compress_it_each_in_its_own_way():
     assert answers == [[alone([*prompt, 3], 30, p)] for p in policies]
 
 
+def test_the_note_counts_cached_tokens_that_the_policy_could_not_use_and_is_absent_when_nothing_was_cached():
+    engine = small_engine()
+    watching = read_policy("snapkv(budget=40,window=32)")
+    first = engine.add(prompt_of(160), greedy(2), kv_policy=watching)
+    run(engine, [first])
+    assert engine.kv_usage(first).note is None
+    second = engine.add(prompt_of(160), greedy(2), kv_policy=watching)
+    run(engine, [second])
+    usage = engine.kv_usage(second)
+    assert usage.cached_tokens == 128 and usage.note is not None
+    assert usage.note.startswith("16 tokens in the prefix cache were not used: snapkv needs queries")
+    assert usage.note.endswith("at most 128 tokens may come from one")
+
+
 def test_an_abort_in_the_middle_frees_everything():
     engine = small_engine(prefix=False, max_num_batched_tokens=64)
     for steps in range(8):

@@ -119,9 +119,10 @@ def _note(request: Request) -> str | None:
     eviction, encoding = request.sequences[0].eviction, request.sequences[0].encoding
     if encoding is not None and encoding.cached_tokens:
         return f"the {encoding.cached_tokens} tokens from the prefix cache were in {encoding.store.name}"
-    if eviction is None or eviction.schedule.usable_prefix >= len(request.prompt_token_ids):
+    if eviction is None or not request.unused_prefix:
         return None
     name, usable = eviction.policy.spec.selector.name, eviction.schedule.usable_prefix
+    left = f"{request.unused_prefix} tokens in the prefix cache were not used: {name}"
     if eviction.policy.needs.watches_queries:
-        return f"{name} needs queries that a cached prefix does not have; at most {usable} tokens may come from one"
-    return f"{name} evicts in the middle of the prompt; at most {usable} tokens may come from a cached prefix"
+        return f"{left} needs queries that a cached prefix does not have; at most {usable} tokens may come from one"
+    return f"{left} evicts in the middle of the prompt; at most {usable} tokens may come from a cached prefix"

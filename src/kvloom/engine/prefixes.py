@@ -21,12 +21,17 @@ class Prefixes:
         if not self.enabled or sequence.request.prompt_logprobs is not None:
             return
         limit = len(sequence.token_ids) - 1
-        if sequence.eviction is not None:
-            limit = min(limit, sequence.eviction.schedule.usable_prefix)
         encoding = sequence.encoding
         if encoding is not None:
             limit = min(limit, encoding.prompt_tokens)  # in a replay, blocks of generated tokens are not 16-bit ones
+        cached = None
+        if sequence.eviction is not None and sequence.eviction.schedule.usable_prefix < limit:
+            cached = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
+            limit = sequence.eviction.schedule.usable_prefix
         match = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
+        if cached is not None and sequence.num_preemptions == 0:
+            unused = cached.num_blocks - match.num_blocks
+            sequence.request.unused_prefix = unused * self.lanes.spec.block_size
         assert sequence.row is not None
         if encoding is not None and sequence.eviction is None:
             limit = min(limit, encoding.usable_prefix(len(sequence.token_ids)))

@@ -118,7 +118,8 @@ class Request:
     `forced_token_ids` makes the answer: every token goes through the decode path as if it had been sampled, and the
     request ends after the last one. `cache_salt` separates prefix caches, as does the `length_class` with which its
     sequences begin. Lower `priority` runs earlier.
-    `error` says why a request ended for which no token could be chosen.
+    `error` says why a request ended for which no token could be chosen. `unused_prefix` tokens of the prompt were in
+    the prefix index and not adopted, because its policy forbids it.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Request:
         self.length_class = length_class
         self.beams: BeamSearch | None = None
         self.error: RequestFailedError | None = None
+        self.unused_prefix = 0
         self.processors: list[LogitsProcessor] = []
         self.forced_token_ids = None if forced_token_ids is None else list(forced_token_ids)
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
