@@ -94,3 +94,31 @@ def test_a_reader_that_left_ends_the_program_quietly(kvloom_process):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (main.BROKEN_PIPE, "")
+
+
+def test_a_full_disk_behind_the_output_is_the_system_s_error_and_no_bug():
+    import subprocess
+    import sys
+
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kvloom", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == main.UNWRITTEN
+    assert done.stderr == "error: cannot write the output: No space left on device; make room, or write elsewhere\n"
+
+
+def test_a_closed_output_is_written_nowhere():
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -m kvloom --version >&-', sys.executable], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_that_cannot_be_written_is_named(kvloom, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "nowhere" / "memory.png"
+    code, _, err = kvloom("plan", "smollm2", "--plot", str(path))
+    assert (code, err) == (main.UNWRITTEN, f"error: cannot use {path}: No such file or directory; give another path\n")

@@ -1,13 +1,16 @@
 """The `kvloom` command: its tree of commands, and the conversion of every failure to one line and an exit code.
 
 Exit codes: 0 done; 1 a request that failed; 2 wrong usage or input; 3 to 9 the other deliberate errors
-(`kvloom.errors`); 70 a bug of kvloom; 130 interrupted by Ctrl-C; 141 the output was closed.
+(`kvloom.errors`); 70 a bug of kvloom; 74 the output or a file could not be written or read; 130 interrupted by Ctrl-C;
+141 the output was closed.
 """
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -26,7 +29,10 @@ from kvloom.cli.serve import serve
 from kvloom.cli.variables import misspelt_variables
 from kvloom.errors import KvloomError
 
-BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
+BUG, UNWRITTEN, INTERRUPTED, BROKEN_PIPE = 70, 74, 130, 141
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a file or of standard output that cannot grow; the error of a write does not name the file."""
 
 cli = Group(
     "kvloom",
@@ -53,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run `kvloom` with `arguments` and return its exit code; failures are one line on standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: nobody wants it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
     for warning in misspelt_variables(os.environ, cli):
         sys.stderr.write(f"warning: {warning}\n")
     try:
@@ -74,18 +82,44 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush succeeds
+        _discard_output()
         return BROKEN_PIPE
+    except OSError as error:
+        return _fail_file(error)
     except Exception as bug:
-        hint = "" if _debugging() else " (KVLOOM_DEBUG=1 shows where)"
-        return _fail(bug, f"unexpected {type(bug).__name__}: {bug}{hint}", BUG)
+        return _fail_bug(bug)
+
+
+def _fail_file(error: OSError) -> int:
+    """Report a failure of standard output or of a file, which is the system's and not a bug, and return its code."""
+    reason = error.strerror or str(error)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        return _fail(error, f"cannot use {os.fsdecode(error.filename)}: {reason}; give another path", UNWRITTEN)
+    if error.errno in FULL:
+        return _fail(error, f"cannot write the output: {reason}; make room, or write elsewhere", UNWRITTEN)
+    return _fail_bug(error)
+
+
+def _discard_output() -> None:
+    """Send what standard output still holds nowhere, so that Python's last flush succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail_bug(bug: Exception) -> int:
+    hint = "" if _debugging() else " (KVLOOM_DEBUG=1 shows where)"
+    return _fail(bug, f"unexpected {type(bug).__name__}: {bug}{hint}", BUG)
 
 
 def _fail(error: Exception, message: str, code: int) -> int:
     """Report `error` on one line, after its traceback when debugging, and return `code`."""
     if _debugging():
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    with suppress(OSError):  # nobody can be told; the code says it
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return code
 
 
