@@ -15,6 +15,26 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def near_copy(name: str, known: list[str]) -> str:
+    """Return the hint of `nearest` only where `name` is a slip of the pen; names of models differ by little else.
+
+    `opt` and `mpt`, `mistral3` and `mistral`, `gptj` and `gpt2` are different models: digits must be the same ones, and
+    all but one letter in six. `ForCausalLM`, which all share, does not count.
+    """
+    stems = {entry.removesuffix(_SHARED).lower(): entry for entry in known}
+    stem = name.removesuffix(_SHARED).lower()
+    alike = [entry for entry in stems if _digits(entry) == _digits(stem)]
+    close = difflib.get_close_matches(stem, alike, n=1, cutoff=0.82)
+    return f" (did you mean {stems[close[0]]!r}?)" if close else ""
+
+
+_SHARED = "ForCausalLM"
+
+
+def _digits(name: str) -> list[str]:
+    return [letter for letter in name if letter.isdigit()]
+
+
 class Registry(Generic[T]):
     """An ordered map from name to entry; names are unique, and registering one twice is an error."""
 

@@ -152,7 +152,7 @@ def test_a_contradictory_config_is_a_checkpoint_error(changes):
 
 def test_an_unknown_architecture_is_refused_with_the_known_and_the_nearest_one():
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM.*did you mean 'LlamaForCausalLM'"):
-        family_of_config({"architectures": ["LLamaForCausalLM2"]})
+        family_of_config({"architectures": ["LLamaForCausalLM"]})
 
 
 def test_remote_code_is_named_as_a_reason_and_never_run():

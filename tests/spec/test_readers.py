@@ -8,6 +8,7 @@ import pytest
 from kvloom.errors import CheckpointError, InvalidInputError, ModelNotFoundError, UnsupportedError
 from kvloom.spec.catalogue import catalogue_entry, catalogue_spec
 from kvloom.spec.config_json import read_config, spec_from_config
+from kvloom.spec.families import family_of_config
 from kvloom.spec.gguf_config import spec_of_gguf
 from kvloom.spec.gguf_header import TENSOR_TYPES, GGUFHeader
 from kvloom.spec.hardware import find_device
@@ -113,6 +114,17 @@ def test_an_unknown_gguf_architecture_is_refused(tmp_path):
     write_gguf(tmp_path / "m.gguf", arch="lama")
     with pytest.raises(UnsupportedError, match="did you mean 'llama'"):
         spec_of_gguf(GGUFHeader(tmp_path / "m.gguf"), "m")
+
+
+@pytest.mark.parametrize("name", ["opt", "gptj", "mistral3", "gemma4", "jamba", "OPTForCausalLM"])
+def test_another_architecture_is_not_taken_for_a_slip_of_the_pen(name):
+    key, value = ("architectures", [name]) if "For" in name else ("model_type", name)
+    with pytest.raises(UnsupportedError) as caught:
+        family_of_config({key: value})
+    assert "did you mean" not in str(caught.value)
+    with pytest.raises(ModelNotFoundError) as caught:
+        catalogue_spec(name)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_gguf_file_of_latent_attention_is_planned(tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvloom.errors import ModelNotFoundError
-from kvloom.registry import nearest
+from kvloom.registry import near_copy
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,6 @@ CATALOGUE: dict[str, CatalogueModel] = {
 def catalogue_model(name: str) -> CatalogueModel:
     """Return the catalogue's model of that name; raises `ModelNotFoundError` naming the nearest."""
     if name not in CATALOGUE:
-        hint = nearest(name, list(CATALOGUE))
+        hint = near_copy(name, list(CATALOGUE))
         raise ModelNotFoundError(f"no model {name!r} in the catalogue{hint}; it has {', '.join(CATALOGUE)}")
     return CATALOGUE[name]

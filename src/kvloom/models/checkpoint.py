@@ -15,7 +15,7 @@ from kvloom.models.families import FAMILIES, Family
 from kvloom.models.hub import download_model, is_hub_id
 from kvloom.models.pull import pull
 from kvloom.models.tensor_file import TensorFile
-from kvloom.registry import nearest
+from kvloom.registry import near_copy
 from kvloom.spec.decoder import DecoderConfig
 from kvloom.spec.families import family_of_config, family_of_gguf
 
@@ -178,7 +178,7 @@ def open_checkpoint(
         return _open_gguf(model, pull(model), overrides)
     if is_hub_id(model) and path.suffix != ".gguf":
         return _open_folder(model, download_model(model, revision), overrides)
-    hint = nearest(model, list(CATALOGUE))
+    hint = near_copy(model, list(CATALOGUE))
     raise ModelNotFoundError(
         f"no model {model!r}{hint}: there is no such folder or .gguf file here, the catalogue has "
         f"{', '.join(CATALOGUE)}, and ids of the hub look like owner/name"

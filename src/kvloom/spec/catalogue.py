@@ -6,7 +6,7 @@ from importlib import resources
 from typing import Any
 
 from kvloom.errors import ModelNotFoundError
-from kvloom.registry import nearest
+from kvloom.registry import near_copy
 from kvloom.spec.config_json import spec_from_config
 from kvloom.spec.model import ModelSpec
 
@@ -44,7 +44,7 @@ def catalogue_spec(model: str) -> ModelSpec:
     """Return the shape of a catalogue model; raises `ModelNotFoundError` naming the nearest one."""
     name = find_in_catalogue(model)
     if name is None:
-        hint = nearest(model.lower(), list(_entries()[2]))
+        hint = near_copy(model.lower(), list(_entries()[2]))
         raise ModelNotFoundError(f"no model {model!r} in the catalogue{hint}; `kvloom plan --list-models` shows all")
     entry = _entries()[1][name]
     return spec_from_config(entry["config"], name, f"catalogue of {_entries()[0]}: {entry['source']}")

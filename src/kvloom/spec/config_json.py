@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
-from kvloom.registry import nearest
+from kvloom.registry import near_copy
 from kvloom.spec.architectures import ARCHITECTURES, Config
 from kvloom.spec.families import FAMILY_CONFIGS, family_of_type
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec, WeightFormat
@@ -94,7 +94,7 @@ def _why_unknown(family: str, config: Mapping[str, Any]) -> str:
         return f"architecture {family!r} is a vision model; a plan needs a language model with a decoder"
     if config.get("is_encoder_decoder"):
         return f"architecture {family!r} has an encoder; only decoder-only models are planned"
-    return f"architecture {family!r} is not understood{nearest(family, known)}; understood: {', '.join(known)}"
+    return f"architecture {family!r} is not understood{near_copy(family, known)}; understood: {', '.join(known)}"
 
 
 def _weight_format(config: Mapping[str, Any], name: str) -> WeightFormat | None:
@@ -110,6 +110,6 @@ def _weight_format(config: Mapping[str, Any], name: str) -> WeightFormat | None:
         return WeightFormat(f"{method}-{bits}", bits + (16 + bits) / group, "layers")
     raise UnsupportedError(
         f"cannot plan the weights of {name}",
-        [f"quantisation {method!r} is not understood{nearest(method, [*_QUANTISED, 'gptq', 'awq'])}; "
+        [f"quantisation {method!r} is not understood{near_copy(method, [*_QUANTISED, 'gptq', 'awq'])}; "
          "give the unquantised model or a folder with its safetensors files"],
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvloom.errors import CheckpointError, UnsupportedError
-from kvloom.registry import Registry, nearest
+from kvloom.registry import Registry, near_copy
 from kvloom.spec.families.alibi import BLOOM, MPT
 from kvloom.spec.families.apertus import APERTUS
 from kvloom.spec.families.cohere import COHERE, COHERE2
@@ -61,7 +61,7 @@ def family_of_config(raw: Mapping[str, Any]) -> FamilyConfig:
             return family
     wanted = str(names[0] if names else model_type)
     known = [name for family in families for name in (family.architectures if names else family.model_types)]
-    reasons = [f"kvloom knows {', '.join(known)}{nearest(wanted, known)}"]
+    reasons = [f"kvloom knows {', '.join(known)}{near_copy(wanted, known)}"]
     if raw.get("auto_map"):
         reasons.append("it needs code from the checkpoint (auto_map), which kvloom never runs")
     raise UnsupportedError(f"the architecture {wanted!r}", reasons)
@@ -78,6 +78,6 @@ def family_of_gguf(architecture: str, has_experts: bool = False) -> FamilyConfig
     fitting = [family for family in families if family.gguf_architecture == architecture]
     if not fitting:
         known = list(dict.fromkeys(str(family.gguf_architecture) for family in families))
-        hint = nearest(architecture, known)
+        hint = near_copy(architecture, known)
         raise UnsupportedError(f"the GGUF architecture {architecture!r}", [f"kvloom knows {', '.join(known)}{hint}"])
     return next((family for family in fitting if family.gguf_experts == has_experts), fitting[0])
