@@ -77,6 +77,16 @@ def test_no_page_of_another_origin_is_told_that_it_may_read(tiny_server):
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [("GET", "/health", {}), ("GET", "/metrics", {}), ("GET", "/no", {}), ("POST", "/ping", {"Origin": PAGE})],
+)
+def test_no_reply_can_be_embedded_in_a_page_which_would_learn_that_it_loaded(tiny_server, method, path, headers):
+    reply = call(tiny_server, method, path, headers=headers)
+    assert reply.headers["cross-origin-resource-policy"] == "same-origin"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
 @pytest.fixture(scope="module")
 def open_to_a_page(tiny_folder):
     with running(make_llm(tiny_folder), api_key=("k",), allowed_origins=(PAGE,)) as server:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvloom.errors import KvloomError
 from kvloom.server.dialect import dialect_of
 from kvloom.server.exchange import DRAIN_FACTOR, ClientGoneError, Context, Incoming, json_response
+from kvloom.server.origins import EMBEDDING
 from kvloom.server.refusal import TYPES, Refusal, refusal_of
 from kvloom.server.service import Service
 from kvloom.server.target import resolve_target
@@ -143,6 +144,7 @@ class ExchangeLayer:
 
 def _add_headers(headers: MutableHeaders, context: Context) -> None:
     headers["x-request-id"] = context.request_id
+    headers.update(EMBEDDING)
     headers.update(context.headers)
     if context.warnings:
         text = "; ".join(context.warnings).encode("ascii", "backslashreplace").decode()

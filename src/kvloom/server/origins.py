@@ -1,9 +1,10 @@
 """Pages in a browser: the host names of a server, and the other origins that may use it.
 
-Three attacks of a page in a browser are blocked. A *rebinding* page gives its own host name the address of this
+Four attacks of a page in a browser are blocked. A *rebinding* page gives its own host name the address of this
 machine; the `Host` header shows it. A *simple* cross-site request (a form, an image, `no-cors`) needs no permission
-from the server and could still change something; `Sec-Fetch-Site` and `Origin` show it. All other requests of another
-origin need a preflight and are permitted only for the origins that the operator names.
+from the server and could still change something; `Sec-Fetch-Site` and `Origin` show it. An *embedded* answer (a script,
+an image) tells its page whether it could be loaded; `EMBEDDING` forbids that. All other requests of another origin need
+a preflight and are permitted only for the origins that the operator names.
 """
 
 import re
@@ -24,6 +25,13 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 METHODS = "GET, HEAD, POST"
 EXPOSED = "X-Request-Id, Kvloom-Warning, Retry-After"
 PREFLIGHT_SECONDS = 600
+
+EMBEDDING = {"cross-origin-resource-policy": "same-origin", "x-content-type-options": "nosniff"}
+"""Headers of every reply: a browser loads none of them as an image or script of a page of another origin.
+
+Without them the events of such an element tell the page which routes answer 200, and so that a server is there.
+"""
+
 HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{0,1024}")
 
 
