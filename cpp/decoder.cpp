@@ -241,8 +241,7 @@ class Step {
     read.lanes = call_.lanes;
     read.batch = flow.stretch->batch;
     read.shape = shape;
-    const bool low = model_.dtype == Element::kBf16 &&
-                     (call_.lanes.store == Store::kBf16 || call_.lanes.store == Store::kInt8);
+    const bool low = model_.dtype == Element::kBf16 && exact_in_bf16(call_.lanes.store);
     read.compute = low ? Element::kBf16 : Element::kFloat;
     read.scale = part.scale;
     read.softcap = part.softcap;

@@ -233,6 +233,10 @@ NB_MODULE(_ext, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("force_isa", &force_isa);
+  nb::dict stores;
+  for (const NamedStore& each : kStores) stores[each.name] = static_cast<int>(each.store);
+  m.attr("stores") = stores;
+  m.def("exact_in_bf16", [](int store) { return exact_in_bf16(static_cast<Store>(store)); });
   m.def("num_threads", [] { return ThreadPool::instance().size(); });
   m.def("set_num_threads", [](int n) { ThreadPool::instance().resize(n); }, Released());
   m.def("quota_threads", &quota_threads);

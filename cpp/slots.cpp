@@ -69,12 +69,11 @@ void read_slots(const Slots& s, const int32_t* address, const int32_t* within, i
         const int unit = side ? 1 : of.per;  // elements side by side
         copy_elements(static_cast<std::size_t>(unit * of.bytes), raw, static_cast<std::size_t>(unit * of.bytes), from,
                       side ? layout.v_unit() : layout.k_row(), block_width(width) / unit);
+        kernel.to_float(of.element, raw, wide, width);
         if (of.scaled) {
           float scale;
           std::memcpy(&scale, at + (side ? layout.v_scale(within[i]) : layout.k_scale(within[i])), 4);
-          for (int d = 0; d < width; ++d) wide[d] = static_cast<float>(static_cast<int8_t>(raw[d])) * scale;
-        } else {
-          kernel.to_float(of.element, raw, wide, width);
+          for (int d = 0; d < width; ++d) wide[d] *= scale;
         }
         char* out = static_cast<char*>(side ? v : k) + static_cast<std::size_t>(i) * width * size;
         kernel.from_float(element, wide, out, width);

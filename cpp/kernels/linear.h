@@ -59,6 +59,13 @@ static void convert_to_float(Element e, const void* x, float* y, size_t n) {
     memcpy(y, x, n * 4);
     return;
   }
+  if (e == Element::kInt8 || e == Element::kE4m3) {  // values of codes, without their scale
+#define KVLOOM_VALUES(Code) \
+  for (; i < n; ++i) y[i] = Code::value(((const uint8_t*)x)[i])
+    KVLOOM_BY_CODE(e, KVLOOM_VALUES)
+#undef KVLOOM_VALUES
+    return;
+  }
   if (e == Element::kBf16) {
     for (; i + W <= n; i += W) vstore(y + i, vload_bf16(h + i));
     for (; i < n; ++i) y[i] = bf16_float(h[i]);

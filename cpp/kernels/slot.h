@@ -1,22 +1,15 @@
 // One slot of a lane: its key and value, encoded as the sides of its store hold them.
 #pragma once
 
-#include <float.h>
-
 #include "strip.h"
 
 namespace KVLOOM_ISA {
 
-// Symmetric int8: code = round(x * inverse), x ~ code * scale. The scale is the smallest normal number where a 127th of
-// the peak would be less, so that codes are finite; a row of zeros has scale 0.
-struct Int8Scale {
-  float scale, inverse;
-};
-static inline Int8Scale int8_scale(float peak) {
-  if (!(peak > 0)) return {0, 0};
-  const float scale = peak / 127.0f;
-  if (scale < FLT_MIN) return {FLT_MIN, 1.0f / FLT_MIN};
-  return {scale, 127.0f / peak};
+// The codes of x [width], and their scale.
+template <class Code> static inline float write_codes(const float* x, int width, char* codes) {
+  const CodeScale by = code_scale<Code>(row_peak(x, width));
+  for (int d = 0; d < width; ++d) codes[d] = (char)Code::code(x[d] * by.inverse);
+  return by.scale;
 }
 
 template <size_t Bytes> static inline void scatter(const char* from, char* to, size_t stride, int n) {
@@ -26,10 +19,10 @@ template <size_t Bytes> static inline void scatter(const char* from, char* to, s
 // Put x [width] where one slot of a side lies: units of `unit` elements side by side, `stride` bytes from each other.
 static inline void write_side(const Side& side, const float* x, int width, int unit, size_t stride, char* at, float* scale) {
   char encoded[4096];
-  if (side.element == Element::kInt8) {
-    const Int8Scale by = int8_scale(row_peak(x, width));
-    *scale = by.scale;
-    for (int d = 0; d < width; ++d) encoded[d] = (char)(int8_t)__builtin_rintf(x[d] * by.inverse);
+  if (side.scaled) {
+#define KVLOOM_WRITE(Code) *scale = write_codes<Code>(x, width, encoded)
+    KVLOOM_BY_CODE(side.element, KVLOOM_WRITE)
+#undef KVLOOM_WRITE
   } else {
     convert_from_float(side.element, x, encoded, width);
   }

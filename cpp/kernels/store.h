@@ -10,7 +10,7 @@
 
 namespace kvloom {
 
-enum class Element : int { kFloat = 0, kBf16 = 1, kHalf = 2, kInt8 = 3 };
+enum class Element : int { kFloat = 0, kBf16 = 1, kHalf = 2, kInt8 = 3, kE4m3 = 4 };
 
 struct Side {
   Element element;
@@ -20,27 +20,35 @@ struct Side {
 };
 
 constexpr Side side_of(Element e) {
-  return {e, e == Element::kBf16 ? 2 : e == Element::kInt8 ? 4 : 1,
-          e == Element::kFloat ? 4 : e == Element::kInt8 ? 1 : 2, e == Element::kInt8};
+  switch (e) {
+    case Element::kFloat: return {e, 1, 4, false};
+    case Element::kBf16: return {e, 2, 2, false};
+    case Element::kHalf: return {e, 1, 2, false};
+    case Element::kInt8:
+    case Element::kE4m3: break;
+  }
+  return {e, 4, 1, true};
 }
 
-enum class Store : int { kFloat = 0, kBf16 = 1, kHalf = 2, kInt8 = 3 };
+enum class Store : int { kFloat = 0, kBf16 = 1, kHalf = 2, kInt8 = 3, kE4m3 = 4 };
 
-struct Sides {
-  Side k, v;
+struct NamedStore {
+  const char* name;
+  Store store;
+  Element k, v;
 };
 
-constexpr Sides sides_of(Store s) {
-  switch (s) {
-    case Store::kFloat: return {side_of(Element::kFloat), side_of(Element::kFloat)};
-    case Store::kBf16: return {side_of(Element::kBf16), side_of(Element::kBf16)};
-    case Store::kHalf: return {side_of(Element::kHalf), side_of(Element::kHalf)};
-    case Store::kInt8: break;
-  }
-  return {side_of(Element::kInt8), side_of(Element::kInt8)};
-}
-constexpr Side k_side(Store s) { return sides_of(s).k; }
-constexpr Side v_side(Store s) { return sides_of(s).v; }
+constexpr NamedStore kStores[] = {
+    {"fp32", Store::kFloat, Element::kFloat, Element::kFloat}, {"bf16", Store::kBf16, Element::kBf16, Element::kBf16},
+    {"fp16", Store::kHalf, Element::kHalf, Element::kHalf},    {"int8", Store::kInt8, Element::kInt8, Element::kInt8},
+    {"fp8_e4m3", Store::kE4m3, Element::kE4m3, Element::kE4m3},
+};
+constexpr Side k_side(Store s) { return side_of(kStores[(int)s].k); }
+constexpr Side v_side(Store s) { return side_of(kStores[(int)s].v); }
+
+// Elements whose values bf16 holds exactly, so that products may be of bf16.
+constexpr bool exact_in_bf16(Element e) { return e != Element::kFloat && e != Element::kHalf; }
+constexpr bool exact_in_bf16(Store s) { return exact_in_bf16(k_side(s).element) && exact_in_bf16(v_side(s).element); }
 
 // Bytes from the start of a block of P slots to what a slot has there.
 struct BlockLayout {

@@ -138,6 +138,9 @@ static inline void scale_row(float* x, int n, float by) {
     case Store::kInt8:                                                                                           \
       if (compute == Element::kBf16) { call(Int8ByBf16, Int8ByBf16); } else { call(Int8ByF32, Int8ByF32); }      \
       break;                                                                                                     \
+    case Store::kE4m3:                                                                                           \
+      if (compute == Element::kBf16) { call(E4m3ByBf16, E4m3ByBf16); } else { call(E4m3ByF32, E4m3ByF32); }      \
+      break;                                                                                                     \
   }
 
 }  // namespace KVLOOM_ISA

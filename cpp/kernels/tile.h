@@ -6,7 +6,7 @@
 // this file. Each output is summed over k in one fixed order: it depends on neither the number of rows nor threads.
 #pragma once
 
-#include "vec.h"
+#include "codes.h"
 
 namespace KVLOOM_ISA {
 
@@ -26,12 +26,16 @@ struct HalfByF32 {  // B in IEEE half, A in float
 struct Bf16ByF32 {  // B in bf16 pairs, A in float
   static constexpr int kPer = 2, kABytes = 4, kBBytes = 2;
 };
-struct Int8ByBf16 {  // B in quads of int8, A in bf16; the caller applies scales
+template <class Code> struct CodesByBf16 {  // B in quads of codes, A in bf16; the caller applies scales
   static constexpr int kPer = 4, kABytes = 2, kBBytes = 1;
 };
-struct Int8ByF32 {
+template <class Code> struct CodesByF32 {
   static constexpr int kPer = 4, kABytes = 4, kBBytes = 1;
 };
+using Int8ByBf16 = CodesByBf16<Int8Code>;
+using Int8ByF32 = CodesByF32<Int8Code>;
+using E4m3ByBf16 = CodesByBf16<E4m3Code>;
+using E4m3ByF32 = CodesByF32<E4m3Code>;
 struct Int8ByUint8 {  // integer product, accumulated exactly in int32; C holds int32 bits
   static constexpr int kPer = 4, kABytes = 1, kBBytes = 1;
 };
@@ -74,7 +78,7 @@ template <> struct Dot<Bf16ByF32> {
   }
   static inline vf dot(vf acc, A a, B b) { return vfma(a.x1, b.x1, vfma(a.x0, b.x0, acc)); }
 };
-template <> struct Dot<Int8ByF32> {
+template <class Code> struct Dot<CodesByF32<Code>> {
   struct A { vf x0, x1, x2, x3; };
   struct B { vf x0, x1, x2, x3; };
   static inline A a(const char* p) {
@@ -82,7 +86,7 @@ template <> struct Dot<Int8ByF32> {
   }
   static inline B b(const char* p) {
     vi x = vloadi(p);
-    return {vbyte<0>(x), vbyte<1>(x), vbyte<2>(x), vbyte<3>(x)};
+    return {Code::template byte<0>(x), Code::template byte<1>(x), Code::template byte<2>(x), Code::template byte<3>(x)};
   }
   static inline vf dot(vf acc, A a, B b) {
     return vfma(a.x3, b.x3, vfma(a.x2, b.x2, vfma(a.x1, b.x1, vfma(a.x0, b.x0, acc))));
@@ -97,17 +101,18 @@ template <> struct Dot<WeightBf16> {
   static inline B b(const char* p) { return {vloadi(p)}; }
   static inline vf dot(vf acc, A a, B b) { return _mm512_dpbf16_ps(acc, (__m512bh)a.x, (__m512bh)b.x); }
 };
-template <> struct Dot<Int8ByBf16> {
+template <class Code> struct Dot<CodesByBf16<Code>> {
   struct A { vi x0, x1; };
   struct B { vi x0, x1; };
   static inline A a(const char* p) { return {vseti(unit_at(p)), vseti(unit_at(p + 4))}; }
-  static inline vi pair(vf low, vf high) {  // integers up to 127 are exact in bf16: the lower halves are zero
+  static inline vi pair(vf low, vf high) {  // values of codes are exact in bf16: the lower halves are zero
     return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16),
                                    _mm512_castps_si512(high));
   }
   static inline B b(const char* p) {
     vi x = vloadi(p);
-    return {pair(vbyte<0>(x), vbyte<1>(x)), pair(vbyte<2>(x), vbyte<3>(x))};
+    return {pair(Code::template byte<0>(x), Code::template byte<1>(x)),
+            pair(Code::template byte<2>(x), Code::template byte<3>(x))};
   }
   static inline vf dot(vf acc, A a, B b) {
     acc = _mm512_dpbf16_ps(acc, (__m512bh)a.x0, (__m512bh)b.x0);
@@ -128,14 +133,14 @@ template <> struct Dot<WeightBf16> {
   }
   static inline vf dot(vf acc, A a, B b) { return vfma(a.x1, b.x1, vfma(a.x0, b.x0, acc)); }
 };
-template <> struct Dot<Int8ByBf16> {
+template <class Code> struct Dot<CodesByBf16<Code>> {
   struct A { vf x0, x1, x2, x3; };
-  typedef Dot<Int8ByF32>::B B;
+  typedef typename Dot<CodesByF32<Code>>::B B;
   static inline A a(const char* p) {
     vi x = vseti(unit_at(p)), y = vseti(unit_at(p + 4));
     return {vlow(x), vhigh(x), vlow(y), vhigh(y)};
   }
-  static inline B b(const char* p) { return Dot<Int8ByF32>::b(p); }
+  static inline B b(const char* p) { return Dot<CodesByF32<Code>>::b(p); }
   static inline vf dot(vf acc, A a, B b) {
     return vfma(a.x3, b.x3, vfma(a.x2, b.x2, vfma(a.x1, b.x1, vfma(a.x0, b.x0, acc))));
   }

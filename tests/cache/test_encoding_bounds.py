@@ -1,4 +1,4 @@
-"""Every way of writing int8 keeps the bound of its formula, and whole blocks get the bits that single slots get."""
+"""Every way of writing codes keeps the bound of its formula, and whole blocks get the bits that single slots get."""
 
 import numpy as np
 import pytest
@@ -22,10 +22,21 @@ def inputs(width):
             "an outlier channel": outlier, "subnormal": x * TINY / 8, "near subnormal": x * TINY * 90}  # fmt: skip
 
 
-def stores(kind, dtype):
-    """Return a native and an int8 store over the same memory."""
+def stores(kind, dtype, name):
+    """Return a native store and the one called `name` over the same memory."""
     memory = ArenaMemory(SLAB_BYTES, torch.device("cpu"))
-    return [kind(name, dtype, memory, P) for name in (NATIVE_STORE[str(dtype).removeprefix("torch.")], "int8")]
+    return [kind(each, dtype, memory, P) for each in (NATIVE_STORE[str(dtype).removeprefix("torch.")], name)]
+
+
+def scales(x, top):
+    peak = x.double().abs().amax(1, keepdim=True)
+    return torch.where(peak > 0, (peak / top).clamp_min(TINY), 0)
+
+
+BOUNDS = {
+    "int8": lambda x: scales(x, 127) * 0.5001,
+    "fp8_e4m3": lambda x: torch.maximum(x.double().abs() / 16, scales(x, 448) / 1024) * 1.0001,
+}
 
 
 def addresses(first, store, k_width, v_width):
@@ -36,37 +47,38 @@ def fill(store, where, k, v):
     store.write(np.repeat(where, P), np.tile(np.arange(P), BLOCKS), k.to(store.dtype), v.to(store.dtype))
 
 
+@pytest.mark.parametrize("store", list(BOUNDS))
 @pytest.mark.parametrize("kind", [RowStore, CPUStore])
 @pytest.mark.parametrize("name", list(inputs(4)))
-def test_a_block_comes_back_within_half_a_step_of_each_token(kind, name):
-    native, int8 = stores(kind, torch.float32)
+def test_a_block_comes_back_within_half_a_step_of_each_token(kind, name, store):
+    native, encoded = stores(kind, torch.float32, store)
     k, v = inputs(32)[name], inputs(48)[name]
-    source, target = addresses(0, native, 32, 48), addresses(4096, int8, 32, 48)
+    source, target = addresses(0, native, 32, 48), addresses(4096, encoded, 32, 48)
     fill(native, source, k, v)
-    int8.encode(native, source, target, 32, 48)
-    for got, x in zip(int8.read(target, 32, 48), (k, v), strict=True):
-        peak = x.double().abs().amax(1, keepdim=True)
-        step = torch.where(peak > 0, (peak / 127).clamp_min(TINY), 0)
-        assert ((got.flatten(0, 1).double() - x.double()).abs() <= step * 0.5001).all()
+    encoded.encode(native, source, target, 32, 48)
+    for got, x in zip(encoded.read(target, 32, 48), (k, v), strict=True):
+        assert ((got.flatten(0, 1).double() - x.double()).abs() <= BOUNDS[store](x)).all()
 
 
 @pytest.mark.parametrize("isa", cpu.available_isas())
+@pytest.mark.parametrize("store", list(BOUNDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_whole_blocks_get_the_bits_of_single_slots(isa, dtype):
+def test_whole_blocks_get_the_bits_of_single_slots(isa, dtype, store):
     before = cpu.isa()
     cpu.force_isa(isa)
     try:
         for name in ("random", "an outlier channel", "zero", "subnormal"):
-            native, int8 = stores(CPUStore, dtype)
+            native, encoded = stores(CPUStore, dtype, store)
             k, v = inputs(48)[name], inputs(80)[name]
             source = addresses(0, native, 48, 80)
-            blocks, slots = addresses(4096, int8, 48, 80), addresses(8192, int8, 48, 80)
+            blocks, slots = addresses(4096, encoded, 48, 80), addresses(8192, encoded, 48, 80)
             fill(native, source, k, v)
-            int8.encode(native, source, blocks, 48, 80)
-            fill(int8, slots, k.to(dtype), v.to(dtype))
-            size = int8.block_bytes(48, 80)
-            used = int8.spec.payload_bytes(P, 48, 80)
-            one, other = (int8.memory.load(where, size)[:, :used] for where in (blocks, slots))
-            assert torch.equal(one, other) and bool(one.any()) is bool(k.to(dtype).any())
+            encoded.encode(native, source, blocks, 48, 80)
+            fill(encoded, slots, k.to(dtype), v.to(dtype))
+            size = encoded.block_bytes(48, 80)
+            used = encoded.spec.payload_bytes(P, 48, 80)
+            one, other = (encoded.memory.load(where, size)[:, :used] for where in (blocks, slots))
+            assert torch.equal(one, other)
+            assert bool(one[:, P * (48 + 80) :].any()) is bool(k.to(dtype).any()), "scales of zeros are zero"
     finally:
         cpu.force_isa(before)

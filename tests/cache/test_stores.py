@@ -26,7 +26,8 @@ def int8(dtype: torch.dtype, where: ArenaMemory, block_size: int) -> Store:
 
 
 def stores(dtype: torch.dtype, block_size: int, where: ArenaMemory) -> list[Store]:
-    return [native(dtype, where, block_size), int8(dtype, where, block_size)]
+    e4m3 = RowStore("fp8_e4m3", dtype, where, block_size)
+    return [native(dtype, where, block_size), int8(dtype, where, block_size), e4m3]
 
 
 def addresses(store: Store, k_width: int, v_width: int, numbers: list[int]) -> np.ndarray:
@@ -51,7 +52,7 @@ def test_the_native_store_gives_back_every_bit(dtype: torch.dtype, k_width: int,
     assert torch.equal(got_k.flatten(0, 1), k) and torch.equal(got_v.flatten(0, 1), v)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_write_leaves_other_slots_and_other_blocks_alone(number: int) -> None:
     where = memory()
     store = stores(torch.float32, 4, where)[number]

@@ -25,7 +25,7 @@ from kvloom.cli import main
         (["generate", "\udcff"], "the prompt is not valid UTF-8"),
         (["generate", "--hf-overrides", "[1]", "x"], "'[1]' is not a JSON object"),
         (["serve", "--gpu-memory-utilization", "0.9"], "give its size by --kv-cache-memory-bytes"),
-        (["serve", "--kv-cache-dtype=fp8"], "'fp8' is not one of 'auto', 'int8'"),
+        (["serve", "--kv-cache-dtype=int4"], "is not one of 'auto', 'int8', 'fp8_e4m3', 'fp8', 'int8_per_"),
         (["serve", "-ctk", "q8_0"], "kvloom has no -ctk"),
         (["serve", "--max-kv-size", "512"], "--kv-policy 'streaming(window=TOKENS)'"),
         (["serve", "--slot-save-path", "/tmp"], "the prefix cache keeps it"),

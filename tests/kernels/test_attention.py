@@ -23,7 +23,7 @@ def expected(filled: FilledLanes, b: int, q: torch.Tensor, window: int | None) -
     return reference.attention(q.float(), filled.k[b], filled.v[b], held, 0.2, window)
 
 
-@pytest.mark.parametrize("store", ["fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("store", ["fp32", "bf16", "fp16", "int8", "fp8_e4m3"])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (6, 2, 20), (8, 1, 128), (4, 1, 256)])
 def test_attention_over_lanes_equals_its_definition(isa: str, store: str, heads: int, groups: int, width: int) -> None:
     filled = fill_lanes(store, heads, groups, width, [300, 17, 70])
@@ -37,7 +37,7 @@ def test_attention_over_lanes_equals_its_definition(isa: str, store: str, heads:
         torch.testing.assert_close(lse[cu[b] : cu[b + 1]], want_lse, atol=FLOAT, rtol=FLOAT)
 
 
-@pytest.mark.parametrize("store", ["bf16", "int8"])
+@pytest.mark.parametrize("store", ["bf16", "int8", "fp8_e4m3"])
 def test_bf16_products_stay_close_to_the_definition(isa: str, store: str) -> None:
     filled = fill_lanes(store, 9, 3, 64, [300, 90])
     cu = chunks([1, 90])
@@ -133,7 +133,8 @@ def mixed_lanes(native: str, runs: list[tuple[str, int]]) -> tuple[FilledLanes, 
 
     "" is the native store. Returns native lanes, the mixed ones, and K and V [3, 330, 32] of the first sequence.
     """
-    filled, coded = (fill_lanes(store, 6, 3, 32, [330, 80]) for store in (native, "int8"))
+    low = next(store for store, _ in runs if store)
+    filled, coded = (fill_lanes(store, 6, 3, 32, [330, 80]) for store in (native, low))
     table, column = filled.table.copy(), 0
     k, v = filled.k[0].clone(), filled.v[0].clone()
     for store, last in runs:
@@ -145,11 +146,11 @@ def mixed_lanes(native: str, runs: list[tuple[str, int]]) -> tuple[FilledLanes, 
     lanes = cpu.Lanes(torch.cat((filled.arena, coded.arena)), table, filled.begin, filled.end, 16, native)
     start = np.array([0] * 4 + [len(runs)] * 9, np.int32)
     stores = np.array([int(bool(store)) for store, _ in runs], np.int32)
-    lanes.set_segments(start, stores, np.array([last for _, last in runs], np.int32), ["", "int8"])
+    lanes.set_segments(start, stores, np.array([last for _, last in runs], np.int32), ["", low])
     return filled, lanes, k, v
 
 
-RUNS = [[("int8", 2)], [("", 1), ("int8", 9)], [("", 3), ("int8", 18), ("", 19), ("int8", 20)]]
+RUNS = [[("int8", 2)], [("", 1), ("fp8_e4m3", 9)], [("", 3), ("int8", 18), ("", 19), ("int8", 20)]]
 
 
 @pytest.mark.parametrize("native", ["fp32", "bf16", "fp16"])
@@ -172,9 +173,12 @@ def test_a_lane_may_hold_runs_of_blocks_of_two_stores(
     torch.testing.assert_close(mass[0], want_mass, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("runs", RUNS[1:])
 @pytest.mark.parametrize("new", [1, 70])
-def test_bf16_products_over_runs_of_two_stores_stay_close_to_the_definition(isa: str, new: int) -> None:
-    filled, lanes, k, v = mixed_lanes("bf16", RUNS[2])
+def test_bf16_products_over_runs_of_two_stores_stay_close_to_the_definition(
+    isa: str, new: int, runs: list[tuple[str, int]]
+) -> None:
+    filled, lanes, k, v = mixed_lanes("bf16", runs)
     q = torch.randn(new, 6, 32).bfloat16()
     out = cpu.attention(lanes, filled.shape, chunks([new]), filled.rows[:1], q, 0.2)
     want, _ = reference.attention(q.float(), k, v, torch.full((3,), 330), 0.2)
@@ -245,7 +249,7 @@ def test_rope_and_head_norms_are_applied_to_queries_and_stored_keys(isa: str) ->
     assert torch.equal(values, v[:, 0])
 
 
-@pytest.mark.parametrize("store", ["fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("store", ["fp32", "bf16", "fp16", "int8", "fp8_e4m3"])
 def test_moved_slots_decode_to_what_they_were(isa: str, store: str) -> None:
     filled = fill_lanes(store, 2, 1, 32, [100])
     keep = np.sort(np.random.default_rng(1).choice(100, 41, replace=False))

@@ -55,7 +55,7 @@ def test_windows_change_nothing_about_that(isa: str, ratio: int, window: int) ->
         assert torch.equal(at_once(filled, [0], [q])[0], one_by_one(filled, 0, q))
 
 
-@pytest.mark.parametrize("store", ["bf16", "int8"])
+@pytest.mark.parametrize("store", ["bf16", "int8", "fp8_e4m3"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_neither_do_thirty_one_other_sequences_and_the_number_of_threads(isa: str, store: str, count: int) -> None:
     lengths = [530, *(20 + 37 * i for i in range(31))]

@@ -75,7 +75,7 @@ def test_the_93_percent_of_deepseek_v2_compare_six_bits_with_a_grouped_model_of_
 
 @pytest.mark.parametrize(
     "store, bits",
-    [("kivi2", 3.0), ("kivi4", 5.0), ("int4", 4.125), ("fp8", 8.0), ("bf16", 16.0), ("int8", 8.25), ("k8v4", 6.1875)],
+    [("kivi2", 3.0), ("kivi4", 5.0), ("int4", 4.125), ("fp8", 8.25), ("bf16", 16.0), ("int8", 8.25), ("k8v4", 6.1875)],
 )
 def test_bits_per_element_count_the_scales(store, bits):
     from kvloom.spec.format import bits_per_element

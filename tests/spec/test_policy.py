@@ -50,6 +50,19 @@ def policies(draw):
     return "+".join(draw(st.permutations(terms)))
 
 
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("fp8", "fp8_e4m3"),
+        ("fp8(residual=64)", "fp8_e4m3(residual=64)"),
+        ("int8_per_token_head", "int8"),
+        ("knorm(keep=0.5)+fp8", "knorm(keep=0.5)+fp8_e4m3"),
+    ],
+)
+def test_other_spellings_of_a_store_are_the_same_policy(text, name):
+    assert PolicySpec.parse(text) == PolicySpec.parse(name) and str(PolicySpec.parse(text)) == name
+
+
 @given(policies())
 def test_every_policy_parses_back_from_its_own_spelling(text):
     policy = PolicySpec.parse(text)

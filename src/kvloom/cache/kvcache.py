@@ -22,6 +22,7 @@ from kvloom.cache.stores.rows import RowStore
 from kvloom.cache.stores.store import Store
 from kvloom.cache.survivors import Survivors
 from kvloom.errors import UnsupportedError
+from kvloom.spec.format import SERVED_STORES
 from kvloom.spec.kv import KVSpec
 
 Layout = Literal["rows", "cpu"]
@@ -49,7 +50,7 @@ class KVCache:
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        extra_stores: Sequence[str] = ("int8",),
+        extra_stores: Sequence[str] = SERVED_STORES,
         layout: Layout = "rows",
         extra_block_sizes: Sequence[int] = (),
     ) -> None:

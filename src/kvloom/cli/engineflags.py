@@ -87,7 +87,8 @@ ENGINE_FLAGS = [
     ),
     _flag(
         "--kv-cache-dtype",
-        "Store of complete blocks of K and V: auto keeps --dtype, int8 has 8 bits and a scale for each token and head.",
+        "Store of complete blocks of K and V: auto keeps --dtype; int8 and fp8_e4m3 (fp8) have 8 bits and a scale for "
+        "each token and head.",
         type=click.Choice(KV_CACHE_DTYPES),
     ),
     _flag(

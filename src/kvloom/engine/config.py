@@ -14,14 +14,14 @@ from kvloom.spec.packing import QUANTIZATIONS
 from kvloom.spec.policy import FULL, PolicySpec, Term
 from kvloom.spec.search import largest
 from kvloom.spec.slabs import longest_request, sure_bytes
-from kvloom.spec.store import SLAB_BYTES
+from kvloom.spec.store import ALIASES, SLAB_BYTES
 from kvloom.units import GIB, format_bytes
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 BACKENDS = ("auto", "cpu", "eager")
 """cpu: fused steps in C++ over packed weights; eager: the reference decoder in torch; auto: cpu where it can."""
 
-KV_CACHE_DTYPES = ("auto", *sorted(SERVED_STORES))
+KV_CACHE_DTYPES = ("auto", *SERVED_STORES, *ALIASES)
 """auto: as the model computes them; else the store in which complete blocks of K and V are kept."""
 
 MAX_KV_BYTES_BY_DEFAULT = 4 * GIB

@@ -2,7 +2,7 @@
 
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry, nearest
-from kvloom.spec.store import INT8, NATIVE_STORE, STORES, Side, StoreSpec
+from kvloom.spec.store import ALIASES, INT8, NATIVE_STORE, STORES, Side, StoreSpec
 
 PLANNED: Registry[StoreSpec] = Registry("store")
 """Published formats; a store of the same name in `STORES` takes precedence."""
@@ -10,7 +10,6 @@ PLANNED: Registry[StoreSpec] = Registry("store")
 INT4 = Side(4, scale_bytes=2)
 """Symmetric codes with a 16-bit scale for each token."""
 
-PLANNED.register("fp8", StoreSpec.alike("fp8", Side(8)))
 PLANNED.register("int4", StoreSpec.alike("int4", INT4, residual=32))
 PLANNED.register("k8v4", StoreSpec("k8v4", INT8, INT4, residual=32))
 # K is grouped over tokens per channel, V over channels per token (KIVI, arXiv 2402.02750): both come to the same bytes
@@ -19,13 +18,13 @@ PLANNED.register("kivi4", StoreSpec.alike("kivi4", Side(4, group=32, group_bytes
 PLANNED.register("kivi2", StoreSpec.alike("kivi2", Side(2, group=32, group_bytes=4), residual=128))
 
 
-SERVED_STORES: frozenset[str] = frozenset({"int8"})
+SERVED_STORES = tuple(name for name in STORES if name not in NATIVE_STORE.values())
 """Stores that the policy of a request may name; the native store needs no name."""
 
 
 def is_store(name: str) -> bool:
-    """Return whether `name` is a store or a planned format."""
-    return name in STORES or name in PLANNED
+    """Return whether `name` is a store, another spelling of one, or a planned format."""
+    return name in STORES or name in PLANNED or name in ALIASES
 
 
 def runs(name: str) -> bool:
@@ -39,7 +38,8 @@ def store_names() -> list[str]:
 
 
 def store_format(name: str) -> StoreSpec:
-    """Return the format called `name`; raises `InvalidInputError` naming the nearest one."""
+    """Return the format called `name` or so spelt; raises `InvalidInputError` naming the nearest one."""
+    name = ALIASES.get(name, name)
     if name in STORES:
         return STORES.get(name)
     if name in PLANNED:

@@ -242,7 +242,7 @@ def _arguments(name: str, params: tuple[Parameter, ...], inner: str | None) -> t
 def _store_term(name: str, inner: str | None) -> Term:
     store = store_format(name)
     params = (Parameter("residual", "int", store.residual, 0), *_STORE_PARAMS[1:])
-    return Term(name, _arguments(name, params, inner))
+    return Term(store.name, _arguments(name, params, inner))
 
 
 def _check_budget(text: str, selector: Term, method: MethodSpec) -> None:

@@ -24,13 +24,15 @@ class Side:
     """How one of K and V is stored.
 
     `bits` are stored per element; `scale_bytes` are added per token of a lane. `group` tokens are encoded together;
-    with `group_bytes` every `group` elements add that many bytes of scale and zero point, in either direction.
+    with `group_bytes` every `group` elements add that many bytes of scale and zero point, in either direction. `code`
+    names what the bits mean, "" that of the model's dtype.
     """
 
     bits: int
     scale_bytes: int = 0
     group: int = 1
     group_bytes: int = 0
+    code: str = ""
 
     def payload_bytes(self, num_tokens: int, width: int) -> int:
         """Return the bytes of `num_tokens` tokens of `width` elements; 0 where the lane has none."""
@@ -78,14 +80,21 @@ class StoreSpec:
         return -(-payload // GRANULE_BYTES) * GRANULE_BYTES
 
 
-INT8 = Side(8, scale_bytes=4)
+INT8 = Side(8, scale_bytes=4, code="int8")
 """Symmetric codes with a float32 scale for each token."""
+
+E4M3 = Side(8, scale_bytes=4, code="e4m3")
+"""FP8 numbers of 4 bits of exponent and 3 of mantissa, with a float32 scale for each token."""
 
 STORES: Registry[StoreSpec] = Registry("store")
 STORES.register("bf16", StoreSpec.alike("bf16", Side(16)))
 STORES.register("fp16", StoreSpec.alike("fp16", Side(16)))
 STORES.register("fp32", StoreSpec.alike("fp32", Side(32)))
 STORES.register("int8", StoreSpec.alike("int8", INT8))
+STORES.register("fp8_e4m3", StoreSpec.alike("fp8_e4m3", E4M3))
+
+ALIASES = {"fp8": "fp8_e4m3", "int8_per_token_head": "int8"}
+"""Other spellings of stores."""
 
 NATIVE_STORE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """The store that keeps K and V exactly as a model of that dtype computes them."""

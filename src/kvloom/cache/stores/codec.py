@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from kvloom.spec.store import INT8, Side
+from kvloom.spec.store import Side
 
 
 class Codec(Protocol):
@@ -53,11 +53,9 @@ class Int8Codec:
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return int8 codes [N, D] and float32 scales [N] (see `Codec`)."""
         values = x.float()
-        peak = values.abs().amax(dim=1)
-        least = torch.finfo(torch.float32).tiny
-        scale = (peak / 127.0).clamp_min(least)
+        scale, stored = _scales(values, 127.0)
         codes = torch.round(values / scale[:, None]).clamp_(-127, 127).to(torch.int8)
-        return codes, torch.where(peak > 0, scale, torch.zeros_like(scale))
+        return codes, stored
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         """Return codes times scales (see `Codec`)."""
@@ -65,9 +63,44 @@ class Int8Codec:
         return codes.float() * scales[..., None]
 
 
+class E4m3Codec:
+    """FP8 e4m3 codes (`torch.float8_e4m3fn`): scale = amax / 448, code = x / scale, to nearest even, saturating.
+
+    |error| <= max(|x| / 16, scale / 1024). Scales of small vectors are those of `Int8Codec`.
+    """
+
+    dtype = torch.uint8
+    scaled = True
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes [N, D] and float32 scales [N] (see `Codec`)."""
+        values = x.float()
+        scale, stored = _scales(values, _E4M3_MAX)
+        inverse = torch.where(scale > _TINY, _E4M3_MAX / values.abs().amax(dim=1), 1 / _TINY)
+        codes = (values * inverse[:, None]).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+        return codes.view(torch.uint8), stored
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        """Return the values of codes times scales (see `Codec`)."""
+        assert scales is not None
+        return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
+
+
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+_TINY = torch.finfo(torch.float32).tiny
+_CODECS: dict[str, type[Codec]] = {"int8": Int8Codec, "e4m3": E4m3Codec}
+
+
+def _scales(values: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales [N] of vectors [N, D] with `top` as the largest code, and as stored: 0 for a vector of zeros."""
+    peak = values.abs().amax(dim=1)
+    scale = (peak / top).clamp_min(_TINY)
+    return scale, torch.where(peak > 0, scale, 0.0)
+
+
 def codec_of(side: Side, dtype: torch.dtype) -> Codec:
     """Return the codec of one side of a runtime store, in a model that computes in `dtype`."""
-    if side == INT8:
-        return Int8Codec()
+    if side.code:
+        return _CODECS[side.code]()
     assert side == Side(8 * dtype.itemsize), "a side is encoded by a codec or is as wide as the model's dtype"
     return NativeCodec(dtype)

@@ -128,14 +128,16 @@ def attention(
     Query i of n sees slots [max(begin, end - n + i + 1 - window), end - n + i + 1). Scores are scale * q.k, then
     softcap * tanh(. / softcap), plus `slopes` [H] * (slot - own slot), plus `bias` [num_seqs, num_lanes, slots]
     float32; `sinks` [H] join the denominator. `lse` [T, H] float32 receives the log of the denominator.
-    `low_precision` (default: q is bfloat16 and the store bf16 or int8) multiplies bf16 queries and probabilities,
-    summing in float32. A sequence's result depends on neither the batch nor the number of threads.
+    `low_precision` (default: q is bfloat16, which holds every element or code of the store exactly) multiplies bf16
+    queries and probabilities, summing in float32. A sequence's result depends on neither the batch nor the number of
+    threads.
     """
     _expect_tokens(cu_seqlens, q, shape.num_heads, shape.k_width, "q")
+    exact = _ext.exact_in_bf16(STORE_ELEMENT.get(lanes.store))
     if low_precision is None:
-        low_precision = q.dtype == torch.bfloat16 and lanes.store in ("bf16", "int8")
-    elif low_precision and lanes.store not in ("bf16", "int8"):
-        raise InvalidInputError(f"bf16 products need blocks in bf16 or int8, not {lanes.store}")
+        low_precision = q.dtype == torch.bfloat16 and exact
+    elif low_precision and not exact:
+        raise InvalidInputError(f"bf16 products need blocks of elements that bf16 holds exactly, not {lanes.store}")
     if out is None:
         out = q.new_empty(q.shape[0], shape.num_heads, shape.v_width)
     _expect_tokens(cu_seqlens, out, shape.num_heads, shape.v_width, "out")

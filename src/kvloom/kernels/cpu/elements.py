@@ -2,6 +2,7 @@
 
 import torch
 
+import kvloom.kernels.cpu._ext as _ext
 from kvloom.errors import InvalidInputError
 from kvloom.registry import Registry
 
@@ -9,10 +10,8 @@ ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """Code of each dtype in the extension."""
 
 STORE_ELEMENT: Registry[int] = Registry("store of the CPU kernels")
-STORE_ELEMENT.register("fp32", 0)
-STORE_ELEMENT.register("bf16", 1)
-STORE_ELEMENT.register("fp16", 2)
-STORE_ELEMENT.register("int8", 3)
+for _name, _code in _ext.stores.items():
+    STORE_ELEMENT.register(_name, _code)
 
 ACTIVATION = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 """Code of each activation."""
