@@ -3,12 +3,7 @@
 import ast
 
 MOST_METHODS = 15
-LARGER = {
-    "cache/arena.py:Arena": 21,
-    "cache/kvcache.py:KVCache": 16,
-    "cache/lanes.py:LaneTable": 26,
-    "spec/kv.py:KVSpec": 17,
-}
+LARGER = {"cache/lanes.py:LaneTable": 21}
 """Methods of the classes above the limit. A number may fall and an entry may go; none may rise or come."""
 
 

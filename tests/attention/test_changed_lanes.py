@@ -9,6 +9,8 @@ from harness.tiny_model import batch_of, cache_of, feed, random_tokens, random_w
 from harness.tolerances import ATTENTION_BFLOAT16, ATTENTION_FLOAT32, LOGITS_SAME_WEIGHTS
 from kvloom.attention.reference import ReferenceBackend
 from kvloom.cache.kvcache import KVCache
+from kvloom.cache.laneprefixes import LanePrefixes
+from kvloom.cache.prefix import PrefixChain
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
@@ -295,11 +297,11 @@ def test_compacting_one_sharer_of_a_prefix_does_not_change_a_bit_of_the_other(fa
         cache = cache_of(decoder)
         first = cache.lanes.open()
         feed(decoder, cache, first, prefix, chunk=64)
-        cache.lanes.publish(first, cache.chain(), prefix, 0, 1000 // P)
+        LanePrefixes(cache.lanes).publish(first, PrefixChain(), prefix, 0, 1000 // P)
         second = cache.lanes.open()
-        match = cache.index.match([*prefix, *question], cache.chain(), 1029)
+        match = cache.index.match([*prefix, *question], PrefixChain(), 1029)
         assert match.num_blocks == 62
-        cache.lanes.adopt(second, match)
+        LanePrefixes(cache.lanes).adopt(second, match)
         logits = [feed(decoder, cache, second, [*prefix[992:], *question])]
         for place, token in enumerate(answer):
             if with_compaction and place in (3, 12):
@@ -326,9 +328,9 @@ def test_compacting_one_sharer_of_a_prefix_does_not_change_a_bit_of_the_other(fa
     beside, cache = run(with_compaction=True)
     assert torch.equal(plain, beside)
     third = cache.lanes.open()
-    match = cache.index.match(prefix, cache.chain(), 999)
+    match = cache.index.match(prefix, PrefixChain(), 999)
     assert match.num_blocks == 62  # and the index still has the whole prefix
-    cache.lanes.adopt(third, match)
+    LanePrefixes(cache.lanes).adopt(third, match)
     fresh = cache_of(decoder)
     alone = fresh.lanes.open()
     expected = feed(decoder, fresh, alone, prefix, chunk=64)[992:]
@@ -340,7 +342,7 @@ def test_blocks_of_a_compacted_sharer_come_back_when_the_others_are_gone() -> No
     cache, tokens = cache_of(decoder), random_tokens(320)
     first = cache.lanes.open()
     feed(decoder, cache, first, tokens, chunk=64)
-    cache.lanes.publish(first, cache.chain(), tokens, 0, 20)
+    LanePrefixes(cache.lanes).publish(first, PrefixChain(), tokens, 0, 20)
     second = cache.lanes.fork(first)
     block = 2048  # 16 x 32 x 4
     assert cache.arena.used_bytes == 6 * 20 * block

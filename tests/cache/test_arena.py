@@ -40,11 +40,11 @@ def test_a_slab_serves_one_block_size_and_the_rest_of_it_is_stranded() -> None:
     pool = arena()
     take(pool, 1, QUARTER)
     take(pool, 1, THIRD)
-    assert pool.stranded_bytes == 2 * SLAB_BYTES - QUARTER - THIRD
-    assert pool.available({HALF: 4})
-    assert not pool.available({HALF: 5})
-    assert pool.available({HALF: 4, QUARTER: 3, THIRD: 2})
-    assert not pool.available({HALF: 4, QUARTER: 4})
+    assert pool.slabs.stranded_bytes == 2 * SLAB_BYTES - QUARTER - THIRD
+    assert pool.slabs.available({HALF: 4})
+    assert not pool.slabs.available({HALF: 5})
+    assert pool.slabs.available({HALF: 4, QUARTER: 3, THIRD: 2})
+    assert not pool.slabs.available({HALF: 4, QUARTER: 4})
 
 
 def test_what_does_not_fit_is_refused_without_a_change() -> None:
@@ -99,7 +99,7 @@ def test_a_slab_without_live_blocks_takes_any_block_size_again() -> None:
     blocks = take(pool, 3, THIRD)
     assert pool.allocate(1, HALF) is None
     pool.release(blocks)
-    assert pool.stranded_bytes == 0
+    assert pool.slabs.stranded_bytes == 0
     assert len(take(pool, 2, HALF)) == 2
 
 
@@ -123,7 +123,7 @@ def test_evacuation_moves_the_emptiest_slabs_into_the_fullest_and_keeps_referenc
     assert slabs(move.target) == [1]
     assert pool.references(move.target).tolist() == [2]
     assert pool.references(blocks[5:8]).tolist() == [1, 1, 1]
-    assert pool.stranded_bytes == SLAB_BYTES - 2 * QUARTER
+    assert pool.slabs.stranded_bytes == SLAB_BYTES - 2 * QUARTER
 
 
 def test_evacuation_moves_nothing_when_no_slab_can_be_emptied() -> None:
@@ -141,8 +141,8 @@ def test_evacuation_handles_each_block_size_by_itself() -> None:
     moves = pool.evacuation()
     pool.check_invariants()
     assert sorted((m.block_bytes, len(m.source)) for m in moves) == [(QUARTER, 1), (THIRD, 1)]
-    assert pool.stranded_bytes == 2 * SLAB_BYTES - 2 * QUARTER - 2 * THIRD
-    assert pool.available({HALF: 8})
+    assert pool.slabs.stranded_bytes == 2 * SLAB_BYTES - 2 * QUARTER - 2 * THIRD
+    assert pool.slabs.available({HALF: 8})
 
 
 def test_block_sizes_are_read_off_the_address() -> None:

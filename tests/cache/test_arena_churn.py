@@ -74,8 +74,8 @@ def tails(ledger: Ledger) -> int:
 
 def assert_bounded(pool: BlockPool, ledger: Ledger) -> None:
     sizes = len({size for _, size in ledger.blocks})
-    assert pool.arena.stranded_bytes == stranded_after_evacuation(ledger)
-    assert pool.arena.stranded_bytes < sizes * SLAB_BYTES + tails(ledger) or not sizes
+    assert pool.arena.slabs.stranded_bytes == stranded_after_evacuation(ledger)
+    assert pool.arena.slabs.stranded_bytes < sizes * SLAB_BYTES + tails(ledger) or not sizes
     pool.check_invariants()
 
 
@@ -102,7 +102,7 @@ def test_one_survivor_in_every_slab_of_every_size_is_gathered_when_a_slab_is_wan
     for i, (address, size) in enumerate(ledger.blocks):
         by_slab.setdefault((size, address // (SLAB_BYTES // 128)), []).append(i)
     release(pool, ledger, {i for members in by_slab.values() for i in members[1:]})
-    assert pool.arena.stranded_bytes == 3 * len(SIZES) * SLAB_BYTES - 3 * sum(SIZES)
+    assert pool.arena.slabs.stranded_bytes == 3 * len(SIZES) * SLAB_BYTES - 3 * sum(SIZES)
     # one slab was never used; two of three of each size can be emptied
     assert allocate(pool, ledger, 4096, (1 + 2 * len(SIZES)) * 512 + 509)
     assert_bounded(pool, ledger)
@@ -129,7 +129,7 @@ def test_stranded_bytes_stay_below_one_slab_a_block_size_after_every_failed_allo
             release(pool, ledger, set(np.flatnonzero(~keep).tolist()))
     assert failures > 10
     release(pool, ledger, set(range(len(ledger.blocks))))
-    assert pool.arena.stranded_bytes == 0 and pool.arena.used_bytes == 0
+    assert pool.arena.slabs.stranded_bytes == 0 and pool.arena.used_bytes == 0
 
 
 @settings(max_examples=60, deadline=None)

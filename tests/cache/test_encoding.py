@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kvloom.cache.kvcache import KVCache
+from kvloom.cache.laneprefixes import LanePrefixes
 from kvloom.cache.prefix import PrefixChain
 from kvloom.engine.params import SamplingParams
 from kvloom.engine.request import Request
@@ -32,7 +33,7 @@ def filled(cache):
     assert cache.lanes.extend(row, TOKENS)
     values = torch.randn(2, TOKENS, 2, WIDTH, generator=torch.Generator().manual_seed(0))
     cache.append(0, row, values[0], values[1])
-    cache.lanes.publish(row, PrefixChain(), list(range(TOKENS)), 0, TOKENS // P)
+    LanePrefixes(cache.lanes).publish(row, PrefixChain(), list(range(TOKENS)), 0, TOKENS // P)
     return row
 
 
@@ -66,14 +67,14 @@ def test_a_sequence_that_was_encoded_publishes_nothing_more(cache):
     row = filled(cache)
     assert cache.encoder.encode(row, [0, 1], "int8", 0, 4)
     assert cache.lanes.extend(row, P)
-    cache.lanes.publish(row, PrefixChain(), list(range(TOKENS + P)), 4, 5)
+    LanePrefixes(cache.lanes).publish(row, PrefixChain(), list(range(TOKENS + P)), 4, 5)
     assert len(cache.index) == 0, "it was computed from lossy keys and values"
 
 
 def test_bytes_that_a_sequence_does_not_share_are_those_of_its_blocks_as_they_are_stored(cache):
     row, empty = filled(cache), cache.lanes.open()
     assert cache.encoder.encode(row, [0, 1], "int8", 0, 3)
-    assert cache.lanes.bytes_beyond(row, empty) == cache.lanes.sequence_bytes(row) == 6 * INT8 + 2 * NATIVE
+    assert cache.lanes.sequence_bytes(row, beside=empty) == cache.lanes.sequence_bytes(row) == 6 * INT8 + 2 * NATIVE
 
 
 def test_traffic_counts_encoded_blocks_as_they_are_stored(cache):

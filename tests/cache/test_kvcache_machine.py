@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvloom.cache.kvcache import KVCache
+from kvloom.cache.laneprefixes import LanePrefixes
 from kvloom.cache.prefix import PrefixChain
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.spec.kv import KVSpec, LayerKV
@@ -139,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
             v = torch.from_numpy(np.array([[entry[1] for entry in token] for token in new]))
             self.cache.append(layer, row, k, v)
         closed = len(twin.tokens) // P
-        self.cache.lanes.publish(row, twin.chain, twin.tokens, twin.published, closed)
+        LanePrefixes(self.cache.lanes).publish(row, twin.chain, twin.tokens, twin.published, closed)
         twin.published = closed
         return True
 
@@ -158,7 +159,7 @@ class CacheMachine(RuleBasedStateMachine):
         tokens = [first, *rest] + [first, 1, 0, 1] * repeat
         row, chain = self.cache.lanes.open(), PrefixChain(salt)
         match = self.cache.index.match(tokens, chain, len(tokens) - 1)
-        self.cache.lanes.adopt(row, match)
+        LanePrefixes(self.cache.lanes).adopt(row, match)
         twin = self.twins[row] = Twin([], chain)
         twin.grow(tokens[: match.num_blocks * P])
         twin.needed_from = max(0, match.num_blocks * P - (WINDOW - 1))
@@ -293,7 +294,7 @@ class CacheMachine(RuleBasedStateMachine):
         sizes = Counter(self.cache.arena.block_bytes_at(np.array(list(counts), np.int32)).tolist())
         slabs = sum(-(-count // (SLAB_BYTES // size)) for size, count in sizes.items())
         live = sum(size * count for size, count in sizes.items())
-        assert self.cache.arena.stranded_bytes == slabs * SLAB_BYTES - live
+        assert self.cache.arena.slabs.stranded_bytes == slabs * SLAB_BYTES - live
 
     @precondition(lambda self: self.twins)
     @rule(pick=st.integers(0, 9))
@@ -366,7 +367,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.lanes.close(row)
         self.cache.index.clear()
         self.cache.check_invariants()
-        assert self.cache.arena.used_bytes == self.cache.arena.stranded_bytes == self.cache.bytes_in_use == 0
+        assert self.cache.arena.used_bytes == self.cache.arena.slabs.stranded_bytes == self.cache.bytes_in_use == 0
         assert self.cache.lanes.num_free == ROWS
 
 

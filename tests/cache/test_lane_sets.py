@@ -9,6 +9,7 @@ from kvloom.errors import InvalidInputError
 from kvloom.spec.footprint import request_footprint
 from kvloom.spec.kv import KVSpec, LayerKV
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.steps import step_blocks
 from kvloom.spec.store import SLAB_BYTES
 
 P = 4
@@ -79,7 +80,7 @@ def test_a_forked_sequence_copies_the_tails_of_all_its_sets_before_it_writes(cac
 def test_a_policy_plans_to_evict_from_what_attention_reads_alone():
     policy = PolicySpec.parse("knorm(budget=8,skip_layers=0)")
     settled = request_footprint(SPEC, policy, 32, 0, 32).settled
-    window = 2 * SPEC.step_blocks(0, 32, None) * P * 64 * 4
+    window = 2 * step_blocks(SPEC, 0, 32, None) * P * 64 * 4
     assert settled.high == 2 * 2 * P * 96 * 4 + 2 * 8 * P * 32 * 4 + window
 
 

@@ -9,6 +9,7 @@ import pytest
 from harness.lane_desk import BIG, HUGE, SPEC, Desk, P
 from kvloom.cache.arena import Arena
 from kvloom.cache.keptslots import KeptSlots
+from kvloom.cache.laneprefixes import LanePrefixes
 from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.packing import LanePacking
 from kvloom.cache.pool import BlockPool
@@ -173,11 +174,11 @@ def test_closing_a_sharer_leaves_the_other_one_whole(desk: Desk) -> None:
 def test_an_adopted_prefix_is_shared_and_its_windowed_lane_starts_at_the_window(desk: Desk) -> None:
     tokens, chain = list(range(20)), PrefixChain()
     first = desk.opened(16, step=4)
-    desk.lanes.publish(first, chain, tokens, 0, 4)  # of lane 2 only the last blocks are left to publish
+    LanePrefixes(desk.lanes).publish(first, chain, tokens, 0, 4)  # of lane 2 only the last blocks are left to publish
     match = desk.index.match(tokens, PrefixChain(), 20)
     assert match.num_blocks == 4
     second = desk.lanes.open()
-    desk.lanes.adopt(second, match)
+    LanePrefixes(desk.lanes).adopt(second, match)
     desk.check()
     assert desk.lanes.seen[second] == 16
     assert desk.lanes.begin[second].tolist() == [0, 0, 11] and desk.lanes.held[second].tolist() == [16, 16, 5]
@@ -193,7 +194,7 @@ def test_a_forked_or_adopted_sequence_that_lost_tokens_is_never_published(desk: 
     LanePacking(desk.lanes).pack_slots(sequence, first_slots({0: 8}))
     child = desk.lanes.fork(sequence)
     for each in (sequence, child):
-        desk.lanes.publish(each, PrefixChain(), list(range(8)), 0, 2)
+        LanePrefixes(desk.lanes).publish(each, PrefixChain(), list(range(8)), 0, 2)
     assert len(desk.index) == 0
 
 

@@ -171,7 +171,7 @@ def test_a_group_that_is_missing_is_filled_in_by_a_later_request(shelf: Shelf) -
     shelf.publish(TEXT, local_from=4)
     shelf.publish(TEXT, local_from=3)
     assert shelf.found(TEXT) == 5
-    assert shelf.arena.used_blocks(FULL.block_bytes) == 10
+    assert shelf.arena.slabs.used_blocks(FULL.block_bytes) == 10
 
 
 def test_publishing_twice_keeps_the_first_blocks(shelf: Shelf) -> None:

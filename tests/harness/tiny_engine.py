@@ -153,7 +153,7 @@ def nothing_left(engine: Engine) -> None:
     assert engine.cache.bytes_in_use == 0
     assert engine.cache.lanes.open_sequences == []
     engine.cache.index.clear()
-    assert engine.cache.arena.used_bytes == 0 and engine.cache.arena.stranded_bytes == 0
+    assert engine.cache.arena.used_bytes == 0 and engine.cache.arena.slabs.stranded_bytes == 0
 
 
 class Margins:

@@ -6,6 +6,8 @@ import transformers
 
 from harness.tiny_model import cache_of, feed, random_tokens
 from harness.tolerances import LOGITS_FLOAT32
+from kvloom.cache.laneprefixes import LanePrefixes
+from kvloom.cache.prefix import PrefixChain
 from kvloom.models.checkpoint import open_checkpoint
 from kvloom.models.decoder import Decoder
 
@@ -137,11 +139,11 @@ def test_an_adopted_prefix_is_as_good_as_a_computed_one(model):
     cache = cache_of(decoder)
     first = cache.lanes.open()
     feed(decoder, cache, first, tokens[:100], chunk=7)
-    cache.lanes.publish(first, cache.chain(), tokens, 0, 100 // 16)
+    LanePrefixes(cache.lanes).publish(first, PrefixChain(), tokens, 0, 100 // 16)
     cache.lanes.close(first)
     second = cache.lanes.open()
-    match = cache.index.match(tokens, cache.chain(), LENGTH - 1)
+    match = cache.index.match(tokens, PrefixChain(), LENGTH - 1)
     assert match.num_blocks == 6
-    cache.lanes.adopt(second, match)
+    LanePrefixes(cache.lanes).adopt(second, match)
     logits = feed(decoder, cache, second, tokens[96:], chunk=9)
     assert (logits - expected[96:]).abs().max() < LOGITS_FLOAT32

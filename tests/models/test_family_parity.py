@@ -16,6 +16,8 @@ from harness.tiny_model import batch_of, cache_of, feed, random_tokens, random_w
 from harness.tolerances import LOGITS_FLOAT32
 from harness.transformers_cache import cached_logits
 from kvloom.cache.kvcache import KVCache
+from kvloom.cache.laneprefixes import LanePrefixes
+from kvloom.cache.prefix import PrefixChain
 from kvloom.models.compiled import CompiledModel
 from kvloom.models.decoder import Decoder
 from kvloom.models.model import StepOutput, StepWanted
@@ -107,10 +109,10 @@ def test_the_last_row_of_a_short_prompt_has_the_logits_of_transformers(case):
 def test_an_adopted_prefix_is_as_good_as_a_computed_one(case):
     cache = lanes_of(case.model)
     step(case.model, cache, first := cache.lanes.open(), TOKENS[:64])
-    cache.lanes.publish(first, cache.chain(), TOKENS, 0, 4)
+    LanePrefixes(cache.lanes).publish(first, PrefixChain(), TOKENS, 0, 4)
     cache.lanes.close(first)
     second = cache.lanes.open()
-    cache.lanes.adopt(second, cache.index.match(TOKENS, cache.chain(), LENGTH - 1))
+    LanePrefixes(cache.lanes).adopt(second, cache.index.match(TOKENS, PrefixChain(), LENGTH - 1))
     found = step(case.model, cache, second, TOKENS[64:]).logits
     assert (found - case.expected[64:]).abs().max() < LOGITS_FLOAT32
 

@@ -1,20 +1,19 @@
-"""Arena: which granules of one byte range are in use. Slabs of 2 MiB, each cut into blocks of one size. Torch-free.
+"""Arena: which granules of one byte range are in use, by blocks in slabs of 2 MiB (`Slabs`). Torch-free.
 
-    arena   | slab 0: 512 x 4096 B | slab 1: 963 x 2176 B | slab 2: empty | ...
     block     one lane's `block_size` tokens, named by its address (offset in granules of 128 bytes)
 
-An empty slab takes any block size; a slab becomes empty when its last block is freed. Blocks have reference counts.
-Allocation fills the fullest slab first, each in ascending order, so that a lane lies in long runs, which are read
-faster. `evacuation` empties nearly empty slabs, so that stranded bytes stay below one slab for each block size (and
-the tails of full slabs that a block size does not divide).
+Blocks have reference counts. Allocation fills the fullest slab first, each in ascending order, so that a lane lies in
+long runs, which are read faster. `evacuation` empties nearly empty slabs, so that stranded bytes stay below one slab
+for each block size (and the tails of full slabs that a block size does not divide).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvloom.cache.slabs import Slabs
 from kvloom.errors import DoesNotFitError, InvalidInputError
 from kvloom.spec.store import GRANULE_BYTES, SLAB_BYTES
 from kvloom.units import format_bytes
@@ -58,11 +57,7 @@ class Arena:
         # Blocks start at least `_cell` granules apart, so address // _cell is a different cell for each live block.
         self._cell = self.block_sizes[0] // GRANULE_BYTES
         self.refs: NDArray[np.int32] = np.zeros(self.num_slabs * SLAB_GRANULES // self._cell + 1, np.int32)
-        self._size: NDArray[np.int32] = np.zeros(self.num_slabs, np.int32)  # granules a block; 0: empty slab
-        self._free: NDArray[np.int32] = np.zeros(self.num_slabs, np.int32)  # free blocks of a slab in use
-        self._empty = list(range(self.num_slabs - 1, -1, -1))
-        self._free_blocks = dict.fromkeys(self.block_sizes, 0)
-        self._used_blocks = dict.fromkeys(self.block_sizes, 0)
+        self.slabs = Slabs(self.num_slabs, self.block_sizes)
         self.peak_bytes = 0
 
     @property
@@ -73,68 +68,37 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         """Bytes of all live blocks, each counted once."""
-        return sum(size * count for size, count in self._used_blocks.items())
-
-    @property
-    def stranded_bytes(self) -> int:
-        """Bytes of slabs in use that hold no live block: only blocks of the slab's own size can take them."""
-        return (self.num_slabs - len(self._empty)) * SLAB_BYTES - self.used_bytes
-
-    @staticmethod
-    def blocks_per_slab(block_bytes: int) -> int:
-        """Return how many blocks of `block_bytes` a slab holds."""
-        return SLAB_BYTES // block_bytes
-
-    def used_blocks(self, block_bytes: int) -> int:
-        """Return the number of live blocks of this size."""
-        return self._used_blocks[block_bytes]
-
-    def available(self, needs: Mapping[int, int]) -> bool:
-        """Return whether `needs` (block bytes -> number) can be allocated without evacuation or reclaim."""
-        slabs = 0
-        for size, count in needs.items():
-            short = count - self._free_blocks[size]
-            if short > 0:
-                slabs += -(-short // self.blocks_per_slab(size))
-        return slabs <= len(self._empty)
+        return self.slabs.used_bytes
 
     def allocate(self, count: int, block_bytes: int) -> Addresses | None:
         """Return `count` fresh addresses with one reference each, or None (and change nothing) if they don't fit."""
-        if not self.available({block_bytes: count}):
+        slabs = self.slabs
+        if not slabs.available({block_bytes: count}):
             return None
-        granules = block_bytes // GRANULE_BYTES
         out = np.empty(count, np.int32)
         done = 0
-        if self._free_blocks[block_bytes]:
-            partial = np.flatnonzero((self._size == granules) & (self._free > 0))
-            for slab in partial[np.argsort(self._free[partial], kind="stable")]:
-                if done == count:
-                    break
-                done = self._take(int(slab), out, done)
-        while done < count:
-            slab = self._empty.pop()
-            number = self.blocks_per_slab(block_bytes)
-            self._size[slab] = granules
-            self._free[slab] = number
-            self._free_blocks[block_bytes] += number
+        for slab in slabs.members(block_bytes, least_free=1):
+            if done == count:
+                break
             done = self._take(slab, out, done)
+        while done < count:
+            done = self._take(slabs.cut(block_bytes), out, done)
         self.refs[out // self._cell] = 1
-        self._free_blocks[block_bytes] -= count
-        self._used_blocks[block_bytes] += count
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return out
 
     def _take(self, slab: int, out: Addresses, done: int) -> int:
         """Put the first free blocks of `slab` into `out[done:]`; returns the new `done`. The caller references them."""
-        number = min(int(self._free[slab]), len(out) - done)
-        every, live = self._blocks(slab)
-        out[done : done + number] = every[~live][:number]
-        self._free[slab] -= number
+        number = min(int(self.slabs.free[slab]), len(out) - done)
+        if number:
+            every, live = self._blocks(slab)
+            out[done : done + number] = every[~live][:number]
+            self.slabs.take(slab, number)
         return done + number
 
     def _blocks(self, slab: int) -> tuple[Addresses, NDArray[np.bool_]]:
         """Return the addresses of the blocks of a slab in use, ascending, and which of them are live."""
-        granules = int(self._size[slab])
+        granules = int(self.slabs.granules[slab])
         every = slab * SLAB_GRANULES + np.arange(SLAB_GRANULES // granules, dtype=np.int32) * granules
         return every, self.refs[every // self._cell] > 0
 
@@ -155,28 +119,10 @@ class Arena:
         assert (self.refs[cells] > 0).all(), "a block was released twice"
         self.refs[cells] -= 1
         gone = addresses[self.refs[cells] == 0]
-        return self._give_back(gone) if len(gone) else 0
-
-    def _give_back(self, gone: Addresses) -> int:
-        """Count unreferenced blocks as free; returns their bytes."""
+        if not len(gone):
+            return 0
         slabs, numbers = np.unique(gone // SLAB_GRANULES, return_counts=True)
-        freed = 0
-        for slab, number in zip(slabs.tolist(), numbers.tolist(), strict=True):
-            size = int(self._size[slab]) * GRANULE_BYTES
-            self._free[slab] += number
-            self._free_blocks[size] += number
-            self._used_blocks[size] -= number
-            freed += number * size
-            if self._free[slab] == self.blocks_per_slab(size):
-                self._retire(slab, size)
-        return freed
-
-    def _retire(self, slab: int, block_bytes: int) -> None:
-        """Make a slab without live blocks available to all block sizes."""
-        self._free_blocks[block_bytes] -= self.blocks_per_slab(block_bytes)
-        self._size[slab] = 0
-        self._free[slab] = 0
-        self._empty.append(slab)
+        return sum(map(self.slabs.give_back, slabs.tolist(), numbers.tolist()))
 
     def evacuation(self) -> list[Move]:
         """Empty every slab whose blocks fit into fuller slabs of their size; returns the moves.
@@ -186,26 +132,21 @@ class Arena:
         """
         moves: list[Move] = []
         for size in self.block_sizes:
-            granules = size // GRANULE_BYTES
-            capacity = self.blocks_per_slab(size)
-            members = np.flatnonzero(self._size == granules)
-            members = members[np.argsort(self._free[members], kind="stable")]  # fullest first
-            keep = -(-self._used_blocks[size] // capacity)
-            victims = members[keep:]
-            if not len(victims):
+            members = self.slabs.members(size)
+            keep = -(-self.slabs.used_blocks(size) // self.slabs.capacity(size))
+            if keep == len(members):
                 continue
-            source = np.concatenate([self._live(int(slab)) for slab in victims])
+            leaving = [self._live(slab) for slab in members[keep:]]
+            source = np.concatenate(leaving)
             target = np.empty(len(source), np.int32)
             done = 0
             for slab in members[:keep]:
-                done = self._take(int(slab), target, done)
+                done = self._take(slab, target, done)
             assert done == len(source), "the kept slabs must take every block"
             self.refs[target // self._cell] = self.refs[source // self._cell]
             self.refs[source // self._cell] = 0
-            for slab in victims:
-                self._free_blocks[size] += capacity - int(self._free[slab])
-                self._retire(int(slab), size)
-            self._free_blocks[size] -= len(source)
+            for slab, blocks in zip(members[keep:], leaving, strict=True):
+                self.slabs.give_back(slab, len(blocks))
             moves.append(Move(size, source, target))
         return moves
 
@@ -217,7 +158,7 @@ class Arena:
 
     def block_bytes_at(self, addresses: Addresses) -> NDArray[np.int64]:
         """Return the bytes of the block at each address."""
-        sizes: NDArray[np.int64] = self._size[addresses // SLAB_GRANULES].astype(np.int64) * GRANULE_BYTES
+        sizes: NDArray[np.int64] = self.slabs.granules[addresses // SLAB_GRANULES].astype(np.int64) * GRANULE_BYTES
         return sizes
 
     def cell_of(self, addresses: Addresses) -> NDArray[np.int32]:
@@ -232,17 +173,7 @@ class Arena:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless counters and references agree."""
-        live = dict.fromkeys(self.block_sizes, 0)
-        spare = dict.fromkeys(self.block_sizes, 0)
-        assert sorted(self._empty) == np.flatnonzero(self._size == 0).tolist()
-        for slab in np.flatnonzero(self._size):
-            granules = int(self._size[slab])
-            size = granules * GRANULE_BYTES
-            alive = len(self._live(int(slab)))
-            assert alive > 0, "an empty slab was not given back"
-            assert alive + self._free[slab] == self.blocks_per_slab(size)
-            live[size] += alive
-            spare[size] += int(self._free[slab])
-        assert live == self._used_blocks and spare == self._free_blocks
+        live = {int(slab): len(self._live(int(slab))) for slab in np.flatnonzero(self.slabs.granules)}
+        self.slabs.check_invariants(live)
         assert int((self.refs > 0).sum()) == sum(live.values())
         assert (self.refs >= 0).all()

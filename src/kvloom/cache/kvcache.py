@@ -16,7 +16,7 @@ from kvloom.cache.lanes import LaneTable, ragged_arange
 from kvloom.cache.memory import ArenaMemory
 from kvloom.cache.packing import LanePacking
 from kvloom.cache.pool import BlockPool
-from kvloom.cache.prefix import PrefixChain, PrefixIndex
+from kvloom.cache.prefix import PrefixIndex
 from kvloom.cache.segments import NATIVE
 from kvloom.cache.stores.rows import RowStore
 from kvloom.cache.stores.store import Store
@@ -264,10 +264,6 @@ class KVCache:
             raise UnsupportedError("compaction", reasons)
 
     # ---- accounting -----------------------------------------------------------------------------------------------
-
-    def chain(self, salt: str = "") -> PrefixChain:
-        """Return the digests of an empty sequence; requests with another `salt` share nothing with it."""
-        return PrefixChain(salt)
 
     @property
     def bytes_in_use(self) -> int:

@@ -11,14 +11,13 @@ A window moves `begin`. A policy that evicts tokens in the middle packs the kept
 positions are stored explicitly from then on. All bookkeeping of a sequence is done on arrays over its lanes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvloom.cache.arena import Addresses, Move
 from kvloom.cache.pool import BlockPool
-from kvloom.cache.prefix import PrefixChain, PrefixMatch
 from kvloom.cache.segments import SegmentList
 from kvloom.cache.slots import SlotValues
 from kvloom.errors import InvalidInputError
@@ -34,6 +33,8 @@ class LaneTable:
     begin   [Q, R]    int32   first live slot of each lane
     held    [Q, R]    int32   live slots of each lane
     seen    [Q]       int64   tokens processed
+
+    `group_lanes` are the lanes of each group of the spec.
     """
 
     def __init__(self, spec: KVSpec, pool: BlockPool, max_sequences: int) -> None:
@@ -53,9 +54,9 @@ class LaneTable:
         self.lossy_until = [-1] * max_sequences  # tokens seen at the last loss, -1 where nothing was lost
         self.room = [0] * max_sequences  # tokens that fit without any bookkeeping
         self._free = list(range(max_sequences - 1, -1, -1))
-        self._group_lanes = [np.asarray(group.lanes, np.int64) for group in spec.groups]
+        self.group_lanes = [np.asarray(group.lanes, np.int64) for group in spec.groups]
         self.block_bytes = np.zeros(lanes, np.int64)
-        for group, members in zip(spec.groups, self._group_lanes, strict=True):
+        for group, members in zip(spec.groups, self.group_lanes, strict=True):
             self.block_bytes[members] = group.block_bytes
         pool.holders.append(self)
 
@@ -161,7 +162,7 @@ class LaneTable:
 
     def _by_size(self, count: Ints) -> dict[int, int]:
         needs: dict[int, int] = {}
-        for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
+        for group, members in zip(self.spec.groups, self.group_lanes, strict=True):
             total = int(count[members].sum())
             if total:
                 needs[group.block_bytes] = needs.get(group.block_bytes, 0) + total
@@ -173,7 +174,7 @@ class LaneTable:
         needs = self._by_size(count)
         if not self.pool.ensure(needs):
             return False
-        self._widen(int((first + count).max()))
+        self.widen(int((first + count).max()))
         for size, total in needs.items():
             fresh = self.pool.arena.allocate(total, size)
             assert fresh is not None, "the pool promised these blocks"
@@ -197,7 +198,7 @@ class LaneTable:
     def _leave_window(self, sequence: int) -> None:
         """Free the blocks of windowed lanes that lie wholly before the window of the next query."""
         size = self.spec.block_size
-        for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
+        for group, members in zip(self.spec.groups, self.group_lanes, strict=True):
             if group.window is None:
                 continue
             first = int(self.seen[sequence]) - (group.window - 1)
@@ -223,7 +224,7 @@ class LaneTable:
         """
         seen, size = int(self.seen[sequence]) - num_tokens, self.spec.block_size
         bound = max(0, self.lossy_until[sequence])
-        for group, members in zip(self.spec.groups, self._group_lanes, strict=True):
+        for group, members in zip(self.spec.groups, self.group_lanes, strict=True):
             if group.window is not None and self.begin[sequence, members[0]]:
                 bound = max(bound, int(self.begin[sequence, members[0]]) + group.window - 1)
         if num_tokens < 0 or seen < bound:
@@ -240,7 +241,7 @@ class LaneTable:
         row[gone] = -1
         self.room[sequence] = 0
 
-    def _widen(self, columns: int) -> None:
+    def widen(self, columns: int) -> None:
         """Make the table at least `columns` wide by doubling; rows without a sequence are undefined until `open`.
 
         Their memory is not written: most of a wide table is never used, and writing it would take longer than a step.
@@ -253,57 +254,7 @@ class LaneTable:
                 wider[sequence, :, have:] = -1
             self.table = wider
 
-    # ---- prefixes -------------------------------------------------------------------------------------------------
-
-    def adopt(self, sequence: int, match: PrefixMatch) -> None:
-        """Start an empty `sequence` with the blocks of a matched prefix, shared with the prefix index."""
-        size = self.spec.block_size
-        index = self.pool.index
-        tokens = match.num_blocks * size
-        self._widen(match.num_blocks)
-        for number, (group, members) in enumerate(zip(self.spec.groups, self._group_lanes, strict=True)):
-            first = 0 if group.window is None else max(0, tokens - (group.window - 1))
-            for block in range(first // size, match.num_blocks):
-                addresses = index.blocks(match.digests[block], number)
-                assert addresses is not None, "a match names only blocks in the index"
-                self.pool.arena.share(addresses)
-                self.table[sequence, members, block] = addresses
-            self.begin[sequence, members] = first
-            self.held[sequence, members] = tokens - first
-        self.seen[sequence] = tokens
-        index.touch(match.digests)
-
-    def publish(self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int) -> None:
-        """Enter the full blocks `first .. last - 1` of a sequence that has lost nothing into the prefix index."""
-        if not self.is_lossy(sequence):  # what is computed from lanes that lost something is no prefix of anything else
-            self._publish(sequence, chain, tokens, first, last)
-
-    def publish_encoded(
-        self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int, native: PrefixChain
-    ) -> None:
-        """Enter blocks `first .. last - 1`, encoded where lanes are, into the prefix index, under a chain of the store.
-
-        The entries of the `native` chain leave to them what both would list: blocks of windows and of sinks. Nothing
-        happens where tokens were lost.
-        """
-        if sequence not in self.positions:
-            for block, blocks in self._publish(sequence, chain, tokens, first, last):
-                self.pool.index.leave(native, block, blocks)
-
-    def _publish(
-        self, sequence: int, chain: PrefixChain, tokens: Sequence[int], first: int, last: int
-    ) -> list[tuple[int, list[Addresses | None]]]:
-        """Enter blocks into the prefix index; returns each with its addresses by group."""
-        size, found = self.spec.block_size, []
-        chain.extend(tokens, size, last)
-        for block in range(first, last):
-            blocks: list[Addresses | None] = []
-            for members in self._group_lanes:
-                addresses = self.table[sequence, members, block]
-                blocks.append(addresses if (addresses >= 0).all() else None)
-            self.pool.index.publish(chain, block, tokens[block * size : (block + 1) * size], blocks)
-            found.append((block, blocks))
-        return found
+    # ---- contents and holders ------------------------------------------------------------------------------------
 
     def positions_of(self, sequence: int, lane: int) -> Ints:
         """Return the positions [held] of what a lane holds, in slot order."""
@@ -311,8 +262,6 @@ class LaneTable:
         if sequence in self.positions:
             return self.positions[sequence][lane, begin : begin + held].copy()
         return np.arange(begin, begin + held, dtype=np.int32)
-
-    # ---- holders and checks ---------------------------------------------------------------------------------------
 
     def rename(self, renamed: Addresses) -> None:
         """Update the addresses of blocks that moved (see `Holder`)."""
@@ -328,14 +277,12 @@ class LaneTable:
             row = self.table[sequence]
             yield row[row >= 0]
 
-    def sequence_bytes(self, sequence: int) -> int:
-        """Return the bytes of all blocks of `sequence`, shared ones in full."""
-        counts = (self.table[sequence] >= 0).sum(axis=1)
-        return int((counts * self.block_bytes).sum()) + self.segments.extra_bytes(sequence, self.spec)
-
-    def bytes_beyond(self, sequence: int, other: int) -> int:
-        """Return the bytes of the blocks of `sequence` that it does not share with `other`."""
-        own = (self.table[sequence] >= 0) & (self.table[sequence] != self.table[other])
+    def sequence_bytes(self, sequence: int, beside: int | None = None) -> int:
+        """Return the bytes of all blocks of `sequence`, shared ones in full; without those of the sequence `beside`."""
+        if beside is None:
+            counts = (self.table[sequence] >= 0).sum(axis=1)
+            return int((counts * self.block_bytes).sum()) + self.segments.extra_bytes(sequence, self.spec)
+        own = (self.table[sequence] >= 0) & (self.table[sequence] != self.table[beside])
         return int(self.pool.arena.block_bytes_at(self.table[sequence][own]).sum())
 
     def check_invariants(self) -> None:

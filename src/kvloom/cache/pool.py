@@ -37,33 +37,33 @@ class BlockPool:
 
         Blocks may move. Blocks of requests are kept. Cached prefixes are reclaimed only if the room then suffices.
         """
-        if self.arena.available(needs):
+        if self.arena.slabs.available(needs):
             return True
         self.evacuate()
-        if self.arena.available(needs):
+        if self.arena.slabs.available(needs):
             return True
         if not self._attainable(needs):
             return False
         pending = 0
         for freed in self.index.reclaim():
             pending += freed
-            if self.arena.available(needs):
+            if self.arena.slabs.available(needs):
                 return True
             if pending >= sum(size * count for size, count in needs.items()):
                 self.evacuate()
                 pending = 0
-                if self.arena.available(needs):
+                if self.arena.slabs.available(needs):
                     return True
         self.evacuate()
-        return self.arena.available(needs)
+        return self.arena.slabs.available(needs)
 
     def _attainable(self, needs: Mapping[int, int]) -> bool:
         """Return whether `needs` would fit beside the blocks of requests if every cached prefix were reclaimed."""
         idle = self.index.idle_blocks()
         slabs = 0
         for size in self.arena.block_sizes:
-            live = self.arena.used_blocks(size) - idle.get(size, 0) + needs.get(size, 0)
-            slabs += -(-live // self.arena.blocks_per_slab(size))
+            live = self.arena.slabs.used_blocks(size) - idle.get(size, 0) + needs.get(size, 0)
+            slabs += -(-live // self.arena.slabs.capacity(size))
         return slabs <= self.arena.num_slabs
 
     def evacuate(self) -> None:

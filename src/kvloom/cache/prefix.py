@@ -168,7 +168,7 @@ class PrefixIndex:
                     new = renamed[self.arena.cell_of(addresses)]
                     np.copyto(addresses, new, where=new >= 0)
 
-    def forget(self, digests: Sequence[bytes]) -> None:
+    def drop(self, digests: Sequence[bytes]) -> None:
         """Remove entries and the index's references on their blocks; unknown digests are skipped."""
         for digest in digests:
             entry = self._entries.pop(digest, None)
@@ -209,7 +209,7 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Remove every entry and release its blocks."""
-        self.forget(list(self._entries))
+        self.drop(list(self._entries))
 
     def held_blocks(self) -> Iterator[Addresses]:
         """Yield every array of addresses that the index holds a reference on."""

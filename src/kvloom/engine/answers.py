@@ -52,7 +52,7 @@ class Answers:
         for item in work:
             if item.sequence.request in failed and item.sequence.row is not None:
                 self.cache.lanes.truncate(item.sequence.row, item.num_tokens)
-                self.scheduler.prefixes.forget(item.sequence)
+                self.scheduler.prefixes.drop(item.sequence)
         self.append(draws)
         return [item for item in work if item.sequence.request not in failed]
 

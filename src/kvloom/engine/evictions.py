@@ -69,7 +69,7 @@ class Evictions:
                     piece = now.token_ids[start : start + REPLAY_PIECE]
                     while not lanes.extend(fork, len(piece)):
                         self._make_room(sequence)
-                    held = lanes.sequence_bytes(row) + lanes.bytes_beyond(fork, row)
+                    held = lanes.sequence_bytes(row) + lanes.sequence_bytes(fork, beside=row)
                     sequence.kv_peak_bytes = max(sequence.kv_peak_bytes, held)
                     self._feed(eviction, scores, fork, now, piece, sequence.length_class)
             finally:

@@ -267,7 +267,7 @@ class LLM:
             "kv_bytes_in_use": cache.bytes_in_use,
             "kv_bytes_cached": cache.index.idle_bytes,
             "kv_bytes_peak": cache.arena.peak_bytes,
-            "kv_bytes_stranded": cache.arena.stranded_bytes,
+            "kv_bytes_stranded": cache.arena.slabs.stranded_bytes,
             "requests_running": len(engine.scheduler.running),
             "requests_waiting": len(engine.scheduler.waiting),
             "preemptions": engine.scheduler.num_preemptions,

@@ -1,5 +1,6 @@
 """Prefixes: adoption of cached prefixes by sequences, and publication of their blocks. Torch-free."""
 
+from kvloom.cache.laneprefixes import LanePrefixes
 from kvloom.cache.lanes import LaneTable
 from kvloom.engine.request import Sequence
 from kvloom.engine.work import Work
@@ -10,6 +11,7 @@ class Prefixes:
 
     def __init__(self, lanes: LaneTable, enabled: bool) -> None:
         self.lanes = lanes
+        self._shared = LanePrefixes(lanes)
         self.enabled = enabled
         self.queries = 0
         self.hits = 0
@@ -37,11 +39,11 @@ class Prefixes:
             limit = min(limit, encoding.usable_prefix(len(sequence.token_ids)))
             encoded = self.lanes.pool.index.match(sequence.token_ids, encoding.chain, limit)
             if encoded.num_blocks > match.num_blocks:
-                self.lanes.adopt(sequence.row, encoded)
+                self._shared.adopt(sequence.row, encoded)
                 encoding.adopt(sequence.row, encoded.num_blocks)
                 return
         if match.num_blocks:
-            self.lanes.adopt(sequence.row, match)
+            self._shared.adopt(sequence.row, match)
 
     def note_adopted(self, sequence: Sequence, cached: int) -> None:
         """Count the `cached` tokens with which a sequence was started."""
@@ -62,7 +64,7 @@ class Prefixes:
             closed = int(self.lanes.seen[sequence.row]) // self.lanes.spec.block_size
             if closed > sequence.num_published:
                 tokens, first = sequence.token_ids, sequence.num_published
-                self.lanes.publish(sequence.row, sequence.chain, tokens, first, closed)
+                self._shared.publish(sequence.row, sequence.chain, tokens, first, closed)
                 sequence.num_published = closed
 
     def publish_encoded(self, sequence: Sequence) -> None:
@@ -73,16 +75,16 @@ class Prefixes:
         first, last = encoding.num_published, int(encoding.done.min())
         if last > first:
             tokens = sequence.token_ids
-            self.lanes.publish_encoded(sequence.row, encoding.chain, tokens, first, last, sequence.chain)
+            self._shared.publish_encoded(sequence.row, encoding.chain, tokens, first, last, sequence.chain)
             encoding.num_published = last
 
-    def forget(self, sequence: Sequence) -> bool:
+    def drop(self, sequence: Sequence) -> bool:
         """Drop the entries of the sequence's own blocks; False when it has none."""
         index, encoding = self.lanes.pool.index, sequence.encoding
         found = bool(sequence.num_published)
-        index.forget(sequence.chain.digests[: sequence.num_published])
+        index.drop(sequence.chain.digests[: sequence.num_published])
         sequence.num_published = 0
         if encoding is not None and encoding.num_published:
-            index.forget(encoding.chain.digests[: encoding.num_published])
+            index.drop(encoding.chain.digests[: encoding.num_published])
             encoding.num_published, found = 0, True
         return found

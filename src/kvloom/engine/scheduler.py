@@ -75,7 +75,7 @@ class Scheduler:
         First the prefix index drops this sequence's own blocks. Then the sequence that would be served last is
         preempted, which may be this one, if its policy does no more than encode.
         """
-        if self.prefixes.forget(sequence):
+        if self.prefixes.drop(sequence):
             return True
         own = sequence.eviction is None and len(self.running) > 1
         able = [s for s in self.running if (own or s is not sequence) and not self.capacity.stays(s)]

@@ -68,7 +68,7 @@ def read_stats(engine: Engine) -> EngineStats:
         kv_bytes_in_use=cache.bytes_in_use,
         kv_bytes_cached=cache.index.idle_bytes,
         kv_bytes_peak=cache.arena.peak_bytes,
-        kv_bytes_stranded=cache.arena.stranded_bytes,
+        kv_bytes_stranded=cache.arena.slabs.stranded_bytes,
         store=cache.spec.store,
         kv_bytes_by_store=cache.bytes_by_store(),
         kv_bytes_by_policy=by_policy,

@@ -41,11 +41,11 @@ class Intake:
         Raises `Refusal` `context_length_exceeded`, and the engine's own errors for what can never run.
         """
         try:
-            forgets = self._engine.policies.policy_for(policy).evicts
+            evicts = self._engine.policies.policy_for(policy).evicts
         except KvloomError as error:
             raise bad_field("kv_policy", str(error), "unsupported") from None
-        longest = self._engine.admission.max_position if forgets else self._engine.max_model_len
-        if len(ids) >= longest and not forgets:
+        longest = self._engine.admission.max_position if evicts else self._engine.max_model_len
+        if len(ids) >= longest and not evicts:
             raise _too_long(len(ids), longest)  # before every single id is checked
         try:
             return self._engine.check(ids, params, None, policy)

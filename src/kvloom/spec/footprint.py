@@ -12,6 +12,7 @@ from kvloom.spec.keptlengths import KeptLengths
 from kvloom.spec.kv import ATTENTION, KVSpec, LaneGroup
 from kvloom.spec.lanestore import LaneStore, lane_store
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.steps import step_blocks, step_bytes
 
 INSTRUCTION_TOKENS = 48
 """Most tokens, in any vocabulary, of the instruction to repeat the context and of the hint that follows."""
@@ -103,7 +104,7 @@ def request_footprint(
     peak = prefill.union(settled).union(decode).union(turning)
     if not policy.evicts and policy.store is None:
         written = prompt + max(0, output - 1)
-        peak = Bounds(kv.step_bytes(written - 1, written), kv.request_bytes(prompt + output, chunk))
+        peak = Bounds(step_bytes(kv, written - 1, written), kv.request_bytes(prompt + output, chunk))
     return Footprint(prefill, settled, decode, end, peak, again)
 
 
@@ -193,7 +194,7 @@ def _windowed(
     def between(tokens: int, step: int) -> Bounds:
         """Tokens behind the window are freed when the lane next needs a block, so up to one step's blocks remain."""
         most = kv.lane_blocks(tokens, group.window, step)
-        return Bounds(size * kv.step_blocks(tokens, tokens, group.window), size * most)
+        return Bounds(size * step_blocks(kv, tokens, tokens, group.window), size * most)
 
     settled, end = between(prompt, chunk), between(total, chunk)
     last = (total - 1) // kv.block_size * kv.block_size
@@ -203,7 +204,7 @@ def _windowed(
         amount = size * (-(-total // kv.block_size) - max(0, last - (group.window - 1)) // kv.block_size)
         end = Bounds(min(end.low, amount) if policy.evicts else amount, amount)
     # at least the blocks that the prompt's last token alone needs; at most those of the longest step anywhere
-    least, most = kv.step_blocks(prompt - 1, prompt, group.window), kv.lane_blocks(prompt, group.window, chunk)
+    least, most = step_blocks(kv, prompt - 1, prompt, group.window), kv.lane_blocks(prompt, group.window, chunk)
     prefill = Bounds(size * least, size * most)
     decode = Bounds(end.low, max(settled.high, size * kv.lane_blocks(total, group.window)))
     return prefill, settled, end, decode

@@ -184,20 +184,6 @@ class KVSpec:
         span = window - 1 + min(chunk, num_tokens)
         return min(blocks, -(-(span - 1) // self.block_size) + 1)
 
-    def step_blocks(self, start: int, end: int, window: int | None) -> int:
-        """Return the blocks of one lane in a step that takes tokens `start .. end - 1`, old ones having been freed.
-
-        A step that needs no block frees none either: it holds what the step before did, which was no less than this.
-        """
-        behind = 0 if window is None else max(0, start - (window - 1)) // self.block_size
-        return -(-end // self.block_size) - behind
-
-    def step_bytes(self, start: int, end: int) -> int:
-        """Return the arena bytes of one request in a step that takes its tokens `start .. end - 1`."""
-        return sum(
-            len(group.lanes) * group.block_bytes * self.step_blocks(start, end, group.window) for group in self.groups
-        )
-
     def request_bytes(self, num_tokens: int, chunk: int = 1) -> int:
         """Return the peak arena bytes of one request of `num_tokens`, processed in chunks of at most `chunk`."""
         return sum(

@@ -12,6 +12,7 @@ Beside others a prompt gets the tokens that a step has left, so only bounds are 
 from kvloom.spec.footprint import request_footprint
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.policy import PolicySpec
+from kvloom.spec.steps import step_bytes
 
 
 def solo_peak(kv: KVSpec, policy: PolicySpec, prompt: int, output: int, chunk: int) -> int | None:
@@ -40,4 +41,4 @@ def _growing(kv: KVSpec, first: int, last: int, chunk: int) -> int:
     """
     steps = -(-(last - first) // chunk)
     starts = (first + step * chunk for step in range(max(0, steps - kv.block_size - 1), steps))
-    return max((kv.step_bytes(start, min(last, start + chunk)) for start in starts), default=0)
+    return max((step_bytes(kv, start, min(last, start + chunk)) for start in starts), default=0)
