@@ -51,6 +51,17 @@ def test_every_kvloom_command_in_the_readme_parses(blocks):
         cli.commands[name].make_context(name, arguments, resilient_parsing=False)
 
 
+def test_examples_of_eviction_have_prompts_above_their_budget(root, blocks):
+    lines = [line for _, language, text in blocks if language == "bash" for line in text.splitlines()]
+    found = [line for line in lines if "kvloom generate" in line and "budget=" in line]
+    assert found
+    for line in found:
+        budget = int(re.search(r"budget=(\d+)", line)[1])
+        file = re.match(r"cat (\S+) \| kvloom .* -(?: |$)", line)
+        prompt = (root / file[1]).read_text(encoding="utf-8") if file else shlex.split(line, comments=True)[-1]
+        assert len(prompt.split()) > budget, line  # every word is at least a token
+
+
 def test_every_file_that_the_documentation_links_to_exists(root):
     broken = []
     for page in [root / "README.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]:

@@ -16,6 +16,12 @@ from kvloom.models.hub import FILES, download_model, is_hub_id
 COMMIT = "0" * 40
 
 
+@pytest.fixture
+def answering(monkeypatch):
+    """Stand in for a hub that can be reached."""
+    monkeypatch.setattr("kvloom.models.hub.hub_answers", lambda *_: True)
+
+
 def run(code, **environment):
     """Run Python in a process of its own; return its output."""
     done = subprocess.run(
@@ -53,6 +59,20 @@ def test_a_model_that_is_not_there_offline_says_what_to_do(home):
     assert "HF_HUB_OFFLINE" in said
 
 
+@pytest.mark.parametrize("model, found", [("someone/tiny", True), ("someone/else", False)])
+def test_a_hub_out_of_reach_is_asked_once_in_silence_and_the_cache_is_used(home, model, found):
+    code = (
+        "from kvloom.errors import DownloadError; from kvloom.models.hub import download_model\n"
+        f"try: print(download_model({model!r}, None).name)\n"
+        "except DownloadError as error: print('reached' in str(error))"
+    )
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | away, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.strip(), done.stderr) == (COMMIT if found else "True", "")
+
+
 def response(status):
     """Return as much of an answer of the hub as its errors look at."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
@@ -70,6 +90,7 @@ def response(status):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
+@pytest.mark.usefixtures("answering")
 def test_errors_of_the_hub_become_ours(monkeypatch, error, kind, message):
     def fail(*_, **__):
         raise error
@@ -79,6 +100,7 @@ def test_errors_of_the_hub_become_ours(monkeypatch, error, kind, message):
         download_model("someone/model", "v1")
 
 
+@pytest.mark.usefixtures("answering")
 def test_an_unknown_architecture_is_refused_before_its_weights_are_fetched(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
@@ -87,6 +109,7 @@ def test_an_unknown_architecture_is_refused_before_its_weights_are_fetched(monke
         open_checkpoint("someone/model")
 
 
+@pytest.mark.usefixtures("answering")
 def test_only_data_is_fetched(monkeypatch, tmp_path):
     asked = {}
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')

@@ -31,6 +31,9 @@ from kvloom.errors import KvloomError
 
 BUG, UNWRITTEN, INTERRUPTED, BROKEN_PIPE = 70, 74, 130, 141
 
+COMPLETE = "_KVLOOM_COMPLETE"
+"""Environment variable of click's completion: `bash_source`, `zsh_source` or `fish_source` print a shell's script."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a file or of standard output that cannot grow; the error of a write does not name the file."""
 
@@ -48,7 +51,8 @@ cli = Group(
             help="Print the version and exit.",
         )
     ],
-    epilog="KVLOOM_DEBUG=1 shows the traceback of an error.",
+    epilog="KVLOOM_DEBUG=1 shows the traceback of an error. Completion in bash: "
+    'eval "$(_KVLOOM_COMPLETE=bash_source kvloom)"; zsh_source and fish_source are for other shells.',
 )
 
 
@@ -58,7 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run `kvloom` with `arguments` and return its exit code; failures are one line on standard error."""
+    """Run `kvloom` with `arguments` and return its exit code; failures are one line on standard error.
+
+    A shell that completes a command sets `COMPLETE`; its words are answered in place of a run.
+    """
+    if COMPLETE in os.environ:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "kvloom", COMPLETE, os.environ[COMPLETE])
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: nobody wants it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

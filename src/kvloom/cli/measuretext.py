@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kvloom.cli.plantext import table
+from kvloom.cli.table import table
 from kvloom.units import format_bytes
 
 HEADER = ("policy", "loss", "95 %", "KL, nats", "95 %", "same token", "KV at end", "of full", "peak", "TTFT", "TPOT")

@@ -5,6 +5,7 @@ from typing import Any
 from kvloom.cli.answer import write, write_json
 from kvloom.cli.command import Command, Flag
 from kvloom.cli.plugin import PLUGIN_FLAG
+from kvloom.cli.table import table
 
 ROLES = {
     "selector": "what is kept",
@@ -25,14 +26,15 @@ def run(as_json: bool) -> None:
         return
     for role, title in ROLES.items():
         chosen = [method for method in methods if method["role"] == role]
-        write(f"{title}\n" + "".join(f"  {line}\n" for line in _rows(role, chosen)) + "\n")
+        header, *rows = _rows(role, chosen)
+        write("\n".join([title, *table(header, rows, indent=2)]) + "\n\n")
 
 
-def _rows(role: str, methods: list[dict[str, Any]]) -> list[str]:
-    """Return aligned lines, one for each method; only eviction methods have the columns of needs and length."""
-    table = [["name", "what it does", "arguments", "paper"]]
+def _rows(role: str, methods: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the header and a row for each method; only eviction methods have the columns of needs and length."""
+    rows = [["name", "what it does", "arguments", "paper"]]
     if role == "selector":
-        table[0][2:2] = ["needs", "query-aware", "acts", "lanes"]
+        rows[0][2:2] = ["needs", "query-aware", "acts", "lanes"]
     for method in methods:
         arguments = ", ".join(f"{p['name']}={_shown(p['default'])}" for p in method["parameters"])
         row = [method["name"], method["summary"], arguments, method["paper"]]
@@ -43,9 +45,8 @@ def _rows(role: str, methods: list[dict[str, Any]]) -> list[str]:
                 ", ".join(method["acts"]) or "-",
                 "ragged" if method["ragged"] else "equal",
             ]
-        table.append(row)
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        rows.append(row)
+    return rows
 
 
 def _shown(default: object) -> str:

@@ -55,14 +55,14 @@ def _listed(values: Mapping[str, Any]) -> bool:
 
         write(probe())
     elif values["list_models"]:
-        from kvloom.cli.plantext import table
+        from kvloom.cli.table import table
         from kvloom.spec.catalogue import catalogue_entry, catalogue_names
 
         entries = {name: catalogue_entry(name) for name in catalogue_names()}
         models = [(name, ", ".join(entry["ids"]), entry["source"]) for name, entry in entries.items()]
         write("\n".join(table(("name", "ids", "source"), models)) + "\n")
     elif values["list_devices"]:
-        from kvloom.cli.plantext import table
+        from kvloom.cli.table import table
         from kvloom.spec.hardware import DEVICES
         from kvloom.units import format_bytes
 

@@ -1,7 +1,8 @@
 """A plan on the terminal: aligned columns, every byte in GiB and in GB, every figure with its label."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from kvloom.cli.table import table
 from kvloom.plan.answer import Plan
 from kvloom.plan.compare import Row
 from kvloom.plan.explain import Explanation
@@ -57,15 +58,6 @@ def show(figure: Figure) -> str:
         return f"{figure.value:.2%}"
     amount = f"{figure.value:.4g}" if figure.value >= 1e9 else f"{figure.value:,.0f}"
     return f"{amount} {figure.unit}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> Iterator[str]:
-    """Yield the lines of a table with aligned columns, all but the first to the right when asked."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    for line in lines:
-        pairs = enumerate(zip(line, widths, strict=True))
-        yield "  ".join(cell.rjust(w) if right and i else cell.ljust(w) for i, (cell, w) in pairs).rstrip()
 
 
 def _figures(title: str, figures: dict[str, Figure]) -> Iterator[str]:
@@ -169,4 +161,4 @@ def _explanation(explanation: Explanation) -> Iterator[str]:
     yield from (f"  {line}" for line in explanation.lines)
     if explanation.rows:
         yield ""
-        yield from (f"  {line}" for line in table(explanation.header, explanation.rows))
+        yield from table(explanation.header, explanation.rows, indent=2)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import click
 
 from kvloom.cli.command import Flag
-from kvloom.cli.main import cli
+from kvloom.cli.main import COMPLETE, cli
 
 
 def reference() -> str:
@@ -28,6 +28,15 @@ def _page() -> Iterator[str]:
         yield "|---|---|---|---|"
         for flag in command.flags.values():
             yield f"| {_spelling(flag)} | `{flag.envvar}` | {_default(flag)} | {_meaning(flag)} |"
+    yield ""
+    yield "## Completion in the shell"
+    yield ""
+    yield "This line, in `~/.bashrc`, completes commands, flags and their choices:"
+    yield ""
+    yield f'    eval "$({COMPLETE}=bash_source kvloom)"'
+    yield ""
+    yield f'In `~/.zshrc`: `eval "$({COMPLETE}=zsh_source kvloom)"`. In `~/.config/fish/completions/kvloom.fish`:'
+    yield f"`{COMPLETE}=fish_source kvloom | source`. Bash must be 4.4 or newer."
     yield ""
     yield "## Exit codes"
     yield ""

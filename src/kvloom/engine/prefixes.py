@@ -31,7 +31,7 @@ class Prefixes:
             cached = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
             limit = sequence.eviction.schedule.usable_prefix
         match = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
-        if cached is not None and sequence.num_preemptions == 0:
+        if cached is not None and sequence.num_preemptions == 0 and sequence.num_output_tokens == 0:
             unused = cached.num_blocks - match.num_blocks
             sequence.request.unused_prefix = unused * self.lanes.spec.block_size
         assert sequence.row is not None

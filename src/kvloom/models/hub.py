@@ -7,6 +7,7 @@ from typing import Any
 
 from kvloom.errors import CheckpointError, DownloadError, ModelNotFoundError
 from kvloom.spec.families import family_of_config
+from kvloom.spec.hub import hub_answers
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 
@@ -32,15 +33,18 @@ def download_model(model: str, revision: str | None) -> Path:
     """Return the local folder of a hub model, from the hub's own cache where it is there.
 
     The config comes first, so that a model that cannot run is refused before its weights are fetched. `HF_HOME`,
-    `HF_HUB_OFFLINE` and `HF_TOKEN` apply. Raises `ModelNotFoundError`, `DownloadError`, `UnsupportedError`.
+    `HF_HUB_OFFLINE` and `HF_TOKEN` apply; where the hub does not answer, the cache alone is used.
+    Raises `ModelNotFoundError`, `DownloadError`, `UnsupportedError`.
     """
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     where = f"{model!r}" if revision is None else f"{model!r} at revision {revision!r}"
     try:
-        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        away = not hub_answers(model, "config.json", revision)
+        config = Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=away))
         family_of_config(_read(config))
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
+        found = snapshot_download(model, revision=revision, allow_patterns=list(FILES), local_files_only=away)
+        return Path(found)
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{where} is gated: accept its terms on its page of the hub, then set HF_TOKEN to a token of that account"

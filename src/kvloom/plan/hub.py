@@ -5,9 +5,7 @@ from pathlib import Path
 
 from kvloom.errors import DownloadError, ModelNotFoundError
 from kvloom.plan.source import Fetch
-
-HUB_SECONDS = 5
-"""Seconds without an answer after which the hub counts as out of reach."""
+from kvloom.spec.hub import hub_answers
 
 
 def hub_fetch() -> Fetch | None:
@@ -18,19 +16,15 @@ def hub_fetch() -> Fetch | None:
 
 def _fetch(repository: str, file: str) -> Path:
     """Return the path of one small file of a hub repository, from the hub's cache where it is there."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import errors, hf_hub_download
 
     away = (
         f"{repository!r} is in neither the catalogue nor the local cache, and the hub cannot be reached; "
         "give a folder, a config.json or a .gguf file"
     )
     try:
-        try:
-            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_SECONDS)
-        except (errors.HfHubHTTPError, errors.HFValidationError):
-            raise
-        except Exception as error:  # the type depends on the HTTP library of the hub's client; a download would retry
-            raise DownloadError(away) from error
+        if not hub_answers(repository, file):
+            raise DownloadError(away)
         return Path(hf_hub_download(repository, file))
     except errors.LocalEntryNotFoundError as error:
         raise DownloadError(away) from error
