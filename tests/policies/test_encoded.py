@@ -221,11 +221,23 @@ def test_the_store_of_the_engine_holds_for_every_policy_without_one(smol):
         assert usage.bits_per_element == pytest.approx(bits)
 
 
+KNORM = "knorm(budget=40,skip_layers=0)"
+
+
+@pytest.mark.parametrize("text, method", [("fp32", "full"), (f"{KNORM}+fp32", KNORM)])
+def test_a_request_that_names_the_store_of_the_model_keeps_its_blocks_as_they_are(smol, text, method):
+    engine = small_engine(model=smol, slabs=16, kv_store=spec("int8").store)
+    request = engine.add(prompt_of(100), greedy(20), kv_policy=spec(text))
+    run(engine, [request])
+    usage = engine.kv_usage(request)
+    assert usage.method == method and usage.bits_per_element == 32
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
         ("int4", "store int4 is planned only: it is not served yet"),
-        ("fp32", "store fp32 is what a model of that dtype computes in"),
+        ("bf16", "store bf16 is what a model of that dtype computes in; this one computes in fp32"),
         ("int8(encode=streaming)", "encode=streaming is planned only"),
         ("h2o(budget=40)+int8", "h2o evicts while generating, and encoded blocks lose no tokens"),
     ],

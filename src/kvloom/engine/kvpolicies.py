@@ -14,7 +14,7 @@ from kvloom.policies.eviction import Eviction
 from kvloom.policies.modelfacts import ModelFacts
 from kvloom.policies.policy import Policy
 from kvloom.policies.tokenkinds import TokenKinds
-from kvloom.spec.encoding import encoding_refusals
+from kvloom.spec.encoding import encoded_only, encoding_refusals
 from kvloom.spec.policy import FULL, PolicySpec, Term
 
 
@@ -34,15 +34,16 @@ class KVPolicies:
     ) -> None:
         """Requests that name no policy get `own`, and those whose policy has no store get `store`.
 
+        One that names the store in which the model computes keeps its blocks as they are.
         Raises as `Policy.of` does where the own policy cannot be.
         """
         self.store = store
+        self.runner = runner
         self.own = self._stored(own)
         Policy.of(self.own)
         if reasons := encoding_refusals(self.own, runner.cache.spec):
             raise UnsupportedError(f"policy {self.own}", reasons)
         self.allowed = allowed
-        self.runner = runner
         self.scheduler = scheduler
         model = runner.model
         self.facts = ModelFacts(
@@ -56,7 +57,9 @@ class KVPolicies:
         )
 
     def _stored(self, spec: PolicySpec) -> PolicySpec:
-        return spec if self.store is None or spec.store is not None else replace(spec, store=self.store)
+        if spec.store is None:
+            return replace(spec, store=self.store)
+        return encoded_only(spec, self.runner.cache.spec.store)
 
     def policy_for(self, asked: PolicySpec | None) -> PolicySpec:
         """Return the policy of a request that asks for `asked`, the engine's own for None.

@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache
 
 from kvloom.errors import InvalidInputError, UnsupportedError
 from kvloom.registry import nearest
+from kvloom.spec.encoding import encoded_only
 from kvloom.spec.hardware import DeviceSpec
 from kvloom.spec.kernels import BLOCK_SLOTS
 from kvloom.spec.kv import KVSpec, LayerKV
@@ -64,6 +65,7 @@ class Question:
             self._check_quantization(self.quantization)
         if self.devices > 1:
             self._check_division()
+        object.__setattr__(self, "policy", encoded_only(self.policy, self.native_store))
 
     def _check_quantization(self, name: str) -> None:
         if name not in QUANTIZATIONS:

@@ -1,9 +1,19 @@
 """What of a policy's store is served: one function of every reason against it, for engine and planner. Torch-free."""
 
+from dataclasses import replace
+
 from kvloom.spec.format import SERVED_STORES, store_format
 from kvloom.spec.kv import KVSpec
 from kvloom.spec.policy import PolicySpec
 from kvloom.spec.store import NATIVE_STORE
+
+
+def encoded_only(policy: PolicySpec, native: str) -> PolicySpec:
+    """Return `policy` without its store where that is the `native` one, in which the model computes.
+
+    So a request keeps its blocks as they are computed (`+bf16`) on an engine that encodes those of others.
+    """
+    return replace(policy, store=None) if policy.store is not None and policy.store.name == native else policy
 
 
 def encoding_refusals(policy: PolicySpec, kv: KVSpec | None = None) -> list[str]:
@@ -16,7 +26,8 @@ def encoding_refusals(policy: PolicySpec, kv: KVSpec | None = None) -> list[str]
         return []
     name, reasons = term.name, []
     if name in NATIVE_STORE.values():
-        reasons.append(f"store {name} is what a model of that dtype computes in; leave it out and set --dtype")
+        if kv is not None:
+            reasons.append(f"store {name} is what a model of that dtype computes in; this one computes in {kv.store}")
     elif name not in SERVED_STORES:
         reasons.append(f"store {name} is planned only: it is not served yet")
     if term.get("encode") == "streaming":
