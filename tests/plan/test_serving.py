@@ -173,16 +173,22 @@ def test_a_catalogue_name_is_served_by_its_id_and_a_config_by_its_folder(tmp_pat
     assert served_name(str(config)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("asked", [ask(users=90, device="cpu:2GiB"), ask("llama-3-8b", "l4", users=9, dtype="float32")])
+ADVISED = [
+    ask(users=90, device="cpu:2GiB"),
+    ask("llama-3-8b", "l4", users=9, dtype="float32"),
+    ask("llama-3-8b", "l40s", users=76, dtype="bfloat16"),
+    ask("llama-3-70b", "a100-40", users=18),
+]
+
+
+@pytest.mark.parametrize("asked", ADVISED)
 def test_every_change_that_is_advised_is_accepted_by_plan_and_fits_when_it_says_so(asked):
     given = ["--prompt", asked.prompt, "--output", asked.output, "--users", asked.users, "--device", asked.device.name,
              "--dtype", asked.dtype]  # fmt: skip
     for advice in advise(asked):
         words = shlex.split(advice.flags)
-        if words[0] == "--context":
-            kept = given[4:]
-        else:
-            kept = [part for at in range(0, len(given), 2) if given[at] != words[0] for part in given[at : at + 2]]
+        changed = {*words, *(("--prompt", "--output") if "--context" in words else ())}
+        kept = [part for at in range(0, len(given), 2) if given[at] not in changed for part in given[at : at + 2]]
         arguments = [asked.model.name, *map(str, kept), *words]
         with plan.make_context("plan", arguments) as context:
             values = dict(context.params)
