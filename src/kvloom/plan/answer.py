@@ -7,7 +7,7 @@ from typing import Any
 from kvloom.plan.advice import Advice, advise
 from kvloom.plan.compare import Row, per_token
 from kvloom.plan.explain import Explanation
-from kvloom.plan.figure import LABELS, Figure
+from kvloom.plan.figure import ALL_DEVICES, EACH_DEVICE, LABELS, Figure
 from kvloom.plan.measured import Measurements
 from kvloom.plan.memory import MOST_TOKENS, Memory
 from kvloom.plan.question import Question
@@ -66,7 +66,7 @@ class Plan:
         memory, asked = self.memory, self.question
         found = {
             "weights": memory.process.weights,
-            "kv_per_token": per_token(asked, asked.policy.store),
+            "kv_per_token": per_token(asked, asked.policy.store, on_device=True),
             "kv_per_request": memory.kv_of_request,
             "kv_total": memory.kv,
             "activations": memory.process.activations,
@@ -78,12 +78,15 @@ class Plan:
         }
         if asked.model.state_bytes:
             found["state_per_request"] = memory.state
+        if asked.devices > 1:
+            found = {name: figure.of(EACH_DEVICE) for name, figure in found.items()}
         measured = self.measurements.of(asked.policy) if self.measurements else None
         if measured is not None and measured.kv_peak_bytes is not None:
             where = f"at most, of one request of {measured.context} tokens"
             found["kv_measured"] = Figure(measured.kv_peak_bytes, "bytes", "measured", where)
         if asked.model.file_bytes is not None:
-            found["weights_on_disk"] = Figure(asked.model.file_bytes, "bytes", "exact", "as the files store them")
+            disk = Figure(asked.model.file_bytes, "bytes", "exact", "as the files store them")
+            found["weights_on_disk"] = disk if asked.devices == 1 else disk.of(ALL_DEVICES)
         return found
 
     @cached_property
@@ -91,10 +94,11 @@ class Plan:
         """The largest batch for the context and the longest context for the batch."""
         users, context = self.memory.max_users(), self.memory.max_context()
         unlimited = "memory does not limit it" if context is not None and context >= MOST_TOKENS else ""
-        return {
+        found = {
             "max_users": Figure(users, "users", "assumed", f"of {self.question.context} tokens each"),
             "max_context": Figure(context, "tokens", "assumed", unlimited or f"for {self.question.users} users"),
         }
+        return found if self.question.devices == 1 else {name: figure.of(ALL_DEVICES) for name, figure in found.items()}
 
     @cached_property
     def speeds(self) -> dict[str, Figure]:
@@ -108,7 +112,8 @@ class Plan:
             "decode_weight_bytes": Figure(reads.weight_bytes(asked.users), "bytes", reads.weights_label,
                                           "read per step and device"),
             "decode_kv_bytes": Figure(asked.users * reads.kv_read_bytes(asked.prompt, made), "bytes",
-                                      "exact", "read per step and device at the full context"),
+                                      "assumed" if asked.model.state_bytes else "exact",
+                                      "read per step and device at the full context"),
             "decode_flops": Figure(asked.users * operations.decode_flops(asked.prompt, made), "FLOP",
                                    "exact", "per step, all devices"),
             "prefill_flops": Figure(operations.prefill_flops(asked.prompt), "FLOP", "exact", "per prompt, all devices"),
@@ -122,6 +127,9 @@ class Plan:
         if tpot.value:
             best = asked.users / (tpot.value if tpot.low is None else tpot.low)
             found["tokens_per_s_at_best"] = Figure(best, "tokens/s", tpot.label, "all users together")
+        if asked.devices > 1:
+            found = {name: figure if "device" in figure.note else figure.of(ALL_DEVICES)
+                     for name, figure in found.items()}
         measured = self.measurements.of(asked.policy) if self.measurements else None
         if measured is not None:
             where = f"{measured.context} tokens"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvloom.errors import InvalidInputError
-from kvloom.plan.figure import Figure, weakest
+from kvloom.plan.figure import ALL_DEVICES, Figure, weakest
 from kvloom.plan.memory import Memory
 from kvloom.plan.question import Question
 from kvloom.plan.roofline import Roofline
@@ -99,9 +99,12 @@ def _policy_row(asked: Question, policy: PolicySpec) -> Row:
     return _row(str(policy), changed, "; ".join([*notes, *policy_refusals(changed)]))
 
 
-def per_token(asked: Question, store: Term | None) -> Figure:
-    """Return the bytes that one more token adds to a request of full blocks, in `store` or the native one."""
-    kv = asked.whole_kv
+def per_token(asked: Question, store: Term | None, on_device: bool = False) -> Figure:
+    """Return the bytes that one more token adds to a request of full blocks, in `store` or the native one.
+
+    On all devices together, or on each where `on_device`.
+    """
+    kv = asked.device_kv if on_device else asked.whole_kv
     if kv is None:
         return Figure(0, "bytes", "exact", "no keys and values")
     total = 0
@@ -121,5 +124,8 @@ def _row(name: str, asked: Question, note: str) -> Row:
     kv = Bounds(end.low * asked.devices, end.high * asked.devices)
     label = weakest("exact" if kv.exact else "bound", "exact" if asked.model.exact else "assumed")
     figure = Figure(kv.high, "bytes", label, "at the last token", None if kv.exact else kv.low)
-    return Row(name, per_token(asked, asked.policy.store), figure, memory.max_users(), memory.max_context(),
+    token = per_token(asked, asked.policy.store)
+    if asked.devices > 1:
+        figure, token = figure.of(ALL_DEVICES), token.of(ALL_DEVICES)
+    return Row(name, token, figure, memory.max_users(), memory.max_context(),
                Roofline(asked).tpot(), note)

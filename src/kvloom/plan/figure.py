@@ -1,6 +1,6 @@
 """Figure: a number with its unit and its label. A plan prints no number without them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from kvloom.spec.bounds import Bounds
@@ -15,6 +15,10 @@ LABELS: dict[Label, str] = {
 }
 
 
+EACH_DEVICE, ALL_DEVICES = "on each device", "all devices together"
+"""What a figure of a plan for several devices covers."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """`value` in `unit`; `low` is given where the figure is an upper bound for any data and any other requests.
@@ -27,6 +31,10 @@ class Figure:
     label: Label
     note: str = ""
     low: float | None = None
+
+    def of(self, scope: str) -> "Figure":
+        """Return the figure with a note that begins with what it covers."""
+        return replace(self, note=f"{scope}; {self.note}" if self.note else scope)
 
     def json(self) -> dict[str, Any]:
         """Return the figure as JSON fields; `low` and `note` only where there are any."""

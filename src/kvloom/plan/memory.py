@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from kvloom.plan.figure import Figure, of_bounds
+from kvloom.plan.figure import Figure, Label, of_bounds
 from kvloom.plan.process import Process
 from kvloom.plan.question import Question
 from kvloom.spec.bounds import Bounds
@@ -36,8 +36,11 @@ class Memory:
 
     @cached_property
     def state(self) -> Figure:
-        """Recurrent state of one request, if the model has any."""
-        return Figure(self.question.model.state_bytes, "bytes", "exact", "of fixed size, whatever the context")
+        """Recurrent state of one request, if the model has any; counted whole on every device."""
+        note = "of fixed size, whatever the context; its dtype is the engine's choice"
+        if self.question.devices > 1:
+            note += "; not divided by devices, which an engine may do"
+        return Figure(self.question.model.state_bytes, "bytes", "assumed", note)
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -83,7 +86,10 @@ class Memory:
         if low is not None and self.question.users == 1 and self.kv_of_request.low is None:
             low = int(self.kv_of_request.value or 0) + self.question.model.state_bytes
             note = "set aside by admission, for every division into steps"
-        return Figure(self.kv_bytes(self.question), "bytes", "exact" if exact else "bound", note, low)
+        label: Label = "exact" if exact else "bound"
+        if self.question.model.state_bytes:
+            label, note = "assumed", (note + "; " if note else "") + "with recurrent states"
+        return Figure(self.kv_bytes(self.question), "bytes", label, note, low)
 
     @cached_property
     def total(self) -> Figure:

@@ -95,7 +95,7 @@ class Reads:
         """Return the KV bytes that one token of one request reads on one device; shared K/V is read by each reader."""
         kv = self.question.device_kv
         if kv is None:
-            return float(self.question.model.state_bytes)
+            return self._state_bytes
         seen = prompt + generated
         total = 0.0
         for index, layer in enumerate(kv.layers):
@@ -112,7 +112,12 @@ class Reads:
                 native * self._token_bytes(origin, encoded=False)
                 + (held - native) * self._token_bytes(origin, encoded=True)
             )
-        return total + self.question.model.state_bytes
+        return total + self._state_bytes
+
+    @property
+    def _state_bytes(self) -> float:
+        """Bytes of recurrent state that a device reads at least: a share, because an engine may divide it."""
+        return self.question.model.state_bytes / self.question.devices
 
     def _token_bytes(self, layer: LayerKV, encoded: bool) -> float:
         name = self.question.native_store
