@@ -46,15 +46,21 @@ TOLERANCE = 1e-2
 """Of the log-likelihood of a whole choice."""
 
 
-def evaluate(model, folder):
-    """Return (scores, [(log-likelihood, is greedy) of every choice]) of the task in `folder`."""
+def evaluate(model, folder, task, **options):
+    """Return lm_eval's records of the documents of a task whose files are in `folder`."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found = simple_evaluate(model=model, tasks=["local_facts"], task_manager=manager, log_samples=True)
-    scores = {name: value for name, value in found["results"]["local_facts"].items() if isinstance(value, float)}
-    answers = [tuple(answer) for doc in found["samples"]["local_facts"] for answer in doc["filtered_resps"]]
+    found = simple_evaluate(model=model, tasks=[task], task_manager=manager, log_samples=True, **options)
+    return found["samples"][task]
+
+
+def choices(model, folder):
+    """Return (scores, [(log-likelihood, is greedy) of every choice]) of the task in `folder`."""
+    docs = evaluate(model, folder, "local_facts")
+    scores = {name: sum(doc[name] for doc in docs) / len(docs) for name in ("acc", "acc_norm")}
+    answers = [tuple(answer) for doc in docs for answer in doc["filtered_resps"]]
     return scores, [(float(value), str(greedy)) for value, greedy in answers]
 
 
@@ -87,9 +93,9 @@ def main():
             batch_size=8,
             max_length=1024,
         )
-        ours = evaluate(served, folder)
+        ours = choices(served, folder)
         model = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32).eval()
-        theirs = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=1024), folder)
+        theirs = choices(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, max_length=1024), folder)
     worst = max(abs(a[0] - b[0]) for a, b in zip(ours[1], theirs[1], strict=True))
     greedy = sum(a[1] == b[1] for a, b in zip(ours[1], theirs[1], strict=True))
     print(f"served {ours[0]}\nhf     {theirs[0]}")

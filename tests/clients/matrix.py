@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-PYTHON = ("openai_client", "anthropic_client", "langchain_client", "litellm_client", "llm_client")
+PYTHON = (
+    "openai_client", "anthropic_client", "langchain_client", "litellm_client", "llm_client", "lm_eval_client",
+    "guidellm_client",
+)  # fmt: skip
 NODE = Path(__file__).parent / "node"
 
 
