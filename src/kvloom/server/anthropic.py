@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -53,8 +52,7 @@ class AnthropicJob:
     def _whole(self, turn: Turn) -> bytes:
         """Return the message that has ended; for any thread."""
         (message,) = turn.messages
-        for _ in self.parts.take(message.pieces, last=True):
-            pass
+        self.parts.take(message.pieces, last=True)
         content = [self._block(part) for part in self.parts.all]
         return encode_large_json({**self._head(turn.usage), "content": content, **_ending(message)})
 
@@ -75,12 +73,9 @@ class AnthropicJob:
 
     # ---- streamed -------------------------------------------------------------------------------------------------
 
-    async def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
-        """Yield the message event by event; closing the generator aborts what is left."""
-        turn = self.dialogue.turn(tickets)
-        async with aclosing(self.dialogue.events(turn, self._events)) as events:
-            async for written in events:
-                yield written
+    def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
+        """Return a generator of the message, event by event; closing the generator aborts what is left."""
+        return self.dialogue.events(tickets, self._events)
 
     def _events(self, turn: Turn, update: Update) -> list[bytes]:
         """Return the events that tell of `update`; for any thread."""

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -81,14 +80,15 @@ class ChatJob:
 
     # ---- streamed -------------------------------------------------------------------------------------------------
 
-    async def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
-        """Yield the answer event by event; closing the generator aborts what is left."""
-        turn = self.dialogue.turn(tickets)
-        async with aclosing(self.dialogue.events(turn, self._events)) as events:
-            async for written in events:
-                yield written
-        if self._with_usage("include_usage"):
-            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": turn.usage.body()})
+    def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
+        """Return a generator of the answer, event by event; closing the generator aborts what is left."""
+        return self.dialogue.events(tickets, self._events, self._last_events)
+
+    def _last_events(self, turn: Turn) -> list[bytes]:
+        """Return the event that follows the last choice: the usage, where it was asked for."""
+        if not self._with_usage("include_usage"):
+            return []
+        return [event({**self._head("chat.completion.chunk"), "choices": [], "usage": turn.usage.body()})]
 
     def _with_usage(self, option: str) -> bool:
         return bool(self.body.get("stream_options", {}).get(option, False))

@@ -101,7 +101,7 @@ class Dialogue:
 
     async def answer(self, tickets: list[Ticket], write: Callable[[Turn], bytes]) -> bytes:
         """Run the conversation to its end and return what `write` makes of it, which runs in any thread."""
-        turn = self.turn(tickets)
+        turn = self._turn(tickets)
         whole = [Delta() for _ in turn.messages]
         feed = self.service.submit(tickets, self._place)
         try:
@@ -123,9 +123,17 @@ class Dialogue:
         num_tokens = sum(len(delta.token_ids) for delta in whole) + len(turn.prompt_logprobs or ())
         return await self.service.workers.build(written, num_tokens)
 
-    async def events(self, turn: Turn, write: Callable[[Turn, Update], list[bytes]]) -> AsyncGenerator[bytes, None]:
-        """Yield what `write` makes of each update, in any thread; closing the generator aborts what is left."""
-        tickets = [turn.ticket]
+    async def events(
+        self,
+        tickets: list[Ticket],
+        write: Callable[[Turn, Update], list[bytes]],
+        end: Callable[[Turn], list[bytes]] = lambda _: [],
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield what `write` makes of each update, in any thread, and then what `end` makes of the turn.
+
+        Closing the generator aborts what is left.
+        """
+        turn = self._turn(tickets)
         feed = self.service.submit(tickets, self._place)
         reasons: set[str] = set()
         try:
@@ -138,8 +146,10 @@ class Dialogue:
         finally:
             self.service.release(tickets)
             self._note(turn, reasons)
+        for written in end(turn):
+            yield written
 
-    def turn(self, tickets: list[Ticket]) -> Turn:
+    def _turn(self, tickets: list[Ticket]) -> Turn:
         """Return the turn that answers the conversation's ticket, of which nothing has been said."""
         (ticket,) = tickets
         return Turn(ticket, [self._message() for _ in range(self.n)], self.service.usage(tickets))

@@ -33,8 +33,11 @@ class Parts:
     all: list[Part] = field(default_factory=list)
     _blank: str = ""
 
-    def take(self, pieces: Sequence[Piece], last: bool) -> Iterator[Growth]:
-        """Add pieces and yield the changes, in order; `last` ends the last part. Mutates self."""
+    def take(self, pieces: Sequence[Piece], last: bool) -> list[Growth]:
+        """Add pieces and return the changes, in order; `last` ends the last part. Mutates self."""
+        return list(self._changes(pieces, last))
+
+    def _changes(self, pieces: Sequence[Piece], last: bool) -> Iterator[Growth]:
         for piece in pieces:
             if isinstance(piece, str):
                 yield from self._text(piece)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -54,8 +54,7 @@ class ResponsesJob:
     def _whole(self, turn: Turn) -> bytes:
         """Return the response that has ended; for any thread."""
         (message,) = turn.messages
-        for _ in self.parts.take(message.pieces, last=True):
-            pass
+        self.parts.take(message.pieces, last=True)
         return encode_large_json(self._response(_status(message.finish_reason), turn.usage))
 
     def _response(self, status: str, usage: Usage | None = None, error: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -109,12 +108,9 @@ class ResponsesJob:
 
     # ---- streamed -------------------------------------------------------------------------------------------------
 
-    async def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
-        """Yield the response event by event; closing the generator aborts what is left."""
-        turn = self.dialogue.turn(tickets)
-        async with aclosing(self.dialogue.events(turn, self._events)) as events:
-            async for written in events:
-                yield written
+    def events(self, tickets: list[Ticket]) -> AsyncGenerator[bytes, None]:
+        """Return a generator of the response, event by event; closing the generator aborts what is left."""
+        return self.dialogue.events(tickets, self._events)
 
     def _events(self, turn: Turn, update: Update) -> list[bytes]:
         """Return the events that tell of `update`; for any thread."""
