@@ -149,6 +149,7 @@ def test_blocks_of_every_tensor_type_have_the_sizes_of_the_gguf_package():
     "change, error, words",
     [
         ({"model_type": "lama"}, UnsupportedError, "did you mean 'llama'"),
+        ({"model_type": "lama"}, UnsupportedError, "--layers N --heads N"),
         ({"model_type": "vit", "image_size": 224}, UnsupportedError, "vision model"),
         ({"model_type": "t5", "is_encoder_decoder": True}, UnsupportedError, "encoder"),
         ({"model_type": None}, InvalidInputError, "names no model_type"),
@@ -195,6 +196,14 @@ def test_a_multimodal_wrapper_is_planned_by_its_text_decoder():
     wrapped = {"model_type": "gemma3", "text_config": inner, "vision_config": {"hidden_size": 1152}}
     spec = spec_from_config(wrapped, "m")
     assert spec.layer_kv == catalogue_spec("gemma-3-4b").layer_kv
+    assert any("vision" in note for note in spec.notes)
+
+
+def test_an_older_multimodal_config_is_planned_by_the_entries_of_its_text_decoder():
+    inner = {**catalogue_entry("qwen2.5-7b")["config"], "model_type": "qwen2_5_vl"}
+    spec = spec_from_config({**inner, "vision_config": {"hidden_size": 1280}}, "m")
+    assert spec.layer_kv == catalogue_spec("qwen2.5-7b").layer_kv
+    assert (spec.num_params, spec.decoder) == (catalogue_spec("qwen2.5-7b").num_params, None)
     assert any("vision" in note for note in spec.notes)
 
 

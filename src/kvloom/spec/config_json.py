@@ -8,10 +8,12 @@ from typing import Any
 
 from kvloom.errors import CheckpointError, InvalidInputError, UnsupportedError
 from kvloom.registry import near_copy
-from kvloom.spec.architectures import ARCHITECTURES, Config
+from kvloom.spec.architectures import ARCHITECTURES
+from kvloom.spec.architectures.entries import Config
 from kvloom.spec.families import FAMILY_CONFIGS, family_of_type
 from kvloom.spec.model import DTYPE_BYTES, ModelSpec, WeightFormat
 from kvloom.spec.shape import model_spec
+from kvloom.spec.text_config import text_config
 
 _QUANTISED = {
     "mxfp4": WeightFormat("mxfp4", 4.25, "experts"),
@@ -19,8 +21,10 @@ _QUANTISED = {
 }
 """Storage of pre-quantised checkpoints: mxfp4 has a scale byte per 32 weights, block fp8 one float per 128 x 128."""
 
-TEXT_CONFIG_FAMILIES = frozenset({"gemma3", "gemma3n"})
-"""Multimodal wrappers whose `text_config` is a decoder that is understood; the other towers are not counted."""
+_DESCRIBE = (
+    "or describe its decoder in place of the model: --layers N --heads N, with --kv-heads, --head-dim, --hidden, "
+    "--intermediate and --vocab, --window and --global-every, --kv-rank and --rope-dim, --experts, --recurrent-every"
+)
 
 
 def spec_from_config(config: Mapping[str, Any], name: str, source: str = "") -> ModelSpec:
@@ -33,38 +37,31 @@ def spec_from_config(config: Mapping[str, Any], name: str, source: str = "") -> 
     if not isinstance(family, str):
         raise InvalidInputError(f"the config of {name} names no model_type; is it the config.json of a language model?")
     notes: list[str] = []
-    inner = _text_config(config, family, notes)
+    inner = text_config(config, notes)
     stored = inner.get("dtype") or inner.get("torch_dtype")
     if stored is None:
         notes.append("the config names no dtype; bfloat16 assumed")
     dtype = str(stored or "bfloat16").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
         raise InvalidInputError(f"the config of {name} has dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
-    spec = _shape(inner, name, family, dtype)
+    spec = _shape(inner, name, dtype)
+    if inner is not config:
+        runs = family_of_type(family) is not None
+        spec = replace(spec, family=family)
+        if not runs:
+            spec = replace(spec, decoder=None, refused=())
     return replace(spec, source=source, weight_format=_weight_format(inner, name), notes=(*spec.notes, *notes))
 
 
-def _text_config(config: Mapping[str, Any], family: str, notes: list[str]) -> Mapping[str, Any]:
-    """Return the entries of the text decoder, which is all that is counted of a multimodal model."""
-    if family not in TEXT_CONFIG_FAMILIES or not isinstance(config.get("text_config"), Mapping):
-        return config
-    inner = {"model_type": f"{family}_text", **config["text_config"]}
-    inner.setdefault("torch_dtype", config.get("torch_dtype", config.get("dtype")))
-    inner.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", True))
-    if isinstance(config.get("quantization_config"), Mapping):
-        inner["quantization_config"] = config["quantization_config"]
-    notes.append("text decoder only; vision and audio towers are not counted")
-    return inner
-
-
-def _shape(config: Mapping[str, Any], name: str, family: str, dtype: str) -> ModelSpec:
+def _shape(config: Mapping[str, Any], name: str, dtype: str) -> ModelSpec:
     """Return the shape by the family's config, or by a reader where no family that runs has this `model_type`."""
+    family = str(config["model_type"])
     known = family_of_type(family)
     if known is not None:
         decoder, refused = known.shape(config)
         return model_spec(decoder, name, dtype, family=family, refused=refused)
     if family not in ARCHITECTURES:
-        raise UnsupportedError(f"cannot plan {name}", [_why_unknown(family, config)])
+        raise UnsupportedError(f"cannot plan {name}", [_why_unknown(family, config), _DESCRIBE])
     return replace(ARCHITECTURES.get(family)(Config(config, name)), dtype=dtype)
 
 

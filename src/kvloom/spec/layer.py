@@ -70,7 +70,8 @@ class Attention:
 class Latent:
     """Multi-head latent attention (MLA): one latent and one rotary key per token, shared by all heads.
 
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1. Cached per token and layer: `kv_rank + rope_dim` numbers.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1. Cached per token and layer: `kv_rank + rope_dim` numbers, and
+    `index_dim` where an indexer of `index_heads` heads chooses the tokens to attend to (DeepSeek-V3.2).
     """
 
     num_heads: int
@@ -80,6 +81,8 @@ class Latent:
     rope_dim: int
     v_dim: int
     bias: bool = False
+    index_heads: int = 0
+    index_dim: int = 0
 
     @property
     def width(self) -> int:
@@ -98,11 +101,14 @@ class Latent:
         found["kv_down"] = hidden * self.width
         found["kv_up"] = self.kv_rank * self.num_heads * (self.nope_dim + self.v_dim)
         found["o"] = self.num_heads * self.v_dim * hidden
+        if self.index_dim:
+            found["index_q"] = (self.q_rank or hidden) * self.index_heads * self.index_dim
+            found["index_k_down"] = hidden * (self.index_dim + self.index_heads)
         return found
 
     def small_params(self, hidden: int) -> int:
         """Return the weights outside the matrices: the norms of the latents, and biases if there are any."""
-        norms = self.kv_rank + (self.q_rank or 0)
+        norms = self.kv_rank + (self.q_rank or 0) + 2 * self.index_dim
         return norms + (((self.q_rank or 0) + self.width + hidden) if self.bias else 0)
 
     def attention_flops(self, num_keys: float) -> float:

@@ -11,6 +11,9 @@ from kvloom.spec.layer import Attention, Experts, Latent, LayerSpec, Recurrent
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 """Bytes of one weight in each dtype that a plan can be asked for."""
 
+INDEX = "index"
+"""Role of the keys by which an indexer chooses tokens."""
+
 
 @dataclass(frozen=True)
 class WeightFormat:
@@ -135,7 +138,9 @@ class ModelSpec:
             layer = self.layers[index]
             source = None if layer.source is None else place[layer.source]
             if isinstance(layer.mixer, Latent):
-                found.append(LayerKV(1, layer.mixer.width, 0, layer.window, source))
+                width = layer.mixer.index_dim
+                beside = (LayerKV(1, width, 0, layer.window, role=INDEX),) if width else ()
+                found.append(LayerKV(1, layer.mixer.width, 0, layer.window, source, beside=beside))
             elif isinstance(layer.mixer, Attention):
                 mixer = layer.mixer
                 found.append(LayerKV(mixer.num_kv_heads, mixer.head_dim, mixer.v_width, layer.window, source))
