@@ -119,16 +119,17 @@ def test_thirty_two_requests_get_the_same_tokens_together_alone_reordered_shared
     check([request.sequences[0].output_token_ids[:8] for request in requests])
 
 
-def test_int8_blocks_leave_nearly_every_greedy_token_as_it_is(smollm2: LLM) -> None:
+def test_8_bit_blocks_leave_nearly_every_greedy_token_as_it_is(smollm2: LLM) -> None:
     text, start = smollm2.tokenizer.encode(LICENSE)[:500], 400
     params = SamplingParams(temperature=0, max_tokens=100, logprobs=1, detokenize=False)
     found = []
-    for policy in ("full", "int8"):
+    for policy in ("full", "int8", "fp8_e4m3"):
         prompt = {"prompt_token_ids": text[:start], "forced_token_ids": text[start:], "kv_policy": policy}
         (output,) = smollm2.generate(prompt, params, use_tqdm=False)
         assert output.kv.method == policy and output.outputs[0].logprobs is not None
         found.append(output.outputs[0].logprobs)
     best = [[min(entry.items(), key=lambda item: item[1].rank)[0] for entry in entries] for entries in found]
-    assert sum(one == other for one, other in zip(*best, strict=True)) >= 95
     of_text = [[entry[token].logprob for entry, token in zip(e, text[start:], strict=True)] for e in found]
-    assert 0 < sum(abs(one - other) for one, other in zip(*of_text, strict=True)) / 100 < 0.05
+    for i, same, most in ((1, 95, 0.05), (2, 90, 0.1)):
+        assert sum(one == other for one, other in zip(best[0], best[i], strict=True)) >= same
+        assert 0 < sum(abs(one - other) for one, other in zip(of_text[0], of_text[i], strict=True)) / 100 < most
