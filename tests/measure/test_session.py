@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from kvloom.cli.measure import time_left
+from kvloom.cli.measuretext import results_text
 from kvloom.errors import InvalidInputError
 from kvloom.measure import session as sessions
 from kvloom.measure.cost import Cost
@@ -137,6 +139,20 @@ def test_a_policy_with_fewer_windows_is_compared_on_those(tmp_path):
     entry = results.summaries()[1]
     assert entry["loss"] == pytest.approx(math.exp(0.5) - 1)
     assert (entry["windows"], entry["ttft_s"], entry["kv_bytes"], entry["kv_peak_bytes"]) == (1, 0.2, 64, 128)
+    assert [entry[f"{name}_{end}"] for name in ("ttft_s", "tpot_s") for end in ("min", "max")] == [0.1, 0.3, 0.02, 0.04]
+    row = results_text([results.summaries()[0], entry], "tiny", "here").splitlines()[-1]
+    assert row.endswith("200.0 ms (100.0 to 300.0)  30.0 ms (20.0 to 40.0)")
+
+
+@pytest.mark.parametrize(
+    "done, missing, elapsed, words",
+    [
+        (0, 8, 5.0, ""), (8, 0, 5.0, ""), (4, 8, 6.0, "about 12 s left"), (1, 5, 60.0, "about 5 min left"),
+        (2, 18, 900.0, "about 2.2 h left"), (100, 1, 1.0, "about 1 s left"),
+    ],
+)  # fmt: skip
+def test_the_time_left_is_that_of_the_missing_runs_at_the_speed_so_far(done, missing, elapsed, words):
+    assert time_left(done, missing, elapsed) == words
 
 
 def test_policies_that_cannot_run_are_named_with_their_reasons(llm, text):

@@ -90,30 +90,41 @@ def run(
 def _follow(session: "Session", results: "Results", file: Path | None) -> None:
     """Run the session, write its progress to standard error, and save the results at intervals and at the end."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    saved = time.monotonic()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    began = saved = time.monotonic()
+    first: int | None = None
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("")
         try:
             for progress in session.run():
-                bar.update(task, total=progress.total, completed=progress.done, description=_now(progress))
+                first = progress.done if first is None else first
+                left = time_left(progress.done - first, progress.total - progress.done, time.monotonic() - began)
+                words = ", ".join(part for part in (left, _now(progress)) if part)
+                bar.update(task, total=progress.total, completed=progress.done, description=words)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     saved = time.monotonic()
                     if file is not None:
                         results.save(file)
                     if not console.is_terminal:
-                        _say(_line(progress))
+                        _say(f"{progress.done} of {progress.total} runs{left and ', '}{left}, now {_now(progress)}")
         finally:
             if file is not None:
                 results.save(file)
 
 
-def _line(progress: "Progress") -> str:
-    return f"{progress.done} of {progress.total} runs, now {_now(progress)}"
+def time_left(done: int, missing: int, elapsed: float) -> str:
+    """Return about how long `missing` runs take when `done` took `elapsed` seconds; nothing when `done` is 0."""
+    if not done or not missing:
+        return ""
+    seconds = elapsed / done * missing
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"about {seconds / size:.2g} {unit} left"
+    return f"about {max(1, round(seconds))} s left"
 
 
 def _now(progress: "Progress") -> str:

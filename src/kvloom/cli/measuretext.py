@@ -21,6 +21,7 @@ def results_text(results: Sequence[dict[str, Any]], model: str, machine: str) ->
     lines = [
         f"{model}, {windows} windows of {first['context']} tokens, the last {first['output']} scored; {machine}",
         "loss: perplexity against that of the full cache; intervals: bootstrap over windows; bytes, times: one request",
+        "times: median of the runs alone, and their least and most",
         "",
         *table(HEADER, rows, right=True),
     ]
@@ -39,10 +40,15 @@ def _row(entry: dict[str, Any], full: int | None) -> tuple[str, ...]:
         "-" if held is None else format_bytes(held),
         "-" if held is None or not full else f"{held / full:.0%}",
         "-" if peak is None else format_bytes(peak),
-        _milliseconds(entry.get("ttft_s")),
-        _milliseconds(entry.get("tpot_s")),
+        _milliseconds(entry, "ttft_s"),
+        _milliseconds(entry, "tpot_s"),
     )
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:,.1f} ms"
+def _milliseconds(entry: dict[str, Any], name: str) -> str:
+    """Return the median, and the least and most of several runs in parentheses."""
+    if entry.get(name) is None:
+        return "-"
+    middle, low, high = (1000 * entry[key] for key in (name, f"{name}_min", f"{name}_max"))
+    spread = f" ({low:,.1f} to {high:,.1f})" if high > low else ""
+    return f"{middle:,.1f} ms{spread}"

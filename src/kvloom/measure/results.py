@@ -119,7 +119,8 @@ def _summary(row: Row, full: Row) -> dict[str, Any]:
     }
     if row.costs:
         for name in ("ttft_s", "tpot_s"):
-            found[name] = statistics.median(getattr(cost, name) for cost in row.costs)
+            times = [getattr(cost, name) for cost in row.costs]
+            found |= {name: statistics.median(times), f"{name}_min": min(times), f"{name}_max": max(times)}
         for name in ("kv_bytes", "kv_peak_bytes"):
             found[name] = max(getattr(cost, name) for cost in row.costs)
     by_window = {name: [getattr(score, name) for score in scores] for name in ("nll", "kl", "agreement", "evicted")}
