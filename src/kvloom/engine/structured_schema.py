@@ -85,11 +85,12 @@ def fault_of(schema: Any, complaint: Callable[[Any], str]) -> tuple[str, str] | 
     here, at, tries = schema, "", 0
     while True:
         for pointer, part in parts(here, at):
+            if not isinstance(part, Mapping):
+                continue  # true and false hold no keyword, and the library takes them only inside a schema
             tries += 1
             if tries > MAX_TRIES:
                 return at, reason
-            alone = {**shared, **part} if isinstance(part, Mapping) else part
-            if _last_line(complaint(alone)) == _last_line(reason):
+            if _last_line(complaint({**shared, **part})) == _last_line(reason):
                 here, at = part, pointer
                 break
         else:
