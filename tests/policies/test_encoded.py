@@ -179,6 +179,13 @@ def test_encoded_requests_are_preempted_and_replayed_with_the_tokens_that_they_h
     assert engine.cache.arena.used_bytes == 0
 
 
+def test_a_request_is_admitted_beside_encoded_ones_only_where_slabs_for_both_sizes_of_blocks_are_left(smol):
+    engine = small_engine(model=smol, slabs=2, max_num_batched_tokens=200)
+    requests = [engine.add(prompt_of(200, seed=i), greedy(400), kv_policy=spec("int8")) for i in range(8)]
+    run(engine, requests)
+    assert engine.scheduler.num_preemptions <= len(requests), "by bytes alone they were preempted 232 times"
+
+
 def test_a_replay_takes_the_steps_between_encodings_and_ends_with_the_same_bytes_in_its_blocks(smol):
     engine = small_engine(model=smol, slabs=16, prefix=False)
     request = engine.add(prompt_of(100), greedy(60), kv_policy=spec("int8(residual=20)"))

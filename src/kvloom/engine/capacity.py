@@ -67,7 +67,8 @@ class Capacity:
         """Return whether the rest of the prompt fits beside the needs of running prefills and unpreemptible sequences.
 
         Sequences that may become lossy and cannot be replayed cannot be preempted afterwards. So the most bytes that
-        all of them may hold, each with its own blocks, must fit into the arena together.
+        all of them may hold, each with its own blocks, must fit into the arena together. Where blocks are encoded, only
+        bytes count that blocks of any size can take: a slab holds blocks of one size.
         """
         assert sequence.row is not None
         together = [*running, sequence]
@@ -78,7 +79,7 @@ class Capacity:
         counted = [s for s in running if self.pending_tokens(s) > 1 or self.stays(s)]
         needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
         arena, index = self.lanes.pool.arena, self.lanes.pool.index
-        free = arena.num_bytes - arena.used_bytes
+        free = (self.sure_bytes(stores) if any(stores) else arena.num_bytes) - arena.used_bytes
         return needed <= free or needed <= free + index.idle_bytes
 
     def _lasting_bytes(self, sequence: Sequence) -> int:
