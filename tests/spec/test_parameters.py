@@ -28,6 +28,11 @@ LATENT = {
     "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 8}
+LINEAR = {
+    "head_dim": 16, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
 TINY = {
     "llama": {**DECODER, "head_dim": 16, "attention_bias": True, "mlp_bias": True},
     "mistral": {**DECODER, "sliding_window": 8},
@@ -96,6 +101,26 @@ TINY = {
     "opt": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48,
             "word_embed_proj_dim": 16, "max_position_embeddings": 64},
     "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 96, "rotary_dim": 4},
+    "mamba2": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "num_heads": 8,
+               "head_dim": 8, "n_groups": 2},
+    "falcon_h1": {**DECODER, **MAMBA2, "mamba_d_ssm": 32, "mamba_d_head": 8},
+    "granitemoehybrid": {**DECODER, **MAMBA2, "mamba_n_heads": 8, "num_local_experts": 4,
+                         "shared_intermediate_size": 24, "layer_types": ["mamba", "mamba", "attention"] * 2},
+    "bamba": {**DECODER, **MAMBA2, "mamba_n_heads": 8, "attn_layer_indices": [2, 5]},
+    "jamba": {**DECODER, "num_experts": 4, "mamba_d_state": 8},
+    "nemotron_h": {**{k: v for k, v in DECODER.items() if k != "num_hidden_layers"}, "mamba_num_heads": 8,
+                   "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "moe_intermediate_size": 16,
+                   "moe_shared_expert_intermediate_size": 24, "n_routed_experts": 4,
+                   "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"]},
+    "qwen3_5_text": {**DECODER, **LINEAR, "num_hidden_layers": 4},
+    "qwen3_5_moe_text": {**DECODER, **MOE, **LINEAR, "shared_expert_intermediate_size": 24, "num_hidden_layers": 4},
+    "lfm2": {**DECODER, "full_attn_idxs": [2, 5], "block_multiple_of": 8},
+    "lfm2_moe": {**DECODER, **MOE, "num_dense_layers": 2, "layer_types": ["conv", "conv", "full_attention"] * 2},
+    "gemma4_text": {**DECODER, "head_dim": 16, "global_head_dim": 24, "num_global_key_value_heads": 1,
+                    "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                    "moe_intermediate_size": 16, "vocab_size_per_layer_input": 80, "hidden_size_per_layer_input": 8,
+                    "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+                    "layer_types": ["sliding_attention", "full_attention"] * 3},
     "stablelm": {**DECODER, "use_qkv_bias": True},
 }  # fmt: skip
 

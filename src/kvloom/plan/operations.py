@@ -37,6 +37,7 @@ class Operations:
                 keys = self.reads.held_in(attending, prompt, generated)
             attending += not isinstance(layer.mixer, Recurrent)
             attention += layer.mixer.attention_flops(keys)
+            attention += 0.0 if layer.beside is None else layer.beside.attention_flops(1)
         return 2.0 * (model.layer_matrix_params + model.head_params) + attention
 
     def prefill_flops(self, prompt: int) -> float:
@@ -53,7 +54,6 @@ class Operations:
                 attention += layer.mixer.expanded_flops(1) * pairs
             elif isinstance(layer.mixer, Attention):
                 attention += layer.mixer.attention_flops(1) * pairs
-            elif isinstance(layer.mixer, Recurrent):
-                attention += layer.mixer.attention_flops(1) * (1 if last else prompt)
+            attention += sum(part.attention_flops(1) for part in layer.recurrences) * (1 if last else prompt)
         whole = model.layer_matrix_params - model.layers[-1].active_matrix_params(model.hidden_size)
         return 2.0 * (whole * prompt + (model.layer_matrix_params - whole) + model.head_params) + attention

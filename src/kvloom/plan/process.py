@@ -122,6 +122,8 @@ def device_params(model: ModelSpec, devices: int) -> float:
             elif name.endswith("_down"):
                 parts = 1
             total += count / parts
+        if layer.beside is not None:
+            total += layer.beside.matrix_params / devices + layer.beside.other_params
         total += mixer.small_params(hidden) + layer.norm_params + layer.extra_params
         if layer.mlp is not None:
             total += layer.mlp.matrix_params(hidden) / devices + layer.mlp.small_params(hidden)

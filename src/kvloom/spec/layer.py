@@ -14,7 +14,8 @@ class Attention:
     """Softmax attention with `num_kv_heads` K/V heads: MHA, GQA or MQA.
 
     `gated` doubles the query projection (the second half gates the output, Qwen3-Next). `extra_params` counts the
-    small vectors: norms of q and k, learned sinks. A layer that reads another layer's K/V keeps `owns_kv=False`.
+    small vectors: norms of q and k, learned sinks. A layer that reads another layer's K/V keeps `owns_kv=False`;
+    with `v_of_k` one projection makes K and V, which are cached apart (Gemma 4).
     """
 
     num_heads: int
@@ -26,6 +27,7 @@ class Attention:
     gated: bool = False
     extra_params: int = 0
     owns_kv: bool = True
+    v_of_k: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
@@ -48,7 +50,8 @@ class Attention:
         found = {"q": hidden * heads * self.head_dim}
         if self.owns_kv:
             found["k"] = hidden * self.num_kv_heads * self.head_dim
-            found["v"] = hidden * self.num_kv_heads * self.v_width
+            if not self.v_of_k:
+                found["v"] = hidden * self.num_kv_heads * self.v_width
         found["o"] = self.num_heads * self.v_width * hidden
         return found
 
@@ -124,7 +127,8 @@ class Latent:
 class Recurrent:
     """A layer with a state of fixed size instead of keys and values (linear attention, state-space models).
 
-    `state_elements` are kept per request in `state_bytes` bytes each, however long the context is.
+    `state_elements` are kept per request in `state_bytes` bytes each, however long the context is. A block that is an
+    MLP alone (Nemotron-H) has a mixer of no elements.
     """
 
     state_elements: int
@@ -218,7 +222,8 @@ class LayerSpec:
 
     `window` counts the query itself: query i reads keys j with 0 <= i - j < window; None reads all.
     `source` names the earlier layer whose K/V this one reads. `extra_params` holds matrices of neither part
-    that every token is multiplied with; `norm_params` holds vectors.
+    that every token is multiplied with; `norm_params` holds vectors. `beside` is a recurrence that reads the same
+    input as attention (Falcon-H1).
     """
 
     mixer: Mixer
@@ -227,6 +232,7 @@ class LayerSpec:
     source: int | None = None
     norm_params: int = 0
     extra_params: int = 0
+    beside: Recurrent | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -236,9 +242,16 @@ class LayerSpec:
         """Return all weights of the layer."""
         mlp = 0 if self.mlp is None else self.mlp.matrix_params(hidden) + self.mlp.small_params(hidden)
         mixer = sum(self.mixer.projections(hidden).values()) + self.mixer.small_params(hidden)
-        return mixer + mlp + self.norm_params + self.extra_params
+        beside = 0 if self.beside is None else self.beside.matrix_params + self.beside.other_params
+        return mixer + beside + mlp + self.norm_params + self.extra_params
 
     def active_matrix_params(self, hidden: int) -> int:
         """Return the weights that one token is multiplied with."""
         mlp = 0 if self.mlp is None else self.mlp.active_matrix_params(hidden)
-        return sum(self.mixer.projections(hidden).values()) + mlp + self.extra_params
+        beside = 0 if self.beside is None else self.beside.matrix_params
+        return sum(self.mixer.projections(hidden).values()) + beside + mlp + self.extra_params
+
+    @property
+    def recurrences(self) -> tuple[Recurrent, ...]:
+        """The recurrent parts of the layer."""
+        return tuple(part for part in (self.mixer, self.beside) if isinstance(part, Recurrent))

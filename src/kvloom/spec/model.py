@@ -149,11 +149,7 @@ class ModelSpec:
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of recurrent state of one request, independent of its length."""
-        return sum(
-            layer.mixer.state_elements * layer.mixer.state_bytes
-            for layer in self.layers
-            if isinstance(layer.mixer, Recurrent)
-        )
+        return sum(part.state_elements * part.state_bytes for layer in self.layers for part in layer.recurrences)
 
     def stored_weight_bytes(self, dtype: str) -> int:
         """Return the bytes of all weights: those of the files where known, else parameters times their width."""
@@ -166,6 +162,7 @@ class ModelSpec:
         if self.weight_format.covers == "layers":
             covered = sum(
                 sum(layer.mixer.projections(self.hidden_size).values())
+                + (0 if layer.beside is None else layer.beside.matrix_params)
                 + (0 if layer.mlp is None else layer.mlp.matrix_params(self.hidden_size))
                 for layer in self.layers
             )
@@ -180,6 +177,8 @@ class ModelSpec:
             if isinstance(mixer, Latent):
                 kind = f"MLA ({mixer.kv_rank}+{mixer.rope_dim})"
             elif isinstance(mixer, Recurrent):
+                if not mixer.state_elements:
+                    continue
                 kind = "recurrent state"
             elif mixer.num_kv_heads == 1 and mixer.num_heads > 1:
                 kind = "MQA"
@@ -187,6 +186,8 @@ class ModelSpec:
                 kind = "MHA"
             else:
                 kind = f"GQA-{mixer.num_kv_heads}"
+            if layer.beside is not None:
+                kind += " beside recurrent state"
             if kind not in kinds:
                 kinds.append(kind)
         return " + ".join(kinds)

@@ -97,7 +97,8 @@ def packed_model(model: ModelSpec, native: str, quantization: str | None) -> Pac
 
 def _matrices(layer: LayerSpec, hidden: int) -> list[Matrix]:
     found = [*_mixer_matrices(layer.mixer, hidden), *_mlp_matrices(layer.mlp, hidden)]
-    return [*found, *_estimated(layer.extra_params, hidden)]
+    beside = 0 if layer.beside is None else layer.beside.matrix_params
+    return [*found, *_estimated(layer.extra_params + beside, hidden)]
 
 
 def _mixer_matrices(mixer: Mixer, hidden: int) -> list[Matrix]:
@@ -165,6 +166,8 @@ def _obstacles(layer: LayerSpec) -> list[str]:
         "attention has a gate": mixer.gated,
         "layers share keys and values": layer.source is not None or not mixer.owns_kv,
         "experts have no gate": isinstance(mlp, Experts) and mlp.matrices != 3,
+        "K and V have one projection": mixer.v_of_k,
+        "a recurrence reads the same input": layer.beside is not None,
         "layers have matrices beside attention and MLP": layer.extra_params > 0,
     }
     return [reason for reason, there in applies.items() if there]
