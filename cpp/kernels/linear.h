@@ -144,7 +144,7 @@ static void pack_row(const Tiles& tiles, int t, const float* x) {
       convert_from_float(Element::kBf16, x + begin, row, n);
     } else {
       for (int i = 0; i < n; ++i)
-        row[i] = (char)(uint8_t)(128 + (int)__builtin_rintf(x[begin + i] * inverse));
+        row[i] = (char)(uint8_t)(kCodeOffset + (int)__builtin_rintf(x[begin + i] * inverse));
     }
     // Codes of padded weights are zero, so the padding of the activations has no effect; it must be finite.
     memset(row + n * bytes, 0, (size_t)(tiles.slice_elements - n) * bytes);
@@ -265,8 +265,13 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
   float c[kTileRows * kPanelColumns] __attribute__((aligned(64)));
   const char* column[2 * kMaxSlices];
   const char* ahead[2 * kMaxSlices];
+  // Sums of int8 codes start from what an offset of 128 adds to them, where the codes have none: then all sets agree.
+  constexpr bool kFromOffset = Kind::kABytes == 1 && kCodeOffset == 0;
+  int32_t start[kPanelColumns];
   for (int p = panel_begin; p < panel_end; ++p) {
     const char* panel = w.data + p * panel_bytes;
+    if (kFromOffset)
+      for (int j = 0; j < kPanelColumns; ++j) start[j] = 128 * (int32_t)w.row_sum[p * kPanelColumns + j];
     for (int s = 0; s < w.num_slices; ++s) {
       column[2 * s] = panel + s * slice_bytes;
       column[2 * s + 1] = column[2 * s] + row_bytes / 2;
@@ -287,7 +292,9 @@ static void linear_of(const LinearArgs& args, int panel_begin, int panel_end, in
         if (b.ahead_bytes == 0) b.ahead = nullptr;
       }
       if (tiles > 1) ask_for_results(args, p, t0, rows);
-      product<Kind, 2>(rows, x.data + tile * x.tile_bytes(), x.slice_bytes(), b, c, kPanelColumns, false);
+      if (kFromOffset)
+        for (int m = 0; m < rows; ++m) memcpy(c + m * kPanelColumns, start, sizeof(start));
+      product<Kind, 2>(rows, x.data + tile * x.tile_bytes(), x.slice_bytes(), b, c, kPanelColumns, kFromOffset);
       finish_tile(args, p, t0, rows, c);
     }
   }
@@ -349,7 +356,7 @@ static void linear(const LinearArgs& args, int panel_begin, int panel_end, int t
     case Product::kInt8: return linear_of<Int8ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kInt8Float: return linear_of<Int8ByF32>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kHalf: return linear_of<HalfByF32>(args, panel_begin, panel_end, tile_begin, tile_end);
-    case Product::kInt8Int8: return linear_of<Int8ByUint8>(args, panel_begin, panel_end, tile_begin, tile_end);
+    case Product::kInt8Int8: return linear_of<Int8ByInt8>(args, panel_begin, panel_end, tile_begin, tile_end);
     case Product::kInt4: return linear_of_int4<Int4ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
     case Product::kInt4Float: return linear_of_int4<Int4ByF32>(args, panel_begin, panel_end, tile_begin, tile_end, sums);
     case Product::kMxfp4: return linear_of_int4<Mxfp4ByBf16>(args, panel_begin, panel_end, tile_begin, tile_end, sums);

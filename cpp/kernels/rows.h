@@ -135,7 +135,7 @@ template <class Kind> static double flops_of(long iterations) {
 
 static double flop_probe(Product p, long iterations) {
   if (p == Product::kFloat) return flops_of<WeightF32>(iterations);
-  if (p == Product::kInt8Int8) return flops_of<Int8ByUint8>(iterations);
+  if (p == Product::kInt8Int8) return flops_of<Int8ByInt8>(iterations);
   return flops_of<WeightBf16>(iterations);
 }
 

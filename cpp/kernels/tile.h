@@ -36,9 +36,15 @@ using Int8ByBf16 = CodesByBf16<Int8Code>;
 using Int8ByF32 = CodesByF32<Int8Code>;
 using E4m3ByBf16 = CodesByBf16<E4m3Code>;
 using E4m3ByF32 = CodesByF32<E4m3Code>;
-struct Int8ByUint8 {  // integer product, accumulated exactly in int32; C holds int32 bits
+struct Int8ByInt8 {  // integer product, accumulated exactly in int32; C holds int32 bits
   static constexpr int kPer = 4, kABytes = 1, kBBytes = 1;
 };
+// What is added to the codes of A in Int8ByInt8: VNNI multiplies signed bytes by unsigned ones.
+#if defined(KVLOOM_BF16)
+constexpr int kCodeOffset = 128;
+#else
+constexpr int kCodeOffset = 0;
+#endif
 
 static inline int32_t unit_at(const char* p) {
   int32_t x;
@@ -147,27 +153,62 @@ template <class Code> struct Dot<CodesByBf16<Code>> {
 };
 #endif
 
-template <> struct Dot<Int8ByUint8> {
+// B's magnitudes times A with B's signs: 16-bit sums of two are exact for A in [-127, 127] and B in [-128, 127], because
+// 2 * 127 * 128 < 2^15.
+#if defined(KVLOOM_BF16)
+template <> struct Dot<Int8ByInt8> {
   struct A { vi x; };
   struct B { vi x; };
   static inline A a(const char* p) { return {vseti(unit_at(p))}; }
   static inline B b(const char* p) { return {vloadi(p)}; }
   static inline vf dot(vf acc, A a, B b) {
-#if defined(KVLOOM_BF16)
     return _mm512_castsi512_ps(_mm512_dpbusd_epi32(_mm512_castps_si512(acc), a.x, b.x));
-#else
-    uint8_t u[4 * W];
-    int8_t s[4 * W];
-    int32_t sum[W];
-    vstorei(u, a.x);
-    vstorei(s, b.x);
-    vstore((float*)sum, acc);
-    for (int i = 0; i < W; ++i)
-      for (int j = 0; j < 4; ++j) sum[i] += (int32_t)u[4 * i + j] * (int32_t)s[4 * i + j];
-    return vload((const float*)sum);
-#endif
   }
 };
+#elif defined(KVLOOM_AVX512)
+template <> struct Dot<Int8ByInt8> {
+  struct A { vi x; };
+  struct B { vi size; __mmask64 negative; };
+  static inline A a(const char* p) { return {vseti(unit_at(p))}; }
+  static inline B b(const char* p) {
+    vi x = vloadi(p);
+    return {_mm512_abs_epi8(x), _mm512_movepi8_mask(x)};
+  }
+  static inline vf dot(vf acc, A a, B b) {
+    vi with_sign = _mm512_mask_sub_epi8(a.x, b.negative, _mm512_setzero_si512(), a.x);
+    vi sums = _mm512_madd_epi16(_mm512_maddubs_epi16(b.size, with_sign), _mm512_set1_epi16(1));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(acc), sums));
+  }
+};
+#elif defined(KVLOOM_AVX2)
+template <> struct Dot<Int8ByInt8> {
+  struct A { vi x; };
+  struct B { vi size, x; };
+  static inline A a(const char* p) { return {vseti(unit_at(p))}; }
+  static inline B b(const char* p) {
+    vi x = vloadi(p);
+    return {_mm256_abs_epi8(x), x};
+  }
+  static inline vf dot(vf acc, A a, B b) {
+    vi sums = _mm256_madd_epi16(_mm256_maddubs_epi16(b.size, _mm256_sign_epi8(a.x, b.x)), _mm256_set1_epi16(1));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(acc), sums));
+  }
+};
+#else
+template <> struct Dot<Int8ByInt8> {
+  struct A { vi x0, x1, x2, x3; };
+  typedef A B;
+  template <int J> static inline vi byte(vi x) {
+    return (vi)((__attribute__((vector_size(16))) uint32_t)x << (24 - 8 * J)) >> 24;
+  }
+  static inline A split(vi x) { return {byte<0>(x), byte<1>(x), byte<2>(x), byte<3>(x)}; }
+  static inline A a(const char* p) { return split(vseti(unit_at(p))); }
+  static inline B b(const char* p) { return split(vloadi(p)); }
+  static inline vf dot(vf acc, A a, B b) {
+    return (vf)((vi)acc + a.x0 * b.x0 + a.x1 * b.x1 + a.x2 * b.x2 + a.x3 * b.x3);
+  }
+};
+#endif
 
 // Addresses of the columns of B. `column[s * NV + v]` is the first row of segment s for 16-column group v; consecutive
 // rows are `row_bytes` apart. `ahead` has the same shape: rows to prefetch while these are used, or null.
@@ -224,6 +265,15 @@ static inline void tile_product(const char* a, size_t a_segment, const Columns& 
     for (int v = 0; v < NV * R; ++v) vstore(c + m * c_stride + v * W, acc[m][v]);
 }
 
+// The first `rows`, but at most MR, of 16 columns.
+template <class Kind, int MR, bool Ahead>
+static inline void up_to(int rows, const char* a, size_t a_segment, const Columns& b, float* c, size_t c_stride, bool add) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return up_to<Kind, MR - 1, Ahead>(rows, a, a_segment, b, c, c_stride, add);
+  }
+  tile_product<Kind, MR, 1, Ahead>(a, a_segment, b, c, c_stride, add);
+}
+
 template <class Kind, int NV, bool Ahead>
 static inline void rows_product(int rows, const char* a, size_t a_segment, const Columns& b, float* c, size_t c_stride,
                                 bool add) {
@@ -238,7 +288,15 @@ static inline void rows_product(int rows, const char* a, size_t a_segment, const
 #undef KVLOOM_ROWS
   }
 #else
-  // Sixteen registers: at most two rows by 16 columns at a time; a second pass finds B in the first-level cache.
+  // Sixteen registers: a few rows by 16 columns at a time; a later pass finds B in the first-level cache. Eight sums hide
+  // the latency of an addition, hence four rows, and 32 columns of a single row.
+#if defined(KVLOOM_AVX2)
+  constexpr int kRows = 4;
+  if constexpr (NV == 2)
+    if (rows == 1) return tile_product<Kind, 1, NV, Ahead>(a, a_segment, b, c, c_stride, add);
+#else
+  constexpr int kRows = 2;
+#endif
   for (int v = 0; v < NV; ++v) {
     const char* column[64];
     const char* ahead[64];
@@ -247,15 +305,14 @@ static inline void rows_product(int rows, const char* a, size_t a_segment, const
       if (Ahead) ahead[s] = b.ahead[s * NV + v];
     }
     Columns one = {column, ahead, b.num_segments, b.num_rows, b.row_bytes, b.ahead_bytes};
-    int m = 0;
-    for (; m + 2 <= rows; m += 2) {
+    for (int m = 0; m < rows; m += kRows) {
+      const char* from = a + m * kRowBytes;
+      float* to = c + m * c_stride + 16 * v;
       if (m == 0)
-        tile_product<Kind, 2, 1, Ahead>(a, a_segment, one, c + 16 * v, c_stride, add);
+        up_to<Kind, kRows, Ahead>(rows - m, from, a_segment, one, to, c_stride, add);
       else
-        tile_product<Kind, 2, 1, false>(a + m * kRowBytes, a_segment, one, c + m * c_stride + 16 * v, c_stride, add);
+        up_to<Kind, kRows, false>(rows - m, from, a_segment, one, to, c_stride, add);
     }
-    if (m < rows)
-      tile_product<Kind, 1, 1, Ahead>(a + m * kRowBytes, a_segment, one, c + m * c_stride + 16 * v, c_stride, add);
   }
 #endif
 }

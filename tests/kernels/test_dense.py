@@ -1,5 +1,6 @@
 """Packed linear layers and row operations equal their definitions, on every instruction set."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,21 @@ def test_linear_equals_its_definition_at_every_number_of_rows(isa: str, product:
         x = torch.randn(tokens, columns)
         want = reference_dense.linear(received(x, product), stored(weight, product), bias)
         torch.testing.assert_close(cpu.linear(x, packed), want, atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (33, 3), (70, 101), (40, 511), (33, 1601)])
+def test_products_of_int8_codes_are_exact_integers(isa: str, rows: int, columns: int) -> None:
+    generator = np.random.default_rng(columns)
+    codes = generator.integers(-128, 128, (rows, columns), dtype=np.int8)
+    x = generator.integers(-127, 128, (13, columns), dtype=np.int8)
+    if columns < 512:  # the largest sums; wider ones would exceed the 24 bits of a float
+        codes[0], x[1] = -128, -127
+    x[:, 0] = 127  # so the scale of each row is 1
+    packed = cpu.PackedWeight(torch.from_numpy(codes), "w8a8", scale=torch.ones(rows))
+    want = x.astype(np.int64) @ codes.astype(np.int64).T
+    for tokens in (1, 2, 3, 8, 13):
+        got = cpu.linear(torch.from_numpy(x[:tokens].astype(np.float32)), packed)
+        assert np.array_equal(got.numpy(), want[:tokens])
 
 
 @pytest.mark.parametrize("product", list(cpu.PRODUCTS))
