@@ -66,8 +66,10 @@ _ROPE_NOTES = {
     "yarn": "a ramp between both, and a temperature on the scores; positions up to `factor` times the original context",
     "dynamic": "the base grows with the length. A request is given the base of prompt + `max_tokens` when it is "
     "admitted, so that its cached keys agree with each other; requests of unlike length share no prefix",
-    "longrope": "one list of divisors for short texts, one for long ones. A request is given its list by prompt + "
-    "`max_tokens` when it is admitted; requests of unlike lists share no prefix",
+    "longrope": "one list of divisors for short texts, one for long ones. A request begins with the list of its "
+    "prompt. Where its text grows past the original context, it is computed again once with the other list, as Phi-3 "
+    "is in transformers. A request under a policy or store is given its list by prompt + `max_tokens`. Requests of "
+    "unlike lists share no prefix",
 }
 
 
