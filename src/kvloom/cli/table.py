@@ -42,10 +42,8 @@ def _fitting(widths: list[int], most: int | None) -> list[int]:
         widest = max(range(len(found)), key=found.__getitem__)
         if found[widest] <= LEAST:
             break
-        next_widest = max([LEAST, *(width for i, width in enumerate(found) if i != widest and width < found[widest])])
-        found[widest] = max(next_widest, found[widest] - excess, LEAST)
-        if found[widest] == widths[widest]:
-            found[widest] -= 1
+        narrower = (width for width in found if width < found[widest])
+        found[widest] = max([LEAST, found[widest] - excess, *narrower])
     return found
 
 
