@@ -1,9 +1,21 @@
 """Gemma 3n and Gemma 4: an embedding per layer, K/V that later layers share, and wider heads in global layers."""
 
+from collections.abc import Sequence
+
 from kvloom.errors import InvalidInputError
 from kvloom.spec.architectures.entries import Config, Reader, attention, build, windows
 from kvloom.spec.layer import Experts, FeedForward, LayerSpec, Mlp
 from kvloom.spec.model import ModelSpec
+
+
+def _source(config: Config, found: Sequence[int | None], first: int, layer: int) -> int | None:
+    """Return the last layer before `first` whose window is of the kind of `layer`, None for layers with own K/V."""
+    if layer < first:
+        return None
+    alike = [j for j in range(first) if (found[j] is None) == (found[layer] is None)]
+    if not alike:
+        raise InvalidInputError(f"layer {layer} of {config.name} shares K/V, but no earlier layer is of its kind")
+    return alike[-1]
 
 
 def _gemma3n(config: Config) -> ModelSpec:
@@ -17,12 +29,7 @@ def _gemma3n(config: Config) -> ModelSpec:
     width = config.fields.get("intermediate_size")
     layers: list[LayerSpec] = []
     for i, window in enumerate(found):
-        source = None
-        if i >= first:
-            alike = [j for j in range(first) if (found[j] is None) == (window is None)]
-            if not alike:
-                raise InvalidInputError(f"layer {i} of {config.name} shares K/V, but no earlier layer is of its kind")
-            source = alike[-1]
+        source = _source(config, found, first, i)
         mlp = Mlp(width[i] if isinstance(width, list) else config.number("intermediate_size"))
         mixer = attention(config, head_dim=head_dim, extra_params=(2 if source is None else 1) * head_dim,
                           owns_kv=source is None)
@@ -57,10 +64,7 @@ def _gemma4(config: Config) -> ModelSpec:
     per_layer, k_is_v = config.count("hidden_size_per_layer_input"), config.flag("attention_k_eq_v", False)
     layers: list[LayerSpec] = []
     for i, window in enumerate(found):
-        alike = [j for j in range(min(first, i)) if (found[j] is None) == (window is None)]
-        if i >= first and not alike:
-            raise InvalidInputError(f"layer {i} of {config.name} shares K/V, but no earlier layer is of its kind")
-        source = alike[-1] if i >= first else None
+        source = _source(config, found, first, i)
         facts = _heads_of(config, i, window is None and k_is_v, window is None)
         norms = (1 if source is not None else 2) * facts["head_dim"]
         mixer = attention(config, extra_params=norms, owns_kv=source is None, v_of_k=k_is_v and window is None, **facts)

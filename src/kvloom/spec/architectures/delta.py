@@ -1,7 +1,7 @@
 """Hybrids of attention with linear attention or short convolutions: Qwen3-Next, Qwen3.5, MiniMax, LFM2."""
 
 from kvloom.errors import InvalidInputError
-from kvloom.spec.architectures.entries import Config, Reader, attention, build
+from kvloom.spec.architectures.entries import Config, Reader, attention, build, head_size
 from kvloom.spec.layer import Experts, FeedForward, LayerSpec, Mlp, Recurrent
 from kvloom.spec.model import ModelSpec
 
@@ -76,8 +76,7 @@ def _lfm2(config: Config) -> ModelSpec:
     types = config.layer_types(count, ("conv", "short_conv", "linear_attention", "full_attention")) or [
         "full_attention" if chosen is None or i in chosen else "conv" for i in range(count)
     ]
-    heads = config.number("num_attention_heads")
-    full = attention(config, extra_params=2 * config.number("head_dim", default=hidden // heads))
+    full = attention(config, extra_params=2 * head_size(config))
     kernel, bias = config.number("conv_L_cache", default=3), config.flag("conv_bias", False)
     conv = Recurrent(hidden * kernel, 4 * hidden * hidden, hidden * kernel + (5 * hidden if bias else 0))
     dense = Mlp(_lfm2_width(config))

@@ -45,13 +45,14 @@ class Config:
         """Return the integer `key`, or None when it is absent or null."""
         return None if self.fields.get(key) is None else self.number(key)
 
-    def layer_types(self, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
-        """Return `layer_types`, one known name per layer, or None when the config has none."""
-        types = self.fields.get("layer_types")
-        if types is None:
+    def layer_types(self, num_layers: int, known: tuple[str, ...], *keys: str) -> list[str] | None:
+        """Return the first of `keys` (`layer_types`) that is there, a known name for each layer; None without any."""
+        key = next((key for key in keys or ("layer_types",) if self.fields.get(key) is not None), None)
+        if key is None:
             return None
+        types = self.fields[key]
         if not isinstance(types, list) or len(types) != num_layers:
-            raise InvalidInputError(f"layer_types of {self.name} must name one type for each of {num_layers} layers")
+            raise InvalidInputError(f"{key} of {self.name} must name one type for each of {num_layers} layers")
         for kind in types:
             if kind not in known:
                 names = ", ".join(known)
@@ -81,17 +82,23 @@ def build(config: Config, layers: list[LayerSpec], hidden: int, **facts: Any) ->
     )
 
 
-def attention(config: Config, **facts: Any) -> Attention:
-    """Return the attention of a config with the usual fields; `facts` override or add fields."""
+def head_size(config: Config) -> int:
+    """Return `head_dim`, or the hidden size divided by the heads."""
     heads = config.number("num_attention_heads")
     hidden = config.number("hidden_size")
     if config.fields.get("head_dim") is None and hidden % heads:
         raise InvalidInputError(
             f"hidden_size {hidden} of {config.name} is not divisible by {heads} heads, and there is no head_dim"
         )
+    return config.number("head_dim", default=hidden // heads)
+
+
+def attention(config: Config, **facts: Any) -> Attention:
+    """Return the attention of a config with the usual fields; `facts` override or add fields."""
+    heads, size = config.number("num_attention_heads"), head_size(config)
     facts.setdefault("num_heads", heads)
     facts.setdefault("num_kv_heads", config.number("num_key_value_heads", default=heads))
-    facts.setdefault("head_dim", config.number("head_dim", default=hidden // heads))
+    facts.setdefault("head_dim", size)
     return Attention(**facts)
 
 
@@ -110,11 +117,15 @@ def windows(config: Config, num_layers: int, pattern: Callable[[int], bool] | No
 def feed_forwards(config: Config, dense: Mlp, routed: Experts) -> list[FeedForward]:
     """Return the MLP of each layer: by `mlp_layer_types`, else `routed` from layer `first_k_dense_replace` on."""
     num_layers = config.number("num_hidden_layers")
-    types = config.fields.get("mlp_layer_types")
+    types = config.layer_types(num_layers, ("dense", "sparse"), "mlp_layer_types")
     if types is None:
         first = config.count("first_k_dense_replace")
         return [dense if i < first else routed for i in range(num_layers)]
-    if not isinstance(types, list) or len(types) != num_layers or set(types) - {"dense", "sparse"}:
-        what = f"must name 'dense' or 'sparse' for each of {num_layers} layers"
-        raise InvalidInputError(f"mlp_layer_types of {config.name} {what}")
     return [routed if kind == "sparse" else dense for kind in types]
+
+
+def routed_experts(config: Config, corrected: bool = True) -> Experts:
+    """Return the experts that the entries of DeepSeek-V2 describe, `corrected` with a weight for each choice."""
+    experts, narrow = config.number("n_routed_experts"), config.number("moe_intermediate_size")
+    return Experts(experts, config.number("num_experts_per_tok"), narrow, narrow * config.count("n_shared_experts"),
+                   router_params=experts if corrected else 0)  # fmt: skip

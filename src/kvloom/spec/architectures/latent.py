@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from kvloom.errors import InvalidInputError
-from kvloom.spec.architectures.entries import Config, Reader, build, feed_forwards
-from kvloom.spec.layer import Experts, Latent, LayerSpec, Mlp
+from kvloom.spec.architectures.entries import Config, Reader, build, feed_forwards, routed_experts
+from kvloom.spec.layer import Latent, LayerSpec, Mlp
 from kvloom.spec.model import ModelSpec
 
 _UNCORRECTED = ("deepseek_v2", "mistral4")
@@ -25,27 +24,17 @@ def latent(config: Config) -> Latent:
     )
 
 
-def routed(config: Config) -> Experts:
-    """Return the experts that the entries of DeepSeek-V2 describe."""
-    experts, narrow = config.number("n_routed_experts"), config.number("moe_intermediate_size")
-    correction = 0 if config.fields["model_type"] in _UNCORRECTED else experts
-    return Experts(experts, config.number("num_experts_per_tok"), narrow, narrow * config.count("n_shared_experts"),
-                   router_params=correction)  # fmt: skip
-
-
 def _latent(config: Config) -> ModelSpec:
     hidden, mixer = config.number("hidden_size"), latent(config)
-    mlps = feed_forwards(config, Mlp(config.number("intermediate_size")), routed(config))
+    experts = routed_experts(config, corrected=config.fields["model_type"] not in _UNCORRECTED)
+    mlps = feed_forwards(config, Mlp(config.number("intermediate_size")), experts)
     return build(config, [LayerSpec(mixer, mlp, norm_params=2 * hidden) for mlp in mlps], hidden)
 
 
 def _indexed(config: Config) -> ModelSpec:
     """Add an indexer, whose keys are cached beside the latent, to the layers that have one of their own."""
     plain, count = _latent(config), config.number("num_hidden_layers")
-    kinds = config.fields.get("indexer_types") or ["full"] * count
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {"full", "shared"}:
-        what = f"must name 'full' or 'shared' for each of {count} layers"
-        raise InvalidInputError(f"indexer_types of {config.name} {what}")
+    kinds = config.layer_types(count, ("full", "shared"), "indexer_types") or ["full"] * count
     heads, width = config.number("index_n_heads"), config.number("index_head_dim")
     mixer = replace(latent(config), index_heads=heads, index_dim=width)
     layers = [

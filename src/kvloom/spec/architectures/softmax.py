@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvloom.errors import InvalidInputError
-from kvloom.spec.architectures.entries import Config, Reader, attention, build, feed_forwards, windows
+from kvloom.spec.architectures.entries import (
+    Config,
+    Reader,
+    attention,
+    build,
+    feed_forwards,
+    head_size,
+    routed_experts,
+    windows,
+)  # fmt: skip
 from kvloom.spec.layer import Experts, FeedForward, LayerSpec, Mlp
 from kvloom.spec.model import ModelSpec
 
@@ -20,10 +29,6 @@ def _decoder(config: Config, mlps: Sequence[FeedForward], norm: int | None = Non
 
 def _same(config: Config, mlp: FeedForward) -> list[FeedForward]:
     return [mlp] * config.number("num_hidden_layers")
-
-
-def _head_dim(config: Config) -> int:
-    return config.number("head_dim", default=config.number("hidden_size") // config.number("num_attention_heads"))
 
 
 def _ministral(config: Config) -> ModelSpec:
@@ -75,11 +80,8 @@ def _gptj(config: Config) -> ModelSpec:
 
 
 def _glm4_moe(config: Config) -> ModelSpec:
-    experts, narrow = config.number("n_routed_experts"), config.number("moe_intermediate_size")
-    routed = Experts(experts, config.number("num_experts_per_tok"), narrow, narrow * config.count("n_shared_experts"),
-                     router_params=experts)  # fmt: skip
-    norms = 2 * _head_dim(config) if config.flag("use_qk_norm", False) else 0
-    mlps = feed_forwards(config, Mlp(config.number("intermediate_size")), routed)
+    norms = 2 * head_size(config) if config.flag("use_qk_norm", False) else 0
+    mlps = feed_forwards(config, Mlp(config.number("intermediate_size")), routed_experts(config))
     return _decoder(config, mlps, qkv_bias=config.flag("attention_bias", False), extra_params=norms)
 
 
@@ -88,7 +90,7 @@ def _exaone_moe(config: Config) -> ModelSpec:
     shared = narrow * config.count("num_shared_experts")
     routed = Experts(experts, config.number("num_experts_per_tok"), narrow, shared, router_params=experts)
     mlps = feed_forwards(config, Mlp(config.number("intermediate_size")), routed)
-    return _decoder(config, mlps, extra_params=2 * _head_dim(config))
+    return _decoder(config, mlps, extra_params=2 * head_size(config))
 
 
 def _minimax_m2(config: Config) -> ModelSpec:
@@ -97,7 +99,7 @@ def _minimax_m2(config: Config) -> ModelSpec:
     routed = Experts(experts, config.number("num_experts_per_tok"), config.number("intermediate_size"),
                      router_params=experts)  # fmt: skip
     heads = config.number("num_attention_heads") + config.number("num_key_value_heads")
-    return _decoder(config, _same(config, routed), extra_params=heads * _head_dim(config))
+    return _decoder(config, _same(config, routed), extra_params=heads * head_size(config))
 
 
 def _ernie_moe(config: Config) -> ModelSpec:
@@ -118,7 +120,7 @@ def _hunyuan_moe(config: Config) -> ModelSpec:
     """Hunyuan: one shared expert of the width of a routed one; counts may be lists of one number a layer."""
     inner = config.number("intermediate_size")
     experts = Experts(_alike(config, "num_experts"), _alike(config, "moe_topk"), inner, inner)
-    return _decoder(config, _same(config, experts), extra_params=2 * _head_dim(config))
+    return _decoder(config, _same(config, experts), extra_params=2 * head_size(config))
 
 
 def _alike(config: Config, key: str) -> int:

@@ -33,12 +33,18 @@ def _heads(hidden: int, heads: int, width: int, state: int, groups: int, kernel:
     )
 
 
+def _step_rank(config: Config, key: str) -> int:
+    """Return the rank of the step sizes, "auto" a sixteenth of the hidden size."""
+    if config.fields.get(key) in (None, "auto"):
+        return -(-config.number("hidden_size") // 16)
+    return config.number(key)
+
+
 def _mamba(config: Config) -> ModelSpec:
     hidden, count = config.number("hidden_size"), config.number("num_hidden_layers")
     inner = config.number("intermediate_size", default=config.number("expand", default=2) * hidden)
     state, kernel = config.number("state_size", default=16), config.number("conv_kernel", default=4)
-    rank = config.fields.get("time_step_rank")
-    rank = -(-hidden // 16) if rank in (None, "auto") else config.number("time_step_rank")
+    rank = _step_rank(config, "time_step_rank")
     mixer = _selective(hidden, inner, state, kernel, rank, config.flag("use_bias", False))
     layers = [LayerSpec(mixer, None, norm_params=hidden) for _ in range(count)]
     return build(config, layers, hidden, tie_embeddings=config.flag("tie_word_embeddings", True))
@@ -83,15 +89,11 @@ def _mixers(mixer: Attention, state: Recurrent, attends: list[bool]) -> list[Att
     return [mixer if yes else state for yes in attends]
 
 
-def _attending(config: Config, key: str = "layer_types") -> list[bool]:
+def _attending(config: Config) -> list[bool]:
     """Return which layers attend, by their names."""
-    count = config.number("num_hidden_layers")
-    types = config.fields.get(key) or config.fields.get("layers_block_type") or ["mamba"] * count
-    known = ("full_attention", "attention", "linear_attention", "mamba")
-    if not isinstance(types, list) or len(types) != count or set(types) - set(known):
-        what = f"must name one of {', '.join(known)} for each of {count} layers"
-        raise InvalidInputError(f"{key} of {config.name} {what}")
-    return [kind in known[:2] for kind in types]
+    count, attends = config.number("num_hidden_layers"), ("full_attention", "attention")
+    types = config.layer_types(count, (*attends, "linear_attention", "mamba"), "layer_types", "layers_block_type")
+    return [kind in attends for kind in types or ["mamba"] * count]
 
 
 def _granite_hybrid(config: Config) -> ModelSpec:
@@ -116,8 +118,7 @@ def _bamba(config: Config) -> ModelSpec:
 def _jamba(config: Config) -> ModelSpec:
     """Jamba: attention in every `attn_layer_period`-th layer, experts in every `expert_layer_period`-th."""
     hidden, state = config.number("hidden_size"), config.number("mamba_d_state")
-    rank = config.fields.get("mamba_dt_rank")
-    rank = -(-hidden // 16) if rank in (None, "auto") else config.number("mamba_dt_rank")
+    rank = _step_rank(config, "mamba_dt_rank")
     inner = config.number("mamba_expand", default=2) * hidden
     mamba = _selective(hidden, inner, state, config.number("mamba_d_conv", default=4), rank,
                        config.flag("mamba_proj_bias", False), norms=rank + 2 * state)  # fmt: skip
