@@ -53,7 +53,7 @@ class Int8Codec:
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return int8 codes [N, D] and float32 scales [N] (see `Codec`)."""
         values = x.float()
-        scale, stored = _scales(values, 127.0)
+        scale, stored = _scales(values.abs().amax(dim=1), 127.0)
         codes = torch.round(values / scale[:, None]).clamp_(-127, 127).to(torch.int8)
         return codes, stored
 
@@ -75,8 +75,9 @@ class E4m3Codec:
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes [N, D] and float32 scales [N] (see `Codec`)."""
         values = x.float()
-        scale, stored = _scales(values, _E4M3_MAX)
-        inverse = torch.where(scale > _TINY, _E4M3_MAX / values.abs().amax(dim=1), 1 / _TINY)
+        peak = values.abs().amax(dim=1)
+        scale, stored = _scales(peak, _E4M3_MAX)
+        inverse = torch.where(scale > _TINY, _E4M3_MAX / peak, 1 / _TINY)
         codes = (values * inverse[:, None]).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
         return codes.view(torch.uint8), stored
 
@@ -91,9 +92,8 @@ _TINY = torch.finfo(torch.float32).tiny
 _CODECS: dict[str, type[Codec]] = {"int8": Int8Codec, "e4m3": E4m3Codec}
 
 
-def _scales(values: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales [N] of vectors [N, D] with `top` as the largest code, and as stored: 0 for a vector of zeros."""
-    peak = values.abs().amax(dim=1)
+def _scales(peak: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales [N] that make `top` of the largest |elements| [N], and as stored: 0 for a vector of zeros."""
     scale = (peak / top).clamp_min(_TINY)
     return scale, torch.where(peak > 0, scale, 0.0)
 
