@@ -74,12 +74,13 @@ class Capacity:
         together = [*running, sequence]
         lasting = [self._lasting_bytes(s) for s in together]
         stores = [None if s.encoding is None else s.encoding.store for s in together]
-        if lasting[-1] and sum(lasting) > self.sure_bytes(stores):
+        sure = self.sure_bytes(stores)
+        if lasting[-1] and sum(lasting) > sure:
             return False
         counted = [s for s in running if self.pending_tokens(s) > 1 or self.stays(s)]
         needed = sum(self._bytes_to_come(s) for s in [*counted, sequence])
         arena, index = self.lanes.pool.arena, self.lanes.pool.index
-        free = (self.sure_bytes(stores) if any(stores) else arena.num_bytes) - arena.used_bytes
+        free = (sure if any(stores) else arena.num_bytes) - arena.used_bytes
         return needed <= free or needed <= free + index.idle_bytes
 
     def _lasting_bytes(self, sequence: Sequence) -> int:
@@ -88,9 +89,8 @@ class Capacity:
         total, rows = len(request.prompt_token_ids) + request.max_tokens, 1 if request.forked else request.params.n
         if sequence.row is None:
             return 0
-        settled = self.is_lossy(sequence) and request.forked
         if eviction is not None and eviction.occupancy.may_drop(total):
-            if settled:
+            if self._is_settled(sequence):
                 return eviction.future_bytes(sequence.row, total, self.chunk)
             return eviction.occupancy.peak_bytes(total, self.chunk, rows)
         if encoding is None or (_replayable(sequence) and request.beams is None):
@@ -100,10 +100,13 @@ class Capacity:
     def _encoded_bytes(self, sequence: Sequence, encoding: Encoding, total: int, rows: int) -> int:
         """Return the most bytes of an encoded sequence, or of the `rows` that it forks into, up to `total` tokens."""
         assert sequence.row is not None
-        settled = self.is_lossy(sequence) and sequence.request.forked
-        if settled and self.lanes.seen[sequence.row] >= encoding.prompt_tokens:
+        if self._is_settled(sequence) and self.lanes.seen[sequence.row] >= encoding.prompt_tokens:
             return encoding.future_bytes(sequence.row, total)
         return encoding.peak_bytes(total, self.chunk, rows)
+
+    def _is_settled(self, sequence: Sequence) -> bool:
+        """Return whether a sequence has lost data and forks no more: what it holds says what it comes to hold."""
+        return self.is_lossy(sequence) and sequence.request.forked
 
     def _bytes_to_come(self, sequence: Sequence) -> int:
         assert sequence.row is not None

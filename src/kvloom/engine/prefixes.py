@@ -31,7 +31,7 @@ class Prefixes:
             cached = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
             limit = sequence.eviction.schedule.usable_prefix
         match = self.lanes.pool.index.match(sequence.token_ids, sequence.chain, limit)
-        if cached is not None and sequence.num_preemptions == 0 and sequence.num_output_tokens == 0:
+        if cached is not None and sequence.is_new:
             unused = cached.num_blocks - match.num_blocks
             sequence.request.unused_prefix = unused * self.lanes.spec.block_size
         assert sequence.row is not None
@@ -48,7 +48,7 @@ class Prefixes:
     def note_adopted(self, sequence: Sequence, cached: int) -> None:
         """Count the `cached` tokens with which a sequence was started."""
         sequence.num_published = cached // self.lanes.spec.block_size
-        if sequence.num_preemptions == 0 and sequence.num_output_tokens == 0:
+        if sequence.is_new:
             self.queries += len(sequence.token_ids)
             self.hits += cached
             sequence.num_cached_tokens = cached

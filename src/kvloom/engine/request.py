@@ -107,6 +107,11 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
+    def is_new(self) -> bool:
+        """True while it starts for the first time: it was not preempted, and has generated nothing."""
+        return self.num_preemptions == 0 and self.num_output_tokens == 0
+
+    @property
     def finished(self) -> bool:
         """True once `finish_reason` is known."""
         return self.status is Status.FINISHED
