@@ -153,8 +153,6 @@ template <class Code> struct Dot<CodesByBf16<Code>> {
 };
 #endif
 
-// B's magnitudes times A with B's signs: 16-bit sums of two are exact for A in [-127, 127] and B in [-128, 127], because
-// 2 * 127 * 128 < 2^15.
 #if defined(KVLOOM_BF16)
 template <> struct Dot<Int8ByInt8> {
   struct A { vi x; };
@@ -166,6 +164,8 @@ template <> struct Dot<Int8ByInt8> {
   }
 };
 #elif defined(KVLOOM_AVX512)
+// Here and for AVX2, B's magnitudes times A with B's signs: 16-bit sums of two are exact for A in [-127, 127] and B in
+// [-128, 127], because 2 * 127 * 128 < 2^15.
 template <> struct Dot<Int8ByInt8> {
   struct A { vi x; };
   struct B { vi size; __mmask64 negative; };
