@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,31 @@ def has_handler(pid):
     return any(line.startswith("SigCgt:") and int(line.split()[1], 16) & CAUGHT for line in lines)
 
 
+@contextmanager
+def full_pipe():
+    """Yield the end of a pipe that takes nothing more, so that a command with an error cannot end before its signal."""
+    read, write = os.pipe()
+    try:
+        os.set_blocking(write, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(write, bytes(1))
+        os.set_blocking(write, True)
+        yield write
+    finally:
+        os.close(read)
+        os.close(write)
+
+
 @pytest.mark.parametrize("command", ["serve", "pull", "generate", "measure", "plan", "chat"])
 def test_a_command_ends_at_sigterm_while_it_still_starts(command, tmp_path):
     arguments = [sys.executable, "-m", "kvloom", command, str(tmp_path / "none")]
-    with subprocess.Popen(
-        arguments, preexec_fn=ignored, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with (
+        full_pipe() as full,
+        subprocess.Popen(
+            arguments, preexec_fn=ignored, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=full
+        ) as process,
+    ):
         while not has_handler(process.pid):
             assert process.poll() is None
             time.sleep(0.001)
